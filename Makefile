@@ -1,0 +1,47 @@
+# `make help` lists the targets. Needs Go and git; what else a target needs,
+# .ci/tools builds or installs.
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+TESTFLAGS ?=
+PKG ?= ./...
+
+# Where the tests can run, a skipped test is a failed one.
+CAN_RUN_ALL := $(shell [ "$$(uname)" = Linux ] && [ "$$(id -u)" = 0 ] && grep -qs ' cgroup2 ' /proc/mounts && echo 1)
+TESTENV = $(if $(CAN_RUN_ALL),UNITMETER_TEST_NO_SKIP=1)
+
+.DEFAULT_GOAL := build
+.NOTPARALLEL:
+.PHONY: build test demo lint fmt bench tools clean help
+
+build: ## build bin/unitmeter, a static binary
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/unitmeter ./cmd/unitmeter
+
+# The race detector needs cgo. `make lint` has vetted already. The timeout is for
+# each package.
+test: tools lint build ## lint, then run all tests; PKG=./config TESTFLAGS=-run=X for some
+	$(TESTENV) CGO_ENABLED=1 go test -race -vet=off -timeout 12m $(TESTFLAGS) $(PKG)
+
+demo: ## meter a NATS server under load in a throwaway systemd (root; changes nothing on the host)
+	.ci/tools demo
+	$(MAKE) --no-print-directory build
+	go run ./examples/otel-collector/demo
+
+lint: ## gofmt, go vet, staticcheck, and that generated files are current
+	.ci/tools staticcheck
+	.ci/lint
+
+fmt: ## format all Go files
+	gofmt -w .
+
+bench: build ## run all benchmarks, one package after the other; PKG and BENCH=regexp for some
+	.ci/tools bench
+	$(TESTENV) go test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem -p 1 -timeout 60m $(TESTFLAGS) $(PKG)
+
+tools: ## build the pinned programs that the tests run, install Debian packages they need
+	.ci/tools
+
+clean: ## remove what make has built, except the tools' cache in the home directory
+	rm -rf bin dist .tools
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

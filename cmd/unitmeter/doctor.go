@@ -1,0 +1,271 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/unitmeter/unitmeter/config"
+)
+
+// checkTimeout bounds one check.
+const checkTimeout = 8 * time.Second
+
+// Statuses of a check, the worst last.
+const (
+	statusOK   = "ok"
+	statusSkip = "skip" // could not be checked, or has no meaning here
+	statusWarn = "warn" // the agent works, and something is missing
+	statusFail = "fail" // the agent does not work
+)
+
+// finding is the result of one check.
+type finding struct {
+	Name   string `json:"name"`
+	Status string `json:"status"`
+	// Found is what was seen.
+	Found string `json:"found"`
+	// Mend is the one command or setting that mends it; empty where nothing is
+	// to be mended.
+	Mend string `json:"mend,omitempty"`
+}
+
+func good(format string, args ...any) finding {
+	return finding{Status: statusOK, Found: fmt.Sprintf(format, args...)}
+}
+
+func skipped(format string, args ...any) finding {
+	return finding{Status: statusSkip, Found: fmt.Sprintf(format, args...)}
+}
+
+// skippedUntil is for a check that could be made in another way.
+func skippedUntil(mend, format string, args ...any) finding {
+	f := skipped(format, args...)
+	f.Mend = mend
+	return f
+}
+
+func warning(mend, format string, args ...any) finding {
+	return finding{Status: statusWarn, Mend: mend, Found: fmt.Sprintf(format, args...)}
+}
+
+func failure(mend, format string, args ...any) finding {
+	return finding{Status: statusFail, Mend: mend, Found: fmt.Sprintf(format, args...)}
+}
+
+// check is one step of the doctor.
+type check struct {
+	name string
+	run  func(ctx context.Context) finding
+}
+
+// doctor is what the checks share: an earlier one finds what later ones need.
+type doctor struct {
+	environ []string
+	// cfg has the defaults where configured is false.
+	cfg        config.Config
+	configured bool
+	m          *manager // nil where no bus answers
+	version    systemdVersion
+	units      []reading
+	unitsRead  bool
+	reachable  bool // the endpoint takes connections
+}
+
+// checks are all checks, in their order.
+func (d *doctor) checks() []check {
+	return []check{
+		{"environment", d.checkEnvironment},
+		{"user", d.checkUser},
+		{"kernel", d.checkKernel},
+		{"cgroup", d.checkCgroup},
+		{"bus", d.checkBus},
+		{"systemd", d.checkVersion},
+		{"machine", d.checkMachine},
+		{"clock", d.checkClock},
+		{"accounting-default", d.checkDefault},
+		{"accounting", d.checkAccounting},
+		{"counters", d.checkCounters},
+		{"stop-edge", d.checkStopEdge},
+		{"state-directory", d.checkState},
+		{"endpoint-name", d.checkEndpointName},
+		{"endpoint-connection", d.checkConnection},
+		{"endpoint-tls", d.checkTLS},
+		{"collector", d.checkCollector},
+		{"own-traffic", d.checkOwnTraffic},
+	}
+}
+
+func diagnose(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
+	asJSON := flags.Bool("json", false, "print a JSON object with all checks")
+	if _, err := parse(t, flags, 0); err != nil {
+		return err
+	}
+	d := &doctor{environ: t.environ}
+	defer func() {
+		if d.m != nil {
+			d.m.close()
+		}
+	}()
+	var findings []finding
+	for _, c := range d.checks() {
+		f := runCheck(ctx, c)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		findings = append(findings, f)
+		if !*asJSON {
+			printFinding(t.stdout, f)
+		}
+	}
+	failed := 0
+	for _, f := range findings {
+		failed += count(f.Status == statusFail)
+	}
+	if *asJSON {
+		encoder := json.NewEncoder(t.stdout)
+		encoder.SetIndent("", "  ")
+		err := encoder.Encode(struct {
+			Worst  string    `json:"worst"`
+			Checks []finding `json:"checks"`
+		}{worst(findings), findings})
+		if err != nil {
+			return err
+		}
+	} else {
+		fmt.Fprintf(t.stdout, "\n%s\n", summary(findings))
+	}
+	if failed > 0 {
+		return fmt.Errorf("%d of %d checks failed; do what is said at \"mend\", from the top, and run it again", failed, len(findings))
+	}
+	return nil
+}
+
+// runCheck gives a check its name and its time.
+func runCheck(ctx context.Context, c check) finding {
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	f := c.run(ctx)
+	f.Name = c.name
+	return f
+}
+
+func worst(findings []finding) string {
+	order := []string{statusOK, statusSkip, statusWarn, statusFail}
+	at := 0
+	for _, f := range findings {
+		at = max(at, slices.Index(order, f.Status))
+	}
+	if order[at] == statusSkip {
+		return statusOK // what has no meaning here is no fault
+	}
+	return order[at]
+}
+
+func summary(findings []finding) string {
+	counts := map[string]int{}
+	for _, f := range findings {
+		counts[f.Status]++
+	}
+	text := fmt.Sprintf("%d ok", counts[statusOK])
+	for _, status := range []string{statusWarn, statusFail, statusSkip} {
+		if n := counts[status]; n > 0 {
+			text += fmt.Sprintf(", %d %s", n, status)
+		}
+	}
+	return text
+}
+
+// printFinding prints one check for a terminal of 80 columns. A mend is on a
+// line of its own, however long, so that it can be copied.
+func printFinding(w io.Writer, f finding) {
+	const indent = 27
+	fmt.Fprintf(w, "%-5s %-20s ", f.Status, f.Name)
+	column := indent
+	for word := range strings.FieldsSeq(f.Found) {
+		if column > indent && column+1+len(word) > 79 {
+			fmt.Fprintf(w, "\n%*s", indent, "")
+			column = indent
+		}
+		if column > indent {
+			fmt.Fprint(w, " ")
+			column++
+		}
+		fmt.Fprint(w, word)
+		column += len(word)
+	}
+	fmt.Fprintln(w)
+	if f.Mend != "" {
+		fmt.Fprintf(w, "      mend: %s\n", f.Mend)
+	}
+}
+
+// checkEnvironment reads the configuration. The agent refuses to start with
+// what fails here.
+func (d *doctor) checkEnvironment(context.Context) finding {
+	cfg, err := config.Load(d.environ)
+	if err != nil {
+		problems := strings.Split(err.Error(), "\n")
+		mend := "unitmeter help environment"
+		if p, ok := firstProblem(err); ok {
+			mend = p.Variable + ": " + p.Hint
+		}
+		return failure(mend, "%s; the checks that need the settings are made with the defaults or left out", strings.Join(problems, "; "))
+	}
+	d.cfg, d.configured = cfg, true
+	set := 0
+	for _, v := range config.Variables() {
+		for _, name := range []string{v.Name, v.Specific} {
+			set += count(name != "" && slices.ContainsFunc(d.environ, func(kv string) bool { return strings.HasPrefix(kv, name+"=") }))
+		}
+	}
+	if cfg.Disabled {
+		return failure("unset OTEL_SDK_DISABLED", "OTEL_SDK_DISABLED is true: the agent would do nothing")
+	}
+	if len(cfg.Exporters) == 0 {
+		return failure("unset OTEL_METRICS_EXPORTER", "OTEL_METRICS_EXPORTER is none: the agent would send nothing")
+	}
+	found := fmt.Sprintf("%d variables are set; exporters: %s", set, strings.Join(cfg.Exporters, ", "))
+	if cfg.OTLP.Endpoint != "" {
+		found += fmt.Sprintf("; OTLP over %s to %s", cfg.OTLP.Protocol, cfg.OTLP.Endpoint)
+	}
+	if len(cfg.Warnings) > 0 {
+		return warning("unitmeter help environment", "%s. %s", found, strings.Join(cfg.Warnings, ". "))
+	}
+	return good("%s", found)
+}
+
+// firstProblem finds the first of the problems that config.Load joins.
+func firstProblem(err error) (*config.Problem, bool) {
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return nil, false
+	}
+	for _, e := range joined.Unwrap() {
+		if p, ok := e.(*config.Problem); ok {
+			return p, true
+		}
+	}
+	return nil, false
+}
+
+// checkUser tells as whom all this is checked: rights differ.
+func (d *doctor) checkUser(context.Context) finding {
+	uid := os.Geteuid()
+	name := userName(uid)
+	// Between these systemd takes the uids of DynamicUser=yes.
+	if uid >= 61184 && uid <= 65519 {
+		return warning("use a static user: User=unitmeter instead of DynamicUser=yes, with a user that systemd-sysusers made",
+			"uid %d (%s) is a dynamic user; dbus-daemon lets none connect (systemd#22737)", uid, name)
+	}
+	if uid == 0 {
+		return good("root; run it as the agent's user to check that user's rights")
+	}
+	return good("uid %d (%s)", uid, name)
+}

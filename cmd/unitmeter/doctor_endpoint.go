@@ -1,0 +1,524 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"go.opentelemetry.io/otel/exporters/otlp/otlpmetric/otlpmetricgrpc"
+	"go.opentelemetry.io/otel/exporters/otlp/otlpmetric/otlpmetrichttp"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+
+	"github.com/unitmeter/unitmeter/config"
+)
+
+// endpoint is where the requests go, as the net package has it.
+type endpoint struct {
+	network, address string
+	host             string // of a tcp address, without the port
+	url              string // for a proxy to judge
+	plain            bool   // no TLS
+	grpc             bool
+}
+
+// parseEndpoint takes apart what config.Load has checked.
+func parseEndpoint(o config.OTLP) (endpoint, error) {
+	ep := endpoint{network: "tcp", plain: o.Insecure, grpc: o.Protocol != "http/protobuf"}
+	if !ep.grpc {
+		u, err := url.Parse(o.Endpoint)
+		if err != nil {
+			return ep, err
+		}
+		port := cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
+		ep.host, ep.address, ep.url = u.Hostname(), net.JoinHostPort(u.Hostname(), port), o.Endpoint
+		return ep, nil
+	}
+	target := o.Endpoint
+	switch scheme, rest, _ := strings.Cut(target, ":"); scheme {
+	case "unix":
+		return endpoint{network: "unix", address: rest, plain: o.Insecure, grpc: true}, nil
+	case "unix-abstract":
+		return endpoint{network: "unix", address: "@" + rest, plain: o.Insecure, grpc: true}, nil
+	case "dns":
+		target = rest[strings.LastIndexByte(rest, '/')+1:]
+	}
+	host, _, err := net.SplitHostPort(target)
+	if err != nil {
+		return ep, err
+	}
+	// gRPC asks for the proxy of an https URL, with and without TLS.
+	ep.host, ep.address, ep.url = host, target, "https://"+target
+	return ep, nil
+}
+
+// scheme is what the endpoint variable should begin with.
+func (ep endpoint) scheme() string {
+	if ep.plain {
+		return "http://"
+	}
+	return "https://"
+}
+
+// target returns the endpoint for a check, or the finding that there is none.
+func (d *doctor) target() (endpoint, *finding) {
+	skip := func(format string, args ...any) (endpoint, *finding) {
+		f := skipped(format, args...)
+		return endpoint{}, &f
+	}
+	if !d.configured {
+		return skip("the environment is wrong")
+	}
+	if !slices.Contains(d.cfg.Exporters, "otlp") {
+		return skip("OTEL_METRICS_EXPORTER has no otlp")
+	}
+	ep, err := parseEndpoint(d.cfg.OTLP)
+	if err != nil {
+		return skip("%q is not understood: %v", d.cfg.OTLP.Endpoint, err)
+	}
+	return ep, nil
+}
+
+// proxy returns the proxy for an endpoint, or nil.
+func (ep endpoint) proxy() *url.URL {
+	if ep.network != "tcp" {
+		return nil
+	}
+	req, err := http.NewRequest(http.MethodPost, ep.url, nil)
+	if err != nil {
+		return nil
+	}
+	p, err := http.ProxyFromEnvironment(req)
+	if err != nil {
+		return nil
+	}
+	return p
+}
+
+func (d *doctor) checkEndpointName(ctx context.Context) finding {
+	ep, none := d.target()
+	switch {
+	case none != nil:
+		return *none
+	case ep.network == "unix":
+		return skipped("a socket of this host needs no name")
+	case ep.proxy() != nil:
+		return skipped("the proxy %s looks it up", ep.proxy().Redacted())
+	case net.ParseIP(strings.Trim(ep.host, "[]")) != nil:
+		return good("%s is an address", ep.host)
+	}
+	addresses, err := net.DefaultResolver.LookupHost(ctx, ep.host)
+	if err != nil {
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to a name that exists (getent hosts "+ep.host+")", "%v", err)
+	}
+	return good("%s is %s", ep.host, strings.Join(addresses, ", "))
+}
+
+func (d *doctor) checkConnection(ctx context.Context) finding {
+	ep, none := d.target()
+	if none != nil {
+		return *none
+	}
+	address, what := ep.address, ep.address
+	if p := ep.proxy(); p != nil {
+		address, what = net.JoinHostPort(p.Hostname(), cmp.Or(p.Port(), "80")), "the proxy "+p.Redacted()
+	}
+	// Leave time for the checks behind it: a firewall that drops is slow.
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout/2)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, ep.network, address)
+	if err == nil {
+		d.reachable = true
+		_ = conn.Close() // it has told all
+		return good("%s takes connections", what)
+	}
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
+		return failure("start the Collector, or set OTEL_EXPORTER_OTLP_ENDPOINT to where it listens ("+usualEndpoint(ep)+")",
+			"nobody listens at %s: %v", what, err)
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		return failure("open the firewall for "+address+", or set OTEL_EXPORTER_OTLP_ENDPOINT", "no answer from %s within %s", what, checkTimeout/2)
+	}
+	return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an address that this host can reach", "%v", err)
+}
+
+// usualEndpoint is what most Collectors have for a protocol.
+func usualEndpoint(ep endpoint) string {
+	if ep.grpc {
+		return "usually port 4317 for grpc"
+	}
+	return "usually port 4318 for http/protobuf"
+}
+
+// tlsConfig is the one that the exporter makes of the same settings.
+func tlsConfig(o config.OTLP) (*tls.Config, error) {
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
+	if o.CertificateFile != "" {
+		pem, err := os.ReadFile(o.CertificateFile)
+		if err != nil {
+			return nil, err
+		}
+		cfg.RootCAs = x509.NewCertPool()
+		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%s holds no certificate", o.CertificateFile)
+		}
+	}
+	if o.ClientCertificateFile != "" {
+		pair, err := tls.LoadX509KeyPair(o.ClientCertificateFile, o.ClientKeyFile)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Certificates = []tls.Certificate{pair}
+	}
+	return cfg, nil
+}
+
+// checkTLS makes a handshake of its own: gRPC and HTTP wrap its errors until
+// they say little.
+func (d *doctor) checkTLS(ctx context.Context) finding {
+	ep, none := d.target()
+	switch {
+	case none != nil:
+		return *none
+	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && len(d.cfg.OTLP.Headers) > 0:
+		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "off: headers go over the network in clear text")
+	case ep.plain:
+		return good("off, as the endpoint says")
+	case ep.proxy() != nil:
+		return skipped("it goes through the proxy %s", ep.proxy().Redacted())
+	case !d.reachable:
+		return skipped("there is no connection")
+	}
+	cfg, err := tlsConfig(d.cfg.OTLP)
+	if err != nil {
+		return failure("set OTEL_EXPORTER_OTLP_CERTIFICATE and the client certificate to readable PEM files", "%v", err)
+	}
+	return tlsFinding(ctx, ep, cfg, d.cfg.OTLP)
+}
+
+func loopback(host string) bool {
+	ip := net.ParseIP(strings.Trim(host, "[]"))
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+func tlsFinding(ctx context.Context, ep endpoint, cfg *tls.Config, o config.OTLP) finding {
+	cfg = cfg.Clone()
+	cfg.NextProtos = []string{"h2", "http/1.1"}
+	if ep.grpc {
+		cfg.NextProtos = []string{"h2"}
+	}
+	asked := false
+	pair := cfg.Certificates
+	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		asked = true
+		if len(pair) > 0 {
+			return &pair[0], nil
+		}
+		return new(tls.Certificate), nil // none, as without this function
+	}
+	conn, err := (&tls.Dialer{Config: cfg}).DialContext(ctx, ep.network, ep.address)
+	if err != nil {
+		return tlsFailure(err, ep, o)
+	}
+	defer conn.Close() // nothing was written
+	state := conn.(*tls.Conn).ConnectionState()
+	if asked {
+		// In TLS 1.3 the server judges the client's certificate after the
+		// client's side of the handshake is done.
+		_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+		if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return tlsFailure(err, ep, o)
+		}
+	}
+	found := fmt.Sprintf("%s, certificate of %s", tls.VersionName(state.Version), certName(state.PeerCertificates[0]))
+	if asked && len(pair) > 0 {
+		found += ", our client certificate is taken"
+	}
+	if left := time.Until(state.PeerCertificates[0].NotAfter); left < 7*24*time.Hour {
+		return warning("renew the certificate of the Collector", "%s; it expires on %s", found, state.PeerCertificates[0].NotAfter.UTC().Format(time.DateTime))
+	}
+	return good("%s", found)
+}
+
+func certName(c *x509.Certificate) string {
+	return cmp.Or(c.Subject.CommonName, strings.Join(c.DNSNames, " "), c.Subject.String())
+}
+
+// tlsFailure names the setting that is wrong.
+func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
+	var plain tls.RecordHeaderError
+	var alert tls.AlertError
+	var unknown x509.UnknownAuthorityError
+	var name x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	switch {
+	case errors.As(err, &plain):
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS, and the settings ask for it", ep.address)
+	case errors.As(err, &name):
+		names := slices.Clone(name.Certificate.DNSNames)
+		for _, ip := range name.Certificate.IPAddresses {
+			names = append(names, ip.String())
+		}
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to one of the names in the certificate: "+strings.Join(names, ", "),
+			"the certificate is not for %s", ep.host)
+	case errors.As(err, &unknown):
+		issuer := "its authority"
+		if unknown.Cert != nil {
+			issuer = fmt.Sprintf("%q", unknown.Cert.Issuer.String())
+		}
+		found := "the system's authorities do not know who signed the certificate"
+		if o.CertificateFile != "" {
+			found = o.CertificateFile + " is not the authority that signed the certificate"
+		}
+		return failure("set OTEL_EXPORTER_OTLP_CERTIFICATE to the PEM file of "+issuer, "%s: %v", found, err)
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return failure("renew the certificate of the Collector, or set the clock right", "%v", err)
+	case errors.As(err, &alert), isAlert(err):
+		if o.ClientCertificateFile == "" {
+			return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY", "the Collector wants a client certificate, and none is set: %v", err)
+		}
+		return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE to a certificate of an authority that the Collector trusts",
+			"the Collector does not take the client certificate %s: %v", o.ClientCertificateFile, err)
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s ends the connection during the TLS handshake: it may not speak TLS", ep.address)
+	}
+	return failure("look at the log of the Collector", "%v", err)
+}
+
+// isAlert finds the alerts that crypto/tls has in a type of its own.
+func isAlert(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "remote error"
+}
+
+// result is the outcome of one request.
+type result struct {
+	err  error
+	code codes.Code // of gRPC, for an answer
+	http int        // status, for an answer over HTTP
+}
+
+// sendEmpty sends a request without metrics through the official exporter, with
+// the settings of the agent. A receiver answers it as it would any other, and
+// stores nothing.
+func sendEmpty(ctx context.Context, o config.OTLP) result {
+	var exp sdkmetric.Exporter
+	recorder := &statusRecorder{}
+	cfg, err := tlsConfig(o)
+	if err == nil && o.Protocol == "http/protobuf" {
+		exp, err = emptyHTTP(ctx, o, cfg, recorder)
+	} else if err == nil {
+		exp, err = emptyGRPC(ctx, o, cfg)
+	}
+	if err != nil {
+		return result{err: err}
+	}
+	err = exp.Export(ctx, &metricdata.ResourceMetrics{})
+	r := result{err: err, http: recorder.status}
+	if s, ok := status.FromError(err); ok && err != nil {
+		r.code = s.Code()
+	}
+	_ = exp.Shutdown(context.WithoutCancel(ctx)) // the request is answered
+	return r
+}
+
+func emptyGRPC(ctx context.Context, o config.OTLP, cfg *tls.Config) (sdkmetric.Exporter, error) {
+	options := []otlpmetricgrpc.Option{
+		otlpmetricgrpc.WithEndpoint(o.Endpoint), otlpmetricgrpc.WithHeaders(o.Headers),
+		otlpmetricgrpc.WithTimeout(o.Timeout), otlpmetricgrpc.WithRetry(otlpmetricgrpc.RetryConfig{}),
+	}
+	if o.Insecure {
+		options = append(options, otlpmetricgrpc.WithInsecure())
+	} else {
+		options = append(options, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(cfg)))
+	}
+	if o.Compression == "gzip" {
+		options = append(options, otlpmetricgrpc.WithCompressor("gzip"))
+	}
+	return otlpmetricgrpc.New(ctx, options...)
+}
+
+func emptyHTTP(ctx context.Context, o config.OTLP, cfg *tls.Config, recorder *statusRecorder) (sdkmetric.Exporter, error) {
+	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, TLSClientConfig: cfg, DisableKeepAlives: true}
+	recorder.RoundTripper = transport
+	compression := otlpmetrichttp.NoCompression
+	if o.Compression == "gzip" {
+		compression = otlpmetrichttp.GzipCompression
+	}
+	return otlpmetrichttp.New(ctx,
+		otlpmetrichttp.WithEndpointURL(o.Endpoint), otlpmetrichttp.WithHeaders(o.Headers), otlpmetrichttp.WithTimeout(o.Timeout),
+		otlpmetrichttp.WithRetry(otlpmetrichttp.RetryConfig{}), otlpmetrichttp.WithCompression(compression),
+		otlpmetrichttp.WithHTTPClient(&http.Client{
+			Transport: recorder,
+			// A redirected POST may become a GET, whose 200 says nothing.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		}))
+}
+
+// statusRecorder keeps the status of the response, which the exporter only has
+// in a text.
+type statusRecorder struct {
+	http.RoundTripper
+	status int
+}
+
+func (s *statusRecorder) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := s.RoundTripper.RoundTrip(req)
+	if err == nil {
+		s.status = resp.StatusCode
+	}
+	return resp, err
+}
+
+// checkCollector sends an empty request. Where it fails, the endpoint is asked
+// what it speaks, since the errors of a wrong protocol do not say.
+func (d *doctor) checkCollector(ctx context.Context) finding {
+	ep, none := d.target()
+	switch {
+	case none != nil:
+		return *none
+	case !d.reachable:
+		return skipped("there is no connection")
+	}
+	attempt, cancel := context.WithTimeout(ctx, checkTimeout/2)
+	r := sendEmpty(attempt, d.cfg.OTLP)
+	cancel()
+	if r.err == nil {
+		names := "no headers"
+		if n := len(d.cfg.OTLP.Headers); n > 0 {
+			names = fmt.Sprintf("%d headers", n)
+		}
+		return good("it takes a request (%s, %s)", d.cfg.OTLP.Protocol, names)
+	}
+	peer := unknownPeer
+	if ep.proxy() == nil {
+		peer = speaks(ctx, ep)
+	}
+	return collectorFailure(r, peer, ep, d.cfg.OTLP)
+}
+
+func collectorFailure(r result, peer string, ep endpoint, o config.OTLP) finding {
+	found := oneLine(r.err)
+	header := "set the header that the Collector wants in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"
+	switch {
+	case r.code == codes.Unauthenticated, r.http == http.StatusUnauthorized:
+		return failure(header, "the Collector does not take our credentials (%d headers are set): %s", len(o.Headers), found)
+	case r.code == codes.PermissionDenied && r.http == 0, r.http == http.StatusForbidden:
+		return failure(header, "our credentials may not send metrics (%d headers are set): %s", len(o.Headers), found)
+	case peer == peerTLS && ep.plain:
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings are without: %s", ep.address, found)
+	case peer == peerPlain && !ep.plain:
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS: %s", ep.address, found)
+	case peer == peerHTTP1 && ep.grpc:
+		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or the endpoint to the port for grpc (4317)",
+			"%s speaks HTTP/1 and not gRPC: %s", ep.address, found)
+	case peer == peerHTTP2 && !ep.grpc && r.http == 0:
+		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or the endpoint to the port for HTTP (4318)",
+			"%s speaks gRPC: %s", ep.address, found)
+	case r.http == http.StatusNotFound, r.http == http.StatusMethodNotAllowed, r.http >= 300 && r.http < 400:
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to the Collector's OTLP/HTTP address, such as "+ep.scheme()+net.JoinHostPort(cmp.Or(ep.host, "localhost"), "4318"),
+			"there is a web server that takes no OTLP metrics: %s", found)
+	case r.code == codes.Unimplemented:
+		return failure("add the otlp receiver to a metrics pipeline of the Collector", "it speaks gRPC and takes no metrics: %s", found)
+	case r.code == codes.ResourceExhausted, r.http == http.StatusTooManyRequests, r.http == http.StatusServiceUnavailable:
+		return failure("look at the log of the Collector; it has too much to do", "%s", found)
+	case r.http != 0:
+		return failure("look at the log of the Collector", "%s", found)
+	case peer == unknownPeer:
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an OTLP receiver ("+usualEndpoint(ep)+")", "what listens at %s does not speak OTLP: %s", ep.address, found)
+	}
+	return failure("look at the log of the Collector", "%s", found)
+}
+
+// What an endpoint turns out to speak.
+const (
+	unknownPeer = "unknown"
+	peerTLS     = "TLS"
+	peerPlain   = "no TLS"
+	peerHTTP1   = "HTTP/1"
+	peerHTTP2   = "HTTP/2"
+)
+
+// speaks finds out what an endpoint speaks, with TLS where the settings have
+// it. HTTP/2 without HTTP/1 is taken for gRPC.
+func speaks(ctx context.Context, ep endpoint) string {
+	tlsWorks, alpn := handshakes(ctx, ep)
+	switch {
+	case ep.plain && tlsWorks:
+		return peerTLS
+	case !ep.plain && !tlsWorks:
+		return peerPlain
+	case !ep.plain && alpn == "http/1.1":
+		return peerHTTP1
+	case !ep.plain && alpn == "h2":
+		return peerHTTP2
+	case !ep.plain:
+		return unknownPeer
+	}
+	return greet(ctx, ep)
+}
+
+// handshakes tries TLS, whatever the certificate. ALPN tells what is behind.
+func handshakes(ctx context.Context, ep endpoint) (ok bool, alpn string) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	// Nothing is sent over this connection, so nobody needs to be trusted.
+	cfg := &tls.Config{InsecureSkipVerify: true, ServerName: ep.host, NextProtos: []string{"h2", "http/1.1"}}
+	if !ep.grpc {
+		cfg.NextProtos = []string{"http/1.1", "h2"}
+	}
+	conn, err := (&tls.Dialer{Config: cfg}).DialContext(ctx, ep.network, ep.address)
+	if err != nil {
+		// A server that refuses our protocols or certificate does speak TLS.
+		return isAlert(err), ""
+	}
+	defer conn.Close()
+	return true, conn.(*tls.Conn).ConnectionState().NegotiatedProtocol
+}
+
+// greet begins HTTP/2 with prior knowledge, as gRPC does. A gRPC server answers
+// with its settings; one that only knows HTTP/1 complains in HTTP/1.
+func greet(ctx context.Context, ep endpoint) string {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, ep.network, ep.address)
+	if err != nil {
+		return unknownPeer
+	}
+	defer conn.Close()
+	deadline, _ := ctx.Deadline()
+	if conn.SetDeadline(deadline) != nil {
+		return unknownPeer
+	}
+	const settings = "\x00\x00\x00\x04\x00\x00\x00\x00\x00" // an empty SETTINGS frame
+	if _, err := io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+settings); err != nil {
+		return unknownPeer
+	}
+	answer := make([]byte, 9)
+	if _, err := io.ReadFull(conn, answer); err != nil {
+		return unknownPeer
+	}
+	switch {
+	case answer[3] == 4: // the type of the frame: SETTINGS
+		return peerHTTP2
+	case bytes.HasPrefix(answer, []byte("HTTP/1")):
+		return peerHTTP1
+	}
+	return unknownPeer
+}

@@ -1,0 +1,309 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// userName is the name of a uid, or the number where it has none.
+func userName(uid int) string {
+	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+		return u.Username
+	}
+	return "uid " + strconv.Itoa(uid)
+}
+
+// checkClock looks whether the kernel holds its clock for right: the times of
+// all points come from it.
+func (d *doctor) checkClock(ctx context.Context) finding {
+	const mend = "timedatectl set-ntp true"
+	now := time.Now()
+	if now.Year() < 2025 {
+		return failure(mend, "the clock says %s, which is before this program was written", now.UTC().Format(time.RFC3339))
+	}
+	var state unix.Timex // all zero: asks, and sets nothing
+	status, err := unix.Adjtimex(&state)
+	if err != nil {
+		return skipped("adjtimex: %v", err)
+	}
+	if status == unix.TIME_ERROR || state.Status&unix.STA_UNSYNC != 0 {
+		return warning(mend, "%s; the kernel says that nothing keeps the clock right (adjtimex: STA_UNSYNC)", now.UTC().Format(time.RFC3339))
+	}
+	found := now.UTC().Format(time.RFC3339) + ", kept right by NTP or the like"
+	if d.m == nil {
+		return good("%s", found)
+	}
+	if step, err := d.clockStep(ctx); err == nil && step.Abs() > maxClockStep {
+		return warning("reboot, now that the clock is right; or let it be: only the start times of units from before are wrong",
+			"%s; but it has been set by %s since boot", found, step)
+	}
+	return good("%s", found)
+}
+
+// maxClockStep is how far the clock may be set after boot. NTP at its fastest
+// slews by 43 s in a day without a step.
+const maxClockStep = 10 * time.Minute
+
+// clockStep is by how much the wall clock has been set since boot. systemd's
+// times from before are not corrected, and the series start at such times.
+func (d *doctor) clockStep(ctx context.Context) (time.Duration, error) {
+	var wall, monotonic uint64
+	if err := d.m.get(ctx, managerPath, managerInterface, "UserspaceTimestamp", &wall); err != nil {
+		return 0, err
+	}
+	if err := d.m.get(ctx, managerPath, managerInterface, "UserspaceTimestampMonotonic", &monotonic); err != nil {
+		return 0, err
+	}
+	var since unix.Timespec // CLOCK_BOOTTIME goes on during suspend
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
+		return 0, err
+	}
+	if wall > math.MaxInt64 || monotonic > math.MaxInt64 {
+		return 0, errors.New("systemd's boot time is out of range")
+	}
+	atBoot := time.UnixMicro(int64(wall)).Add(-time.Duration(monotonic) * time.Microsecond)
+	return time.Since(atBoot.Add(time.Duration(since.Nano()))).Round(time.Second), nil
+}
+
+// checkKernel looks for what systemd's counting needs of the kernel.
+func (d *doctor) checkKernel(context.Context) finding {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return skipped("uname: %v", err)
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return skipped("the release %q is not understood", release)
+	}
+	if major < 4 || major == 4 && minor < 15 {
+		return failure("boot a kernel of version 4.15 or later", "Linux %s cannot count the traffic of slices and services", release)
+	}
+	found := "Linux " + release
+	switch value, err := kernelOption(release, "CONFIG_CGROUP_BPF"); {
+	case err == nil && value != "y":
+		return failure("boot a kernel that is built with CONFIG_CGROUP_BPF=y", "Linux %s is built without CONFIG_CGROUP_BPF, by which systemd counts", release)
+	case err == nil:
+		found += ", CONFIG_CGROUP_BPF=y"
+	}
+	if text, err := os.ReadFile("/sys/kernel/security/lockdown"); err == nil {
+		if strings.Contains(string(text), "[confidentiality]") {
+			found += ", lockdown=confidentiality (kernels before 5.9 may refuse BPF then)"
+		}
+	}
+	return good("%s", found)
+}
+
+// kernelOption reads one setting of the kernel's build.
+func kernelOption(release, option string) (string, error) {
+	for _, file := range []string{"/proc/config.gz", "/boot/config-" + release, "/lib/modules/" + release + "/config"} {
+		f, err := os.Open(file)
+		if err != nil {
+			continue
+		}
+		defer f.Close()
+		in := io.Reader(f)
+		if strings.HasSuffix(file, ".gz") {
+			if in, err = gzip.NewReader(f); err != nil {
+				continue
+			}
+		}
+		for lines := bufio.NewScanner(in); lines.Scan(); {
+			if value, ok := strings.CutPrefix(lines.Text(), option+"="); ok {
+				return value, nil
+			}
+			if lines.Text() == "# "+option+" is not set" {
+				return "n", nil
+			}
+		}
+		return "n", nil
+	}
+	return "", fs.ErrNotExist
+}
+
+// checkCgroup looks for cgroup v2, to which systemd attaches the programs that
+// count. It is enough that systemd's own tree is v2 ("hybrid").
+func (d *doctor) checkCgroup(context.Context) finding {
+	return cgroupFinding("/sys/fs/cgroup")
+}
+
+func cgroupFinding(root string) finding {
+	kind := func(dir string) int64 {
+		var st unix.Statfs_t
+		if unix.Statfs(dir, &st) != nil {
+			return 0
+		}
+		return int64(st.Type)
+	}
+	switch {
+	case kind(root) == unix.CGROUP2_SUPER_MAGIC:
+		return good("v2 (unified) at %s", root)
+	case kind(root+"/unified") == unix.CGROUP2_SUPER_MAGIC:
+		return good("v2 at %s/unified (hybrid)", root)
+	case kind(root+"/systemd") == unix.CGROUP_SUPER_MAGIC:
+		return failure("boot with the kernel parameter systemd.unified_cgroup_hierarchy=1",
+			"%s is cgroup v1 (legacy), on which systemd counts no IP traffic", root)
+	}
+	return skipped("no cgroup tree is mounted at %s, so it cannot be seen from here", root)
+}
+
+// container names the kind of container that this process is in, or "".
+func container() string {
+	for _, mark := range []struct{ file, name string }{{"/run/.containerenv", "podman"}, {"/.dockerenv", "docker"}} {
+		if _, err := os.Stat(mark.file); err == nil {
+			return mark.name
+		}
+	}
+	if os.Getenv("KUBERNETES_SERVICE_HOST") != "" {
+		return "kubernetes"
+	}
+	// What systemd, or its systemd-nspawn, leaves for the programs inside.
+	if text, err := os.ReadFile("/run/systemd/container"); err == nil {
+		return cmp.Or(strings.TrimSpace(string(text)), "unknown")
+	}
+	return os.Getenv("container")
+}
+
+// apparmor is the AppArmor profile of this process, or "".
+func apparmor() string {
+	for _, file := range []string{"/proc/self/attr/apparmor/current", "/proc/self/attr/current"} {
+		if text, err := os.ReadFile(file); err == nil {
+			profile := strings.Trim(string(text), "\x00\n")
+			if profile != "" && profile != "unconfined" {
+				return profile
+			}
+		}
+	}
+	return ""
+}
+
+// minFree is how much room the state needs at the least, in bytes.
+const minFree = 64 << 20
+
+// checkState looks at the directory as the store would when it opens it.
+func (d *doctor) checkState(context.Context) finding {
+	if !d.configured {
+		return skipped("the environment is wrong")
+	}
+	if d.cfg.StateDir == "" {
+		return warning("set UNITMETER_STATE_DIR=/var/lib/unitmeter, or StateDirectory=unitmeter in the agent's unit",
+			"there is none: each start of the agent begins every series anew, and nothing is kept while the Collector is away")
+	}
+	return stateFinding(d.cfg.StateDir, d.cfg.OutboxMaxBytes)
+}
+
+func stateFinding(dir string, outbox int64) finding {
+	uid := os.Geteuid()
+	mkdir := fmt.Sprintf("install -d -m 0700 -o %d %s", uid, dir)
+	info, err := os.Stat(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return absentState(dir, mkdir)
+	case errors.Is(err, fs.ErrPermission):
+		return failure("run it as the user that "+dir+" belongs to, or as root: "+mkdir, "uid %d may not look into the directories above %s", uid, dir)
+	case err != nil:
+		return failure(mkdir, "%v", err)
+	case !info.IsDir():
+		return failure("set UNITMETER_STATE_DIR to another path, or move the file away: mv "+dir+" "+dir+".old", "%s is not a directory", dir)
+	}
+	if owner := int(info.Sys().(*syscall.Stat_t).Uid); owner != uid {
+		return failure(fmt.Sprintf("chown -R %d %s", uid, dir),
+			"%s belongs to %s, and this is uid %d (%s); or run this as that user", dir, userName(owner), uid, userName(uid))
+	}
+	if perm := info.Mode().Perm(); perm&0o022 != 0 {
+		return failure("chmod 0700 "+dir, "others may write to %s (mode %#o)", dir, perm)
+	}
+	if err := writable(dir); err != nil {
+		mend := "chmod u+rwx " + dir
+		if errors.Is(err, syscall.EROFS) {
+			mend = "set UNITMETER_STATE_DIR to a directory on a disk that can be written (in a unit: StateDirectory=unitmeter)"
+		} else if errors.Is(err, syscall.ENOSPC) {
+			mend = "free some space: df -h " + dir
+		}
+		return failure(mend, "%s cannot be written: %v", dir, err)
+	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(dir, &disk); err != nil {
+		return failure("df -h "+dir, "%s: %v", dir, err)
+	}
+	free := int64(min(disk.Bavail, math.MaxInt64/uint64(disk.Bsize)) * uint64(disk.Bsize))
+	found := fmt.Sprintf("%s, mode %#o, %s free", dir, info.Mode().Perm(), humanBytes(float64(free)))
+	if holder := lockHolder(info); holder != "" {
+		found += ", in use by " + holder
+	}
+	if free < minFree {
+		return warning("free some space: df -h "+dir, "%s: less than %s", found, humanBytes(minFree))
+	}
+	if free < outbox {
+		return warning("set UNITMETER_OUTBOX_MAX_BYTES to less than what is free, or free some space", "%s: less than the outbox may take (%s)", found, humanBytes(float64(outbox)))
+	}
+	return good("%s", found)
+}
+
+// absentState judges a directory that the agent would have to make.
+func absentState(dir, mkdir string) finding {
+	parent := filepath.Dir(dir)
+	for {
+		if _, err := os.Stat(parent); err == nil || parent == "/" {
+			break
+		}
+		parent = filepath.Dir(parent)
+	}
+	if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
+		return failure("as root: "+mkdir, "%s does not exist, and uid %d may not make it in %s: %v", dir, os.Geteuid(), parent, err)
+	}
+	return good("%s does not exist yet; the agent makes it", dir)
+}
+
+// writable makes a file and removes it again.
+func writable(dir string) error {
+	f, err := os.CreateTemp(dir, "doctor-")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(make([]byte, 4096))
+	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
+}
+
+// lockHolder names the process that holds the store's lock on its directory,
+// or "". It looks without locking: even a short lock could keep an agent from
+// starting.
+func lockHolder(dir fs.FileInfo) string {
+	st, ok := dir.Sys().(*syscall.Stat_t)
+	if !ok {
+		return ""
+	}
+	locks, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		return ""
+	}
+	// "1: FLOCK  ADVISORY  WRITE 708 fd:01:13894 0 EOF"
+	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev)), st.Ino)
+	for line := range strings.Lines(string(locks)) {
+		f := strings.Fields(line)
+		if len(f) < 6 || f[1] != "FLOCK" || f[5] != file {
+			continue
+		}
+		if name, err := os.ReadFile("/proc/" + f[4] + "/comm"); err == nil {
+			return fmt.Sprintf("process %s (%s)", f[4], strings.TrimSpace(string(name)))
+		}
+		return "process " + f[4]
+	}
+	return ""
+}

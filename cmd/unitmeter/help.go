@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/unitmeter/unitmeter/config"
+)
+
+func help(_ context.Context, t *terminal, flags *flag.FlagSet) error {
+	args, err := parse(t, flags, 1)
+	if err != nil {
+		return err
+	}
+	if len(args) == 0 {
+		printHelp(t.stdout)
+		return nil
+	}
+	if args[0] == "environment" {
+		return config.WriteText(t.stdout)
+	}
+	all := commands()
+	i := slices.IndexFunc(all, func(c command) bool { return c.name == args[0] })
+	if i < 0 {
+		return usageError{fmt.Errorf("there is no command %q; see \"unitmeter help\"", args[0])}
+	}
+	// Every command declares its flags before it parses them.
+	sub := flag.NewFlagSet(args[0], flag.ContinueOnError)
+	sub.SetOutput(io.Discard)
+	_ = all[i].run(context.Background(), &terminal{args: []string{"-h"}, stdout: io.Discard, stderr: io.Discard}, sub)
+	printCommandHelp(t.stdout, all[i], sub)
+	return nil
+}
+
+func printHelp(w io.Writer) {
+	fmt.Fprint(w, `unitmeter meters the network traffic of every systemd unit and sends it as
+OpenTelemetry metrics.
+
+Usage: unitmeter [COMMAND] [ARGUMENTS]
+
+Commands:
+`)
+	for _, c := range commands() {
+		fmt.Fprintf(w, "  %-12s%s\n", c.name, c.summary)
+	}
+	fmt.Fprint(w, `
+Configuration is by environment variables, none of which is needed where an
+OpenTelemetry Collector listens on this host: see "unitmeter help environment".
+
+Exit codes: 0 done; 1 the work could not be done; 2 the command line or the
+environment is wrong.
+`)
+}
+
+func printCommandHelp(w io.Writer, c command, flags *flag.FlagSet) {
+	line := "Usage: unitmeter " + c.name
+	if c.arguments != "" {
+		line += " " + c.arguments
+	}
+	fmt.Fprintf(w, "%s\n\n%s.\n", line, c.summary)
+	first := true
+	flags.VisitAll(func(f *flag.Flag) {
+		if first {
+			fmt.Fprint(w, "\nFlags:\n")
+			first = false
+		}
+		fmt.Fprintf(w, "  --%-14s%s\n", f.Name, f.Usage)
+	})
+}

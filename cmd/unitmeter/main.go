@@ -1,0 +1,162 @@
+// Command unitmeter is an OpenTelemetry metrics agent that meters the network
+// traffic of every systemd unit.
+//
+// Two things are needed: a host that runs systemd, and an OTLP receiver at
+// OTEL_EXPORTER_OTLP_ENDPOINT. "unitmeter run" then sends what each unit
+// received and sent, and "unitmeter once" prints it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// version is set by the Makefile with -ldflags "-X main.version=...".
+var version string
+
+// Exit codes, as documented in "unitmeter help".
+const (
+	exitOK      = 0
+	exitFailure = 1 // the work could not be done
+	exitUsage   = 2 // the command line or the environment is wrong
+)
+
+func main() {
+	// A second signal ends the process at once: the first one has restored
+	// the default by then.
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	context.AfterFunc(ctx, stop)
+	os.Exit(dispatch(ctx, &terminal{
+		args: os.Args[1:], environ: os.Environ(), stdout: os.Stdout, stderr: os.Stderr,
+	}))
+}
+
+// terminal is what a command gets from the outside.
+type terminal struct {
+	args, environ  []string
+	stdout, stderr io.Writer
+}
+
+// command is one subcommand.
+type command struct {
+	name, arguments, summary string
+	run                      func(ctx context.Context, t *terminal, flags *flag.FlagSet) error
+}
+
+// commands lists the subcommands in the order of the help.
+func commands() []command {
+	return []command{
+		{"run", "", "meter all units and send the metrics until stopped (the default)", run},
+		{"once", "[--json] [--interval D] [UNIT...]", "read all units once and print what they received and sent", once},
+		{"top", "[--once] [--interval D] [--bytes] [UNIT...]", "show the speeds of all units, live", top},
+		{"units", "[--json] [UNIT...]", "list what is metered, and why the rest is not", units},
+		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch on the IP accounting of units", enable},
+		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch off the IP accounting of units", disable},
+		{"doctor", "[--json]", "check everything that the agent needs, and say what mends it", diagnose},
+		{"version", "", "print the version", printVersion},
+		{"help", "[COMMAND|environment]", "print this help, or the variables that configure unitmeter", help},
+	}
+}
+
+// usageError is a mistake in the command line or the environment.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// dispatch runs the subcommand that the arguments name and returns the exit
+// code. Errors are printed here and nowhere else.
+func dispatch(ctx context.Context, t *terminal) int {
+	name, rest := "run", t.args
+	if len(rest) > 0 && !strings.HasPrefix(rest[0], "-") {
+		name, rest = rest[0], rest[1:]
+	} else if len(rest) > 0 {
+		switch rest[0] {
+		case "-h", "-help", "--help":
+			name, rest = "help", rest[1:]
+		case "-version", "--version":
+			name, rest = "version", rest[1:]
+		}
+	}
+	all := commands()
+	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
+	if i < 0 {
+		fmt.Fprintf(t.stderr, "unitmeter: there is no command %q; see \"unitmeter help\"\n", name)
+		return exitUsage
+	}
+	t.args = rest
+	flags := flag.NewFlagSet(name, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	err := all[i].run(ctx, t, flags)
+	var usage usageError
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.Is(err, flag.ErrHelp):
+		printCommandHelp(t.stdout, all[i], flags)
+		return exitOK
+	case errors.As(err, &usage):
+		fmt.Fprintf(t.stderr, "unitmeter %s: %s\n", name, indent(err))
+		return exitUsage
+	default:
+		fmt.Fprintf(t.stderr, "unitmeter %s: %s\n", name, indent(err))
+		return exitFailure
+	}
+}
+
+// indent sets the lines of a joined error below each other.
+func indent(err error) string {
+	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "\n  ")
+}
+
+// parse reads the flags of a subcommand and checks the number of its
+// arguments.
+func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
+	// Flags may stand behind arguments, as in "once nats.service --json".
+	var args []string
+	rest := t.args
+	for {
+		if err := flags.Parse(rest); err != nil {
+			if errors.Is(err, flag.ErrHelp) {
+				return nil, err
+			}
+			return nil, usageError{fmt.Errorf("%w; see \"unitmeter help %s\"", err, flags.Name())}
+		}
+		if flags.NArg() == 0 {
+			break
+		}
+		args, rest = append(args, flags.Arg(0)), flags.Args()[1:]
+	}
+	if maxArgs >= 0 && len(args) > maxArgs {
+		return nil, usageError{fmt.Errorf("%q is one argument too many; see \"unitmeter help %s\"", args[maxArgs], flags.Name())}
+	}
+	return args, nil
+}
+
+func printVersion(_ context.Context, t *terminal, flags *flag.FlagSet) error {
+	if _, err := parse(t, flags, 0); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(t.stdout, "unitmeter %s\n", buildVersion())
+	return err
+}
+
+// buildVersion is the version that the Makefile stamped, else what Go knows of
+// the module, as after "go install".
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}

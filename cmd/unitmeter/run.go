@@ -1,0 +1,254 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/go-logr/logr"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+
+	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/receiver"
+)
+
+const (
+	// firstContact is how long the first collection waits for systemd.
+	firstContact = 5 * time.Second
+	// stopTimeout bounds the last collection and its delivery. It is below
+	// the 10 s that container engines give, and systemd's 90 s.
+	stopTimeout = 8 * time.Second
+)
+
+// run is the agent. It reads as the data flows: from systemd through the
+// receiver and the meter to the exporters.
+func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
+	if _, err := parse(t, flags, 0); err != nil {
+		return err
+	}
+	cfg, err := loadConfig(t)
+	if err != nil {
+		return err
+	}
+	log := newLogger(t.stderr, cfg)
+	for _, warning := range cfg.Warnings {
+		log.Warn(warning)
+	}
+	if cfg.Disabled {
+		log.Info("OTEL_SDK_DISABLED is true: nothing to do until stopped")
+		<-ctx.Done()
+		return nil
+	}
+	otel.SetLogger(logr.FromSlogHandler(log.Handler()))
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Error("OpenTelemetry SDK", "err", err) }))
+
+	for {
+		again, err := meter(ctx, t, cfg, log)
+		if err != nil || !again {
+			return err
+		}
+	}
+}
+
+// meter is run with a checked configuration. Where the state could not be read
+// at the start, it works without until it can be, and then asks to be called
+// again.
+func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger) (again bool, err error) {
+	state, err := openState(ctx, cfg, log)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, state.close()) }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	if state.unavailable() {
+		waiting.Go(func() {
+			if again = state.await(ctx); again {
+				cancel()
+			}
+		})
+	}
+
+	rcvConfig := receiverConfig(cfg)
+	rcvConfig.Logger = log
+	rcvConfig.State = state.restored()
+	rcv, err := receiver.New(rcvConfig)
+	if err != nil {
+		return false, usageError{err}
+	}
+	out, err := openExporters(ctx, t, cfg, rcv, state, log)
+	if err != nil {
+		return false, err
+	}
+	res, err := exporter.Resource(ctx, buildVersion())
+	if err != nil {
+		return false, err
+	}
+	provider := sdkmetric.NewMeterProvider(append(out.readers(cfg),
+		sdkmetric.WithResource(res),
+		// The receiver bounds the number of series itself, and loses none.
+		sdkmetric.WithCardinalityLimit(0),
+	)...)
+	scope := provider.Meter("github.com/unitmeter/unitmeter", metric.WithInstrumentationVersion(buildVersion()))
+	if err := errors.Join(rcv.Register(scope), out.main.Register(scope)); err != nil {
+		return false, err
+	}
+
+	// The receiver must outlive ctx: shutting down collects once more.
+	running, stopReceiver := context.WithCancel(context.WithoutCancel(ctx))
+	var receiving sync.WaitGroup
+	receiving.Go(func() { _ = rcv.Run(running) }) // it ends with running and nothing else
+	log.Info("started", "version", buildVersion(), "exporters", cfg.Exporters, "interval", cfg.Interval)
+
+	ready, stopWaiting := context.WithTimeout(ctx, firstContact)
+	if err := rcv.Ready(ready); err == nil {
+		// The first points now, and not after a whole interval.
+		go func() { _ = provider.ForceFlush(ctx) }() // the exporters log their errors
+	}
+	stopWaiting()
+	notify(log, daemon.SdNotifyReady)
+	status(ctx, log, cfg, rcv, out)
+
+	log.Info("stopping")
+	notify(log, daemon.SdNotifyStopping)
+	// The order: a last collection and its delivery, then the connection to
+	// systemd that it needed, then the state that it was committed to.
+	ending, stopEnding := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer stopEnding()
+	err = errors.Join(provider.Shutdown(ending), out.close(ending))
+	stopReceiver()
+	receiving.Wait()
+	if err != nil {
+		return false, fmt.Errorf("stop: %w", err)
+	}
+	waiting.Wait()
+	return again, nil
+}
+
+// outputs are the exporters of a run.
+type outputs struct {
+	main       *exporter.Exporter // commits each cycle, and sends it where OTLP is asked for
+	console    sdkmetric.Exporter
+	prometheus *exporter.Prometheus
+}
+
+func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *receiver.Receiver, state *state, log *slog.Logger) (out *outputs, err error) {
+	out = &outputs{}
+	protocol := "none"
+	for _, name := range cfg.Exporters {
+		switch name {
+		case "otlp":
+			protocol = cfg.OTLP.Protocol
+		case "console":
+			if out.console, err = exporter.NewConsole(t.stdout, rcv); err != nil {
+				return nil, err
+			}
+		case "prometheus":
+			out.prometheus, err = exporter.NewPrometheus(ctx, exporter.PrometheusConfig{
+				Address: net.JoinHostPort(cfg.PrometheusHost, strconv.Itoa(cfg.PrometheusPort)), Logger: log,
+			})
+			if err != nil {
+				return nil, err
+			}
+			log.Info("listening for Prometheus", "address", out.prometheus.Addr())
+		}
+	}
+	out.main, err = exporter.New(ctx, exporter.Config{
+		Protocol: protocol, Headers: cfg.OTLP.Headers, Temporality: cfg.OTLP.Temporality,
+		Source: rcv, Ledger: state.restored(), Outbox: state.outbox(), Logger: log,
+	})
+	if err != nil {
+		return nil, errors.Join(err, out.close(ctx))
+	}
+	return out, nil
+}
+
+// readers makes one reader for each exporter.
+func (o *outputs) readers(cfg config.Config) []sdkmetric.Option {
+	periodic := func(e sdkmetric.Exporter) sdkmetric.Option {
+		return sdkmetric.WithReader(sdkmetric.NewPeriodicReader(e,
+			sdkmetric.WithInterval(cfg.Interval), sdkmetric.WithTimeout(cfg.ExportTimeout)))
+	}
+	options := []sdkmetric.Option{periodic(o.main)}
+	if o.console != nil {
+		options = append(options, periodic(o.console))
+	}
+	if o.prometheus != nil {
+		options = append(options, sdkmetric.WithReader(o.prometheus.Reader()))
+	}
+	return options
+}
+
+// close ends what the MeterProvider does not.
+func (o *outputs) close(ctx context.Context) error {
+	if o.prometheus != nil {
+		return o.prometheus.Shutdown(ctx)
+	}
+	return nil
+}
+
+// status tells the service manager how it goes, and feeds its watchdog for as
+// long as sweeps come in, until ctx ends.
+func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *receiver.Receiver, out *outputs) {
+	watchdog, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		log.Warn("no watchdog", "err", err)
+	}
+	every := cfg.Interval
+	if watchdog > 0 {
+		every = min(every, watchdog/3)
+	}
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	began, last := time.Now(), ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		alive := began
+		if sweep := rcv.Last(); sweep != nil {
+			alive = sweep.Time
+			if text := statusText(rcv); text != last {
+				last = text
+				notify(log, "STATUS="+text)
+			}
+		}
+		// Two missed collections are a reason to start again; a systemd that
+		// does not answer, or a Collector that is away, is none.
+		if watchdog > 0 && time.Since(alive) < 3*cfg.Interval+cfg.ExportTimeout {
+			notify(log, daemon.SdNotifyWatchdog)
+		}
+	}
+}
+
+func statusText(rcv *receiver.Receiver) string {
+	on, all := 0, 0
+	for _, u := range rcv.Units() {
+		all++
+		if u.Accounting == "on" {
+			on++
+		}
+	}
+	return fmt.Sprintf("metering %d of %d units", on, all)
+}
+
+// notify sends a message to the service manager, if there is one (sd_notify(3)).
+func notify(log *slog.Logger, message string) {
+	if _, err := daemon.SdNotify(false, message); err != nil {
+		log.Debug("tell the service manager", "err", err)
+	}
+}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/receiver"
+)
+
+// stateRetry is the pause between tries to read a state that is unavailable.
+const stateRetry = 10 * time.Second
+
+// state is what survives the process: ledger, outbox and history.
+type state struct {
+	store   *store.Store      // nil: none is wanted
+	durable *exporter.Durable // nil: there is none, or it cannot be read now
+}
+
+// openState opens the state directory. A disk that is full or failing is no
+// error: then the agent sends directly, and unavailable is true.
+func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state, error) {
+	s := &state{}
+	if cfg.StateDir == "" {
+		return s, nil
+	}
+	history := cfg.History
+	if history == 0 {
+		history = -1
+	}
+	var err error
+	s.store, err = store.Open(ctx, store.Config{
+		Dir: cfg.StateDir, OutboxMaxBytes: cfg.OutboxMaxBytes, OutboxMaxAge: cfg.OutboxMaxAge,
+		History: history, Merge: exporter.Merge, Logger: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range s.store.Recovered() {
+		log.Warn("began a new state; totals begin again where the units' own counters do", "reason", r.Reason, "old", r.Aside)
+	}
+	s.durable, err = exporter.NewDurable(ctx, s.store)
+	if err != nil && !errors.Is(err, store.ErrUnavailable) {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// unavailable reports that there is a state and it could not be read.
+func (s *state) unavailable() bool { return s.store != nil && s.durable == nil }
+
+// await waits until the state can be read, or ctx ends.
+func (s *state) await(ctx context.Context) bool {
+	for {
+		select {
+		case <-time.After(stateRetry):
+		case <-ctx.Done():
+			return false
+		}
+		if _, err := s.store.Ledger(ctx); err == nil {
+			return true
+		}
+	}
+}
+
+// restored is what the receiver goes on from.
+func (s *state) restored() receiver.State {
+	if s.durable == nil {
+		return receiver.State{}
+	}
+	return s.durable.State()
+}
+
+// outbox is nil where there is none.
+func (s *state) outbox() exporter.Outbox {
+	if s.durable == nil {
+		return nil
+	}
+	return s.durable
+}
+
+func (s *state) close() error {
+	if s.store == nil {
+		return nil
+	}
+	return s.store.Close()
+}

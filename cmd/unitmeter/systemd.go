@@ -1,0 +1,220 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/config"
+)
+
+const (
+	systemdName      = "org.freedesktop.systemd1"
+	managerPath      = "/org/freedesktop/systemd1"
+	managerInterface = "org.freedesktop.systemd1.Manager"
+	unitInterface    = "org.freedesktop.systemd1.Unit"
+	privateBus       = "unix:path=/run/systemd/private"
+	usualSystemBus   = "unix:path=/run/dbus/system_bus_socket"
+)
+
+// accountable are the types of unit that have IP counters. Each has a D-Bus
+// interface of its own; see counterInterface.
+func accountable() []string {
+	return []string{"service", "scope", "socket", "mount", "swap", "slice"}
+}
+
+// counterInterface is the D-Bus interface that has IPAccounting and the
+// counters of a unit, or "" for a type of unit without.
+func counterInterface(unit string) string {
+	kind := unit[strings.LastIndexByte(unit, '.')+1:]
+	for _, t := range accountable() {
+		if t == kind {
+			return systemdName + "." + strings.ToUpper(t[:1]) + t[1:]
+		}
+	}
+	return ""
+}
+
+// manager is a connection to systemd for the few calls of a command that a
+// person waits for. What reads counters all the time is the receiver.
+type manager struct {
+	conn    *dbus.Conn
+	address string
+	// private is PID 1's own socket: there is no bus on it, and no references.
+	private bool
+}
+
+// busError is one bus that could not be used.
+type busError struct {
+	address string
+	err     error
+}
+
+func (e *busError) Error() string { return fmt.Sprintf("connect to systemd at %s: %v", e.address, e.err) }
+
+func (e *busError) Unwrap() error { return e.err }
+
+// busAddresses are the addresses that the receiver would try, in its order.
+func busAddresses(cfg config.Config) []string {
+	system := cmp.Or(cfg.SystemBusAddress, usualSystemBus)
+	switch {
+	case cfg.Bus == "private":
+		return []string{privateBus}
+	case cfg.Bus == "system", (cfg.Bus == "auto" || cfg.Bus == "") && os.Geteuid() != 0:
+		return []string{system}
+	case cfg.Bus == "auto", cfg.Bus == "":
+		return []string{privateBus, system}
+	}
+	return []string{cfg.Bus}
+}
+
+// openManager connects to the first bus that answers. The error joins a
+// *busError for each that does not. The caller closes conn.
+func openManager(ctx context.Context, addresses ...string) (*manager, error) {
+	var errs []error
+	for _, address := range addresses {
+		m, err := openBus(ctx, address)
+		if err == nil {
+			return m, nil
+		}
+		errs = append(errs, &busError{address, err})
+	}
+	return nil, errors.Join(errs...)
+}
+
+func openBus(ctx context.Context, address string) (*manager, error) {
+	conn, err := dbus.Dial(address)
+	if err != nil {
+		return nil, err
+	}
+	m := &manager{conn: conn, address: address, private: strings.HasSuffix(address, "/systemd/private")}
+	// A peer that takes the connection and never answers must not hang us.
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	err = conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Geteuid()))})
+	if err == nil && m.private {
+		err = m.awaken(ctx)
+	} else if err == nil {
+		err = conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.Hello", 0).Err
+	}
+	if !stop() && err == nil || ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		_ = conn.Close() // the reason is in err
+		return nil, err
+	}
+	return m, nil
+}
+
+// awaken repeats a question until PID 1 answers. On its own socket it does not
+// look at a message that came together with the end of the handshake until
+// another one follows.
+func (m *manager) awaken(ctx context.Context) error {
+	answers := make(chan *dbus.Call, 1024)
+	repeat := time.NewTicker(20 * time.Millisecond)
+	defer repeat.Stop()
+	for {
+		m.conn.Object(systemdName, managerPath).Go("org.freedesktop.DBus.Peer.Ping", 0, answers)
+		select {
+		case call := <-answers:
+			return call.Err
+		case <-repeat.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (m *manager) close() { _ = m.conn.Close() }
+
+// call calls a method of the manager.
+func (m *manager) call(ctx context.Context, method string, args ...any) *dbus.Call {
+	return m.conn.Object(systemdName, managerPath).CallWithContext(ctx, managerInterface+"."+method, 0, args...)
+}
+
+// get reads one property.
+func (m *manager) get(ctx context.Context, path dbus.ObjectPath, iface, property string, to any) error {
+	var v dbus.Variant
+	err := m.conn.Object(systemdName, path).
+		CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, iface, property).Store(&v)
+	if err == nil {
+		err = dbus.Store([]any{v.Value()}, to)
+	}
+	if err != nil {
+		return fmt.Errorf("read %s: %w", property, err)
+	}
+	return nil
+}
+
+// dbusErrorIs reports whether err is one of the D-Bus errors of that name.
+func dbusErrorIs(err error, names ...string) bool {
+	var refused dbus.Error
+	if !errors.As(err, &refused) {
+		return false
+	}
+	for _, name := range names {
+		if refused.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
+// denied reports whether systemd or the bus refused the rights of the caller.
+func denied(err error) bool {
+	return dbusErrorIs(err, "org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired",
+		"org.freedesktop.DBus.Error.AuthFailed")
+}
+
+// version asks systemd for its version.
+func (m *manager) version(ctx context.Context) (systemdVersion, error) {
+	var text string
+	if err := m.get(ctx, managerPath, managerInterface, "Version", &text); err != nil {
+		return systemdVersion{}, err
+	}
+	return parseSystemdVersion(text)
+}
+
+// systemdVersion is what the Manager property Version begins with.
+type systemdVersion struct{ major, minor int }
+
+// parseSystemdVersion reads "252.38-1~deb12u1", "v258" or "256~rc3-1". The
+// release candidates of a version are taken for the version.
+func parseSystemdVersion(text string) (v systemdVersion, err error) {
+	digits := func(s string) (int, string) {
+		n := 0
+		for n < len(s) && s[n] >= '0' && s[n] <= '9' {
+			n++
+		}
+		number, _ := strconv.Atoi(s[:min(n, 6)])
+		return number, s[n:]
+	}
+	rest := ""
+	v.major, rest = digits(strings.TrimPrefix(strings.TrimSpace(text), "v"))
+	if v.major == 0 {
+		return v, fmt.Errorf("read systemd's version %q: it does not begin with a number", text)
+	}
+	if after, ok := strings.CutPrefix(rest, "."); ok {
+		v.minor, _ = digits(after)
+	}
+	return v, nil
+}
+
+func (v systemdVersion) String() string {
+	if v.minor == 0 {
+		return strconv.Itoa(v.major)
+	}
+	return fmt.Sprintf("%d.%d", v.major, v.minor)
+}
+
+// before reports whether v is older than the given version.
+func (v systemdVersion) before(major, minor int) bool {
+	return v.major < major || v.major == major && v.minor < minor
+}

@@ -1,0 +1,318 @@
+package main
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/unitmeter/unitmeter/receiver"
+)
+
+const (
+	// keepHistory is how far back the speeds of a unit are kept.
+	keepHistory = 10 * time.Minute
+	// recent is the span of the sparklines.
+	recent = time.Minute
+	// keepEnded is how long a unit is shown after its end.
+	keepEnded = time.Minute
+)
+
+// speeds are those over one interval, in bytes and packets per second.
+type speeds struct {
+	in, out, packetsIn, packetsOut float64
+	// known is false for an interval of which nothing can be said: a gap is
+	// shown as a gap.
+	known bool
+}
+
+func (s speeds) sum() float64 { return s.in + s.out }
+
+// row is one unit, or one slice, on the board.
+type row struct {
+	name  string
+	units int // in a slice; 0 for a unit
+	unit  receiver.Unit
+	// total is what systemd has counted for the present run.
+	total receiver.Counters
+	// session is what was counted since top began, over all runs.
+	session receiver.Counters
+	now     speeds
+	peak    speeds
+	history []speeds // one for each interval, the newest last
+	ended   time.Time
+}
+
+// mean is the mean speed over the last n intervals of which something is known.
+func (r *row) mean(n int) speeds {
+	var m speeds
+	known := 0.0
+	for _, s := range r.history[max(0, len(r.history)-n):] {
+		if s.known {
+			m.in, m.out, m.packetsIn, m.packetsOut = m.in+s.in, m.out+s.out, m.packetsIn+s.packetsIn, m.packetsOut+s.packetsOut
+			known++
+		}
+	}
+	if known > 0 {
+		m = speeds{m.in / known, m.out / known, m.packetsIn / known, m.packetsOut / known, true}
+	}
+	return m
+}
+
+// board has what was read of all units since top began. It is not safe for
+// concurrent use.
+type board struct {
+	wanted   []string // patterns; none: all units
+	interval time.Duration
+	began    time.Time
+	last     time.Time
+	rows     map[string]*row
+	// others counts the units without numbers, by what is the matter.
+	others map[string]int
+}
+
+func newBoard(wanted []string, interval time.Duration) *board {
+	return &board{wanted: wanted, interval: interval, rows: map[string]*row{}, others: map[string]int{}}
+}
+
+// intervals is how many readings make up a span of time.
+func (b *board) intervals(span time.Duration) int { return max(1, int(span/b.interval)) }
+
+// take adds one reading.
+func (b *board) take(at time.Time, units []receiver.Unit) {
+	if b.began.IsZero() {
+		b.began = at
+	}
+	clear(b.others)
+	here := make(map[string]bool, len(units))
+	for _, u := range units {
+		if len(b.wanted) > 0 && matching(b.wanted, u.Name) == "" {
+			continue
+		}
+		r := b.rows[u.Name]
+		if u.Accounting != "on" {
+			b.others[u.Accounting]++
+			if r == nil {
+				continue
+			}
+		}
+		if r == nil {
+			r = &row{name: u.Name}
+			b.rows[u.Name] = r
+		}
+		here[u.Name] = true
+		r.ended = time.Time{}
+		r.advance(u, b.last, b.intervals(keepHistory))
+	}
+	for name, r := range b.rows {
+		if here[name] {
+			continue
+		}
+		if r.ended.IsZero() {
+			r.ended = at
+		}
+		if at.Sub(r.ended) > keepEnded {
+			delete(b.rows, name)
+			continue
+		}
+		r.add(speeds{known: true}, b.intervals(keepHistory)) // what has ended sends nothing
+	}
+	b.last = at
+}
+
+// advance takes a unit's next reading. since is the time of the reading before.
+func (r *row) advance(u receiver.Unit, since time.Time, keep int) {
+	old := r.unit
+	var delta receiver.Counters
+	from := time.Time{}
+	switch {
+	case u.Accounting != "on":
+	case old.Accounting == "on" && old.Invocation == u.Invocation:
+		if d, ok := grown(old.Counters, u.Counters); ok {
+			delta, from = d, old.Time
+		}
+	case !since.IsZero() && !u.Start.Before(since):
+		// A new run: all of it came in this interval.
+		delta, from = u.Counters, since
+	}
+	var now speeds
+	if seconds := u.Time.Sub(from).Seconds(); !from.IsZero() && seconds > 0 {
+		now = speeds{
+			float64(delta.IngressBytes) / seconds, float64(delta.EgressBytes) / seconds,
+			float64(delta.IngressPackets) / seconds, float64(delta.EgressPackets) / seconds, true,
+		}
+		r.session = sum(r.session, delta)
+	}
+	r.unit, r.total = u, u.Counters
+	r.add(now, keep)
+}
+
+// add appends to the history.
+func (r *row) add(now speeds, keep int) {
+	r.now = now
+	r.peak.in, r.peak.out = max(r.peak.in, now.in), max(r.peak.out, now.out)
+	r.peak.packetsIn, r.peak.packetsOut = max(r.peak.packetsIn, now.packetsIn), max(r.peak.packetsOut, now.packetsOut)
+	r.history = append(r.history, now)
+	if over := len(r.history) - keep; over > 0 {
+		r.history = slices.Delete(r.history, 0, over)
+	}
+}
+
+// grown is b - a; false where a counter fell.
+func grown(a, b receiver.Counters) (receiver.Counters, bool) {
+	if b.IngressBytes < a.IngressBytes || b.EgressBytes < a.EgressBytes || b.IngressPackets < a.IngressPackets || b.EgressPackets < a.EgressPackets {
+		return receiver.Counters{}, false
+	}
+	return receiver.Counters{
+		IngressBytes: b.IngressBytes - a.IngressBytes, IngressPackets: b.IngressPackets - a.IngressPackets,
+		EgressBytes: b.EgressBytes - a.EgressBytes, EgressPackets: b.EgressPackets - a.EgressPackets,
+	}, true
+}
+
+func sum(a, b receiver.Counters) receiver.Counters {
+	return receiver.Counters{
+		IngressBytes: a.IngressBytes + b.IngressBytes, IngressPackets: a.IngressPackets + b.IngressPackets,
+		EgressBytes: a.EgressBytes + b.EgressBytes, EgressPackets: a.EgressPackets + b.EgressPackets,
+	}
+}
+
+// slices adds the units up by slice. As in systemd a slice has what is in the
+// slices below it too.
+func (b *board) slices() []*row {
+	byName := map[string]*row{}
+	for _, r := range b.rows {
+		if strings.HasSuffix(r.name, ".slice") {
+			continue // it has its units already
+		}
+		for _, name := range slicesAbove(r.unit.Slice) {
+			s := byName[name]
+			if s == nil {
+				s = &row{name: name}
+				byName[name] = s
+			}
+			s.join(r)
+		}
+	}
+	var rows []*row
+	for _, s := range byName {
+		for _, h := range s.history {
+			s.peak.in, s.peak.out = max(s.peak.in, h.in), max(s.peak.out, h.out)
+			s.peak.packetsIn, s.peak.packetsOut = max(s.peak.packetsIn, h.packetsIn), max(s.peak.packetsOut, h.packetsOut)
+		}
+		rows = append(rows, s)
+	}
+	return rows
+}
+
+// join adds a unit to the row of a slice.
+func (r *row) join(u *row) {
+	if u.ended.IsZero() {
+		r.units++
+	}
+	r.total, r.session = sum(r.total, u.total), sum(r.session, u.session)
+	r.now = plus(r.now, u.now)
+	if missing := len(u.history) - len(r.history); missing > 0 {
+		r.history = append(make([]speeds, missing), r.history...)
+	}
+	offset := len(r.history) - len(u.history)
+	for i, s := range u.history {
+		r.history[offset+i] = plus(r.history[offset+i], s)
+	}
+}
+
+func plus(a, b speeds) speeds {
+	return speeds{a.in + b.in, a.out + b.out, a.packetsIn + b.packetsIn, a.packetsOut + b.packetsOut, a.known || b.known}
+}
+
+// slicesAbove lists a slice and those that it is in: the dashes of its name are
+// the path (systemd.slice(5)).
+func slicesAbove(name string) []string {
+	if name == "" {
+		return nil
+	}
+	all := []string{name}
+	stem := strings.TrimSuffix(name, ".slice")
+	for stem != "-" && stem != "" {
+		i := strings.LastIndexByte(stem, '-')
+		if i <= 0 {
+			return append(all, "-.slice")
+		}
+		stem = stem[:i]
+		all = append(all, stem+".slice")
+	}
+	return all
+}
+
+// column is what rows can be sorted by.
+type column int
+
+const (
+	byName column = iota
+	byIn
+	byOut
+	byPacketsIn
+	byPacketsOut
+	byTotal
+	byRecent
+	columns
+)
+
+// sorted returns rows in order: text from a to z, numbers the largest first;
+// reverse turns it around. Rows that are equal are in the order of their names.
+func (b *board) sorted(rows []*row, by column, reverse bool) []*row {
+	n := b.intervals(recent)
+	value := func(r *row) float64 {
+		switch by {
+		case byIn:
+			return r.now.in
+		case byOut:
+			return r.now.out
+		case byPacketsIn:
+			return r.now.packetsIn
+		case byPacketsOut:
+			return r.now.packetsOut
+		case byTotal:
+			return float64(r.total.IngressBytes) + float64(r.total.EgressBytes)
+		case byRecent:
+			return r.mean(n).sum()
+		}
+		return 0
+	}
+	values := make(map[*row]float64, len(rows))
+	for _, r := range rows {
+		values[r] = value(r)
+	}
+	rows = slices.Clone(rows)
+	slices.SortFunc(rows, func(x, y *row) int {
+		order := cmp.Compare(values[y], values[x])
+		if by == byName {
+			order = strings.Compare(x.name, y.name)
+		}
+		if reverse {
+			order = -order
+		}
+		return cmp.Or(order, strings.Compare(x.name, y.name))
+	})
+	return rows
+}
+
+// all returns the rows of the units, in no order.
+func (b *board) all() []*row {
+	rows := make([]*row, 0, len(b.rows))
+	for _, r := range b.rows {
+		rows = append(rows, r)
+	}
+	return rows
+}
+
+// sums adds up all rows of units. Slices are left out: they have their units'
+// traffic.
+func (b *board) sums() speeds {
+	var s speeds
+	for _, r := range b.rows {
+		if !strings.HasSuffix(r.name, ".slice") {
+			s = plus(s, r.now)
+		}
+	}
+	return s
+}

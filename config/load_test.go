@@ -1,0 +1,306 @@
+package config
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// load fails the test if environ is refused or gives other warnings than want.
+func load(t *testing.T, environ []string, want ...string) Config {
+	t.Helper()
+	cfg, err := Load(environ)
+	if err != nil {
+		t.Fatalf("%q: %v", environ, err)
+	}
+	if !slices.Equal(cfg.Warnings, want) {
+		t.Errorf("%q\n got warnings %q\nwant warnings %q", environ, cfg.Warnings, want)
+	}
+	return cfg
+}
+
+func TestNoConfigurationNeeded(t *testing.T) {
+	want := Config{
+		LogLevel: "info", LogFormat: "text",
+		Exporters: []string{"otlp"}, Interval: time.Minute, ExportTimeout: 30 * time.Second,
+		ExemplarFilter: "trace_based",
+		OTLP: OTLP{
+			Protocol: "grpc", Endpoint: "localhost:4317", Insecure: true, Compression: "none", Timeout: 10 * time.Second,
+			Temporality: "cumulative", HistogramAggregation: "explicit_bucket_histogram",
+		},
+		PrometheusHost: "localhost", PrometheusPort: 9464,
+		Bus: "auto", Source: "dbus", StopEdge: "auto", SweepTimeout: 10 * time.Second,
+		Fold: []string{"run-*.service", "run-*.scope", "session-*.scope", "docker-*.scope", "libpod-*.scope",
+			"cri-containerd-*.scope", "crio-*.scope", "nerdctl-*.scope"},
+		UnitTypes: []string{"service", "scope", "socket", "mount", "swap"}, MaxUnits: 5000,
+		StateDir: "/home/u/.local/state/unitmeter", OutboxMaxBytes: 256 << 20, OutboxMaxAge: 168 * time.Hour, History: 21 * day,
+	}
+	if got := load(t, []string{"HOME=/home/u"}); !reflect.DeepEqual(got, want) {
+		t.Errorf("\n got %+v\nwant %+v", got, want)
+	}
+}
+
+// Empty and blank values are the same as none, also for lists and files.
+func TestEmptyIsUnset(t *testing.T) {
+	want := load(t, []string{"HOME=/home/u"})
+	environ := []string{"HOME=/home/u"}
+	for _, v := range Variables() {
+		if v.Name != "HOME" {
+			environ = append(environ, v.Name+"=", v.Specific+"= \n")
+		}
+	}
+	if got := load(t, environ); !reflect.DeepEqual(got, want) {
+		t.Errorf("\n got %+v\nwant %+v", got, want)
+	}
+}
+
+func TestGoodInput(t *testing.T) {
+	dir := writeFiles(t)
+	for _, tt := range []struct {
+		environ string // one variable on each line; TMP is the directory of files
+		want    string // the fields of Config that it sets, as field=value
+	}{
+		{"OTEL_SDK_DISABLED=TRUE", "Disabled=true"},
+		{"OTEL_SDK_DISABLED=False", "Disabled=false"},
+		{"OTEL_LOG_LEVEL=WARN", "LogLevel=warn"},
+		{"JOURNAL_STREAM=9:12345", "LogFormat=journal"},
+		{"JOURNAL_STREAM=9:12345\nUNITMETER_LOG_FORMAT=json", "LogFormat=json"},
+		{"OTEL_SERVICE_NAME=  a b  ", "ResourceAttributes=map[service.name:a b]"},
+		{"OTEL_RESOURCE_ATTRIBUTES= a = 1%2C2 ,b=,c=x%3Dy=z", "ResourceAttributes=map[a:1,2 b: c:x=y=z]"},
+		{"OTEL_RESOURCE_ATTRIBUTES=service.name=attr,a=1\nOTEL_SERVICE_NAME=own", "ResourceAttributes=map[a:1 service.name:own]"},
+		{"OTEL_RESOURCE_ATTRIBUTES=service.name=attr", "ResourceAttributes=map[service.name:attr]"},
+
+		{"OTEL_METRICS_EXPORTER=Console, prometheus,console", "Exporters=[console prometheus]"},
+		{"OTEL_METRICS_EXPORTER=none", "Exporters=[]"},
+		{"OTEL_METRIC_EXPORT_INTERVAL=1000\nOTEL_METRIC_EXPORT_TIMEOUT=500", "Interval=1s ExportTimeout=500ms SweepTimeout=250ms"},
+		{"OTEL_METRIC_EXPORT_TIMEOUT=500\nUNITMETER_SWEEP_TIMEOUT=499ms", "SweepTimeout=499ms"},
+		{"OTEL_METRIC_EXPORT_INTERVAL=2147483647", "Interval=596h31m23.647s"},
+		{"OTEL_METRICS_EXEMPLAR_FILTER=always_off", "ExemplarFilter=always_off"},
+		{"OTEL_EXPORTER_PROMETHEUS_HOST=[::1]\nOTEL_EXPORTER_PROMETHEUS_PORT=0", "PrometheusHost=::1 PrometheusPort=0"},
+		{"OTEL_EXPORTER_PROMETHEUS_HOST=0.0.0.0", "PrometheusHost=0.0.0.0"},
+		{"OTEL_GO_X_OBSERVABILITY=true", "SDKMetrics=true"},
+
+		// Nothing of the OTLP group counts where no OTLP is sent.
+		{"OTEL_METRICS_EXPORTER=console\nOTEL_EXPORTER_OTLP_PROTOCOL=http/json\nOTEL_EXPORTER_OTLP_CERTIFICATE=/nowhere", "OTLP.Protocol= OTLP.Endpoint= OTLP.CertificateFile="},
+		// The general variable is not looked at where the other is set.
+		{"OTEL_EXPORTER_OTLP_PROTOCOL=http/json\nOTEL_EXPORTER_OTLP_METRICS_PROTOCOL=http/protobuf", "OTLP.Protocol=http/protobuf OTLP.Endpoint=http://localhost:4318/v1/metrics OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=http://a:1\nOTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://b:2", "OTLP.Endpoint=b:2"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=HTTP://collector:4317/", "OTLP.Endpoint=collector:4317 OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=https://api.example.com", "OTLP.Endpoint=api.example.com:443 OTLP.Insecure=false"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=collector_1:4317", "OTLP.Endpoint=collector_1:4317 OTLP.Insecure=false"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=10.0.0.1:4317\nOTEL_EXPORTER_OTLP_INSECURE=true", "OTLP.Endpoint=10.0.0.1:4317 OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=[::1]:4317", "OTLP.Endpoint=[::1]:4317 OTLP.Insecure=false"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=http://[::1]:4317\nOTEL_EXPORTER_OTLP_INSECURE=true", "OTLP.Endpoint=[::1]:4317 OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=unix:///run/otel.sock", "OTLP.Endpoint=unix:/run/otel.sock OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=unix:/run/otel.sock", "OTLP.Endpoint=unix:/run/otel.sock OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=unix-abstract:otel", "OTLP.Endpoint=unix-abstract:otel OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=dns:///collector:4317", "OTLP.Endpoint=dns:///collector:4317 OTLP.Insecure=false"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=dns:collector:4317", "OTLP.Endpoint=dns:collector:4317"},
+		{"OTEL_EXPORTER_OTLP_PROTOCOL=HTTP/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=https://x/otlp/", "OTLP.Endpoint=https://x/otlp/v1/metrics OTLP.Insecure=false"},
+		{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://x:80", "OTLP.Endpoint=http://x:80/ OTLP.Insecure=true"},
+		{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://x/a/", "OTLP.Endpoint=http://x/a/"},
+		// A setting that speaks of TLS turns the default endpoint to TLS.
+		{"OTEL_EXPORTER_OTLP_INSECURE=false", "OTLP.Endpoint=localhost:4317 OTLP.Insecure=false"},
+		{"OTEL_EXPORTER_OTLP_CERTIFICATE=TMP/bundle.pem\nOTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTLP.Endpoint=https://localhost:4318/v1/metrics OTLP.CertificateFile=TMP/bundle.pem"},
+		{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE=TMP/cert.pem\nOTEL_EXPORTER_OTLP_CLIENT_KEY=TMP/key.pem", "OTLP.ClientCertificateFile=TMP/cert.pem OTLP.ClientKeyFile=TMP/key.pem OTLP.Insecure=false"},
+		{"OTEL_EXPORTER_OTLP_METRICS_CLIENT_CERTIFICATE=TMP/cert.pem\nOTEL_EXPORTER_OTLP_METRICS_CLIENT_KEY=TMP/curvekey.pem\nOTEL_EXPORTER_OTLP_CLIENT_KEY=/nowhere", "OTLP.ClientKeyFile=TMP/curvekey.pem"},
+		{"OTEL_EXPORTER_OTLP_COMPRESSION=GZIP\nOTEL_EXPORTER_OTLP_TIMEOUT=1500", "OTLP.Compression=gzip OTLP.Timeout=1.5s"},
+		{"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=Delta", "OTLP.Temporality=delta"},
+
+		{"UNITMETER_BUS=Private", "Bus=private"},
+		{"UNITMETER_BUS=unix:path=/tmp/bus,guid=00;tcp:host=localhost,port=1", "Bus=unix:path=/tmp/bus,guid=00;tcp:host=localhost,port=1"},
+		{"DBUS_SYSTEM_BUS_ADDRESS=unix:abstract=bus", "SystemBusAddress=unix:abstract=bus Bus=auto"},
+		{"UNITMETER_INCLUDE=nginx.service, ssh*,*.s[eo]*,*service,user@1000.service\nUNITMETER_EXCLUDE=dev-disk-by\\x2duuid.swap,?.service,[^a]*.mount",
+			"Include=[nginx.service ssh* *.s[eo]* *service user@1000.service] Exclude=[dev-disk-by\\x2duuid.swap ?.service [^a]*.mount]"},
+		{"UNITMETER_FOLD=None", "Fold=[]"},
+		{"UNITMETER_FOLD=job-*.service,job-*.service", "Fold=[job-*.service]"},
+		{"UNITMETER_UNIT_TYPES=slice, Service,service", "UnitTypes=[slice service]"},
+		{"UNITMETER_ATTRIBUTES=systemd.unit.slice", "Attributes=[systemd.unit.slice]"},
+		{"UNITMETER_MAX_UNITS=1000000", "MaxUnits=1000000"},
+		{"UNITMETER_STOP_EDGE=off\nUNITMETER_SOURCE=DBus", "StopEdge=off Source=dbus"},
+
+		{"UNITMETER_STATE_DIR=/srv//state/", "StateDir=/srv/state"},
+		{"UNITMETER_STATE_DIR=None", "StateDir="},
+		{"STATE_DIRECTORY=/var/lib/a:/var/lib/b\nXDG_STATE_HOME=/x", "StateDir=/var/lib/a"},
+		{"XDG_STATE_HOME=/x", "StateDir=/x/unitmeter"},
+		{"UNITMETER_OUTBOX_MAX_BYTES=1 gib", "OutboxMaxBytes=1073741824"},
+		{"UNITMETER_OUTBOX_MAX_BYTES=1048576", "OutboxMaxBytes=1048576"},
+		{"UNITMETER_OUTBOX_MAX_AGE=1d12h", "OutboxMaxAge=36h0m0s"},
+		{"UNITMETER_HISTORY=NONE", "History=0s"},
+		{"UNITMETER_HISTORY=3650d", "History=87600h0m0s"},
+		// The first of duplicates counts, as for os.Getenv.
+		{"UNITMETER_MAX_UNITS=1\nUNITMETER_MAX_UNITS=2", "MaxUnits=1"},
+
+		// What other programs put into a shared environment is left alone.
+		{"OTEL_TRACES_EXPORTER=zipkin\nOTEL_BSP_SCHEDULE_DELAY=x\nOTEL_BLRP_SCHEDULE_DELAY=x\nOTEL_PROPAGATORS=b3\nOTEL_LOGS_EXPORTER=x\n" +
+			"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=?\nOTEL_EXPORTER_OTLP_LOGS_HEADERS=?\nOTEL_EXPORTER_OTLP_TRACES_CERTIFICATE=/nowhere\n" +
+			"OTEL_TRACES_SAMPLER=x\nOTEL_ATTRIBUTE_COUNT_LIMIT=x\nOTEL_PYTHON_LOG_LEVEL=x\nOTEL_SPAN_EVENT_COUNT_LIMIT=x\nOTEL_SERVICE_VERSION=x", "Exporters=[otlp]"},
+		// So is what Kubernetes sets for services named unitmeter, unitmeter-x.
+		{"UNITMETER_SERVICE_HOST=10.0.0.1\nUNITMETER_SERVICE_PORT=9464\nUNITMETER_SERVICE_PORT_HTTP=9464\nUNITMETER_PORT=tcp://10.0.0.1:9464\n" +
+			"UNITMETER_PORT_9464_TCP=tcp://10.0.0.1:9464\nUNITMETER_PORT_9464_TCP_ADDR=10.0.0.1\nUNITMETER_X_SERVICE_HOST=10.0.0.1\nUNITMETER_X_PORT=tcp://10.0.0.1:1", "Exporters=[otlp]"},
+	} {
+		environ := strings.Split(strings.ReplaceAll(tt.environ, "TMP", dir), "\n")
+		cfg := load(t, append(environ, "HOME=/home/u"))
+		for _, want := range splitFields(strings.ReplaceAll(tt.want, "TMP", dir)) {
+			path, value, _ := strings.Cut(want, "=")
+			field := reflect.ValueOf(cfg)
+			for name := range strings.SplitSeq(path, ".") {
+				field = field.FieldByName(name)
+			}
+			if got := fmt.Sprint(field.Interface()); got != value {
+				t.Errorf("%q: %s is %s, want %s", tt.environ, path, got, value)
+			}
+		}
+	}
+}
+
+// splitFields cuts "A=1 B=[x y]" at the spaces that a field follows.
+func splitFields(text string) []string {
+	var out []string
+	for word := range strings.SplitSeq(text, " ") {
+		if len(out) == 0 || word[0] >= 'A' && word[0] <= 'Z' && strings.Contains(word, "=") {
+			out = append(out, word)
+		} else {
+			out[len(out)-1] += " " + word
+		}
+	}
+	return out
+}
+
+func TestFoldNoneIsNotNil(t *testing.T) {
+	if cfg := load(t, []string{"HOME=/h", "UNITMETER_FOLD=none"}); cfg.Fold == nil {
+		t.Error("Fold is nil, which would mean the default")
+	}
+}
+
+func TestHeadersFile(t *testing.T) {
+	dir := writeFiles(t)
+	cfg := load(t, []string{
+		"HOME=/h", "CREDENTIALS_DIRECTORY=" + dir, "UNITMETER_OTLP_HEADERS_FILE=headers",
+		"OTEL_EXPORTER_OTLP_HEADERS=Env=kept,API-KEY=replaced",
+	})
+	want := Headers{"env": "kept", "x-tenant": "blue,green", "api-key": secret, "a": "1", "b": "2"}
+	if !reflect.DeepEqual(map[string]string(cfg.OTLP.Headers), map[string]string(want)) {
+		t.Errorf("got %q, want %q", map[string]string(cfg.OTLP.Headers), map[string]string(want))
+	}
+}
+
+func TestWarnings(t *testing.T) {
+	dir := writeFiles(t)
+	soon := time.Now().Add(3 * day).UTC().Format(time.DateOnly)
+	for _, tt := range []struct {
+		environ []string
+		want    []string
+	}{
+		{[]string{"OTEL_EXPORTER_OTLP_METRICS_ENDPONT=x"}, []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPONT is set and not read: did you mean OTEL_EXPORTER_OTLP_METRICS_ENDPOINT?"}},
+		{[]string{"OTEL_EXPORTER_OTLP_METRIC_INSECURE=true"}, []string{"OTEL_EXPORTER_OTLP_METRIC_INSECURE is set and not read: did you mean OTEL_EXPORTER_OTLP_METRICS_INSECURE?"}},
+		{[]string{"OTEL_METRIC_INTERVAL=x", "OTEL_METRICS_EXPORTERS=x"}, []string{
+			"OTEL_METRICS_EXPORTERS is set and not read: did you mean OTEL_METRICS_EXPORTER?",
+			"OTEL_METRIC_INTERVAL is set and not read: this agent knows no such variable"}},
+		{[]string{"OTEL_EXPORTER_OTLP_ENDPIONT=x"}, []string{"OTEL_EXPORTER_OTLP_ENDPIONT is set and not read: did you mean OTEL_EXPORTER_OTLP_ENDPOINT?"}},
+		{[]string{"OTEL_SERVICE_NAMES=x"}, []string{"OTEL_SERVICE_NAMES is set and not read: did you mean OTEL_SERVICE_NAME?"}},
+		{[]string{"OTEL_SERVICE_NAMES="}, nil},
+		{[]string{"OTEL_GO_X_CARDINALITY_LIMIT=10"}, []string{"OTEL_GO_X_CARDINALITY_LIMIT has no effect: UNITMETER_MAX_UNITS bounds the number of series"}},
+		{[]string{"OTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318"}, []string{"OTEL_EXPORTER_OTLP_ENDPOINT has port 4318, which is that of HTTP by default, and the protocol is grpc"}},
+		{[]string{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://c:4317"}, []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT has port 4317, which is that of grpc by default, and the protocol is http/protobuf"}},
+		{[]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE=TMP/soon.pem", "OTEL_EXPORTER_OTLP_CLIENT_KEY=TMP/openkey.pem"}, []string{
+			"the certificate of OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE expires on " + soon,
+			"OTEL_EXPORTER_OTLP_CLIENT_KEY: every user can read TMP/openkey.pem; take the right away with chmod o-r"}},
+		{[]string{"UNITMETER_OTLP_HEADERS_FILE=TMP/open"}, []string{"UNITMETER_OTLP_HEADERS_FILE: every user can read TMP/open; take the right away with chmod o-r"}},
+		{[]string{"UNITMETER_INCLUDE=*.slice,a.service", "UNITMETER_EXCLUDE=a.service"}, []string{
+			"UNITMETER_INCLUDE has *.slice, and UNITMETER_UNIT_TYPES does not have slice",
+			"UNITMETER_INCLUDE has a.service, and so does UNITMETER_EXCLUDE, which wins"}},
+		{[]string{"UNITMETER_STATE_DIR=none", "UNITMETER_HISTORY=1d", "UNITMETER_OUTBOX_MAX_AGE=1d"}, []string{
+			"UNITMETER_OUTBOX_MAX_AGE has no effect with UNITMETER_STATE_DIR=none",
+			"UNITMETER_HISTORY has no effect with UNITMETER_STATE_DIR=none"}},
+		{[]string{"UNITMETER_STATE_DIR=none", "UNITMETER_HISTORY=none"}, nil},
+		{[]string{"HOME=", "XDG_STATE_HOME=x"}, []string{
+			"XDG_STATE_HOME is not an absolute path, and is ignored for the state directory",
+			"there is no state directory, so each start of the agent starts every series anew: set StateDirectory=unitmeter in its unit, or UNITMETER_STATE_DIR"}},
+	} {
+		environ, want := slices.Clone(tt.environ), slices.Clone(tt.want)
+		for _, list := range [][]string{environ, want} {
+			for i := range list {
+				list[i] = strings.ReplaceAll(list[i], "TMP", dir)
+			}
+		}
+		load(t, append(environ, "HOME=/home/u"), want...)
+	}
+}
+
+// However a Config is printed, the values of headers are not in it.
+func TestSecretsStaySecret(t *testing.T) {
+	cfg := load(t, []string{"HOME=/h", "OTEL_EXPORTER_OTLP_HEADERS=api-key=" + secret})
+	if cfg.OTLP.Headers["api-key"] != secret {
+		t.Fatal("the header is missing; the test sees nothing")
+	}
+	var out bytes.Buffer
+	for _, v := range []any{cfg, &cfg, cfg.OTLP, cfg.OTLP.Headers} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
+			fmt.Fprintf(&out, verb+"\n", v)
+		}
+		if err := json.NewEncoder(&out).Encode(v); err != nil {
+			t.Error(err)
+		}
+		slog.New(slog.NewTextHandler(&out, nil)).Info("x", "config", v)
+		slog.New(slog.NewJSONHandler(&out, nil)).Info("x", "config", v)
+	}
+	hex := fmt.Sprintf("%x", secret)
+	if text := out.String(); strings.Contains(text, secret) || strings.Contains(text, hex) || !strings.Contains(text, "api-key:***") {
+		t.Errorf("the output shows the secret, or no header at all:\n%s", text)
+	}
+}
+
+// FuzzLoad looks for input that makes Load panic, answer differently the second
+// time, or give an error that is not plain text.
+func FuzzLoad(f *testing.F) {
+	for _, environ := range badInputs {
+		f.Add(strings.Join(environ, "\x01"))
+	}
+	for _, v := range Variables() {
+		f.Add(v.Name + "=" + v.Default)
+		f.Add(v.Specific + "=a,b=c,%41=%zz,*.service")
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		environ := strings.Split(text, "\x01")
+		for _, kv := range environ {
+			// A fuzzer must not wander through the files of its host.
+			if name, value, _ := strings.Cut(kv, "="); strings.Contains(value, "/") &&
+				(strings.HasSuffix(name, "_FILE") || strings.HasSuffix(name, "CERTIFICATE") || strings.HasSuffix(name, "_KEY")) {
+				t.Skip("names a file")
+			}
+		}
+		one, err := Load(environ)
+		two, err2 := Load(environ)
+		if fmt.Sprint(err) != fmt.Sprint(err2) || !reflect.DeepEqual(one, two) {
+			t.Fatalf("two answers: %+v, %v; %+v, %v", one, err, two, err2)
+		}
+		if err != nil {
+			if strings.ContainsFunc(strings.ReplaceAll(err.Error(), "\n", ""), isControl) {
+				t.Errorf("control characters in %q", err)
+			}
+			return
+		}
+		if one.Interval <= 0 || one.SweepTimeout <= 0 || one.SweepTimeout >= one.ExportTimeout || one.MaxUnits < 1 || len(one.UnitTypes) == 0 {
+			t.Errorf("accepted, and not usable: %+v", one)
+		}
+		if slices.Contains(one.Exporters, "otlp") && (one.OTLP.Endpoint == "" || one.OTLP.Timeout <= 0) {
+			t.Errorf("accepted, and there is nowhere to send to: %+v", one.OTLP)
+		}
+	})
+}
+
+// BenchmarkLoad is the cost at start of the environment that the tests run in.
+func BenchmarkLoad(b *testing.B) {
+	environ := append(os.Environ(), "OTEL_EXPORTER_OTLP_ENDPOINT=https://c:4317")
+	for b.Loop() {
+		_, _ = Load(environ)
+	}
+}

@@ -1,0 +1,146 @@
+package config
+
+import (
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+)
+
+// unitTypes are the types that have IP counters (org.freedesktop.systemd1(5)).
+func unitTypes() []string { return []string{"service", "scope", "socket", "mount", "swap", "slice"} }
+
+// parseGlobs reads a comma list of patterns for unit names.
+func parseGlobs(text string, bad report) []string {
+	var out []string
+	for _, pattern := range splitList(text, bad) {
+		if reason, hint := checkGlob(pattern); reason != "" {
+			bad(fmt.Sprintf("%q %s", shorten(pattern), reason), hint)
+			continue
+		}
+		if !slices.Contains(out, pattern) {
+			out = append(out, pattern)
+		}
+	}
+	return out
+}
+
+// checkGlob says why a pattern can match no unit that has IP counters.
+func checkGlob(pattern string) (reason, hint string) {
+	if strings.HasPrefix(pattern, "/") {
+		return "is a path", "use the unit's name; 'systemd-escape -p --suffix=mount PATH' gives that of a mount"
+	}
+	for _, r := range pattern {
+		if !isAlnum(r) && !strings.ContainsRune(`:-_.\@*?[]^`, r) {
+			return fmt.Sprintf("contains %q, which no unit name does", r), "use a name as 'systemctl list-units' shows it"
+		}
+	}
+	if strings.Contains(pattern, `\\`) {
+		return `contains two backslashes in a row, which no unit name does`, `write one backslash, as in dev-disk\x2d1.swap`
+	}
+	// A backslash is an ordinary character of a unit name and escapes nothing.
+	if _, err := path.Match(strings.ReplaceAll(pattern, `\`, `\\`), ""); err != nil {
+		return "has a [ without its ], or an empty []", "use *, ? and [a-z], as in nginx*.service"
+	}
+	if len(pattern) > 255 {
+		return "is longer than a unit name can be (255)", "use * for a part of it"
+	}
+	return checkSuffix(pattern)
+}
+
+// checkSuffix looks at what follows the last wildcard, or at the whole name.
+func checkSuffix(pattern string) (reason, hint string) {
+	wild := strings.LastIndexAny(pattern, "*?]")
+	tail := pattern[wild+1:]
+	if tail == "" && wild >= 0 {
+		return "", ""
+	}
+	for _, t := range unitTypes() {
+		stem, typed := strings.CutSuffix(tail, "."+t)
+		if wild >= 0 && (typed || strings.HasSuffix("."+t, tail)) || stem != "" && typed {
+			return "", ""
+		}
+	}
+	if wild < 0 && slices.Contains(unitTypes(), strings.TrimPrefix(pattern, ".")) {
+		return "has no name before its type", "write *." + strings.TrimPrefix(pattern, ".") + " for all of that type"
+	}
+	dot := strings.LastIndexByte(tail, '.')
+	suffix := tail[dot+1:]
+	if dot >= 0 && slices.Contains([]string{"timer", "target", "path", "device", "automount"}, suffix) {
+		return "is of a type that has no network counters", "use " + strings.Join(unitTypes(), ", ")
+	}
+	if dot >= 0 {
+		if guess := nearest(suffix, unitTypes(), 2); guess != "" {
+			return "does not end in a type of unit", "did you mean ." + guess + "?"
+		}
+	}
+	return "does not end in a type of unit", "write it in full, such as " + shorten(pattern) + ".service, or end it in *"
+}
+
+// finishUnits warns of patterns that the other variables leave no effect.
+func (l *loader) finishUnits() {
+	check := func(name string, patterns []string) {
+		if _, set := l.given[name]; !set {
+			return
+		}
+		for _, p := range patterns {
+			suffix := p[strings.LastIndexByte(p, '.')+1:]
+			if slices.Contains(unitTypes(), suffix) && !slices.Contains(l.cfg.UnitTypes, suffix) {
+				l.warn(fmt.Sprintf("%s has %s, and UNITMETER_UNIT_TYPES does not have %s", name, shorten(p), suffix))
+			}
+			if slices.Contains(l.cfg.Exclude, p) {
+				l.warn(fmt.Sprintf("%s has %s, and so does UNITMETER_EXCLUDE, which wins", name, shorten(p)))
+			}
+		}
+	}
+	check("UNITMETER_INCLUDE", l.cfg.Include)
+	check("UNITMETER_FOLD", l.cfg.Fold)
+}
+
+// parseBus reads UNITMETER_BUS.
+func parseBus(text string, bad report) string {
+	choices := []string{"auto", "system", "private"}
+	if lower := strings.ToLower(text); slices.Contains(choices, lower) {
+		return lower
+	}
+	if !strings.Contains(text, ":") {
+		hint := "use auto, system, private, or an address such as unix:path=/run/dbus/system_bus_socket"
+		if guess := nearest(strings.ToLower(text), choices, 2); guess != "" {
+			hint = "did you mean " + guess + "?"
+		} else if strings.HasPrefix(text, "/") {
+			hint = "write unix:path=" + shorten(text)
+		}
+		bad("neither a kind of bus nor a D-Bus address", hint)
+		return ""
+	}
+	return parseBusAddress(text, bad)
+}
+
+// parseBusAddress checks a D-Bus address (D-Bus specification, "Server
+// Addresses"): transports that the agent can use, each with what it needs.
+func parseBusAddress(text string, bad report) string {
+	const hint = "use an address such as unix:path=/run/dbus/system_bus_socket"
+	for address := range strings.SplitSeq(text, ";") {
+		transport, rest, _ := strings.Cut(address, ":")
+		keys := make(map[string]bool)
+		for pair := range strings.SplitSeq(rest, ",") {
+			if key, value, found := strings.Cut(pair, "="); found && value != "" {
+				keys[key] = true
+			}
+		}
+		switch {
+		case transport == "unix" && keys["path"] != keys["abstract"]:
+		case transport == "unix":
+			bad("a unix address needs one of path= and abstract=", hint)
+			return ""
+		case (transport == "tcp" || transport == "nonce-tcp") && keys["host"] && keys["port"]:
+		case transport == "tcp" || transport == "nonce-tcp":
+			bad("a tcp address needs host= and port=", hint)
+			return ""
+		default:
+			bad(fmt.Sprintf("the transport %q is not supported", shorten(transport)), hint)
+			return ""
+		}
+	}
+	return text
+}

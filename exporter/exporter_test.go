@@ -1,0 +1,603 @@
+package exporter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	"google.golang.org/grpc/codes"
+
+	"github.com/unitmeter/unitmeter/exporter/otlptest"
+	"github.com/unitmeter/unitmeter/receiver"
+)
+
+// protocols runs a test over both.
+func protocols(t *testing.T, f func(t *testing.T, protocol string, server otlptest.Config)) {
+	for _, protocol := range []string{"grpc", "http/protobuf"} {
+		t.Run(protocol, func(t *testing.T) {
+			f(t, protocol, otlptest.Config{HTTP: protocol != "grpc"})
+		})
+	}
+}
+
+// agent is an Exporter in the agent's pipeline.
+type agent struct {
+	host
+	*Exporter
+	log logged
+}
+
+func newAgent(t *testing.T, endpoint string, cfg Config) *agent {
+	t.Helper()
+	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+	a := &agent{}
+	cfg.Source, cfg.Logger = &a.host, a.log.logger()
+	exp, err := New(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Exporter = exp
+	a.meter(t, exp)
+	if err := exp.Register(a.provider.Meter("exporter")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if err := a.provider.Shutdown(ctx); err != nil && !errors.Is(err, sdkmetric.ErrReaderShutdown) && !errors.Is(err, sdkmetric.ErrExporterShutdown) {
+			t.Errorf("shutdown: %v", err)
+		}
+	})
+	return a
+}
+
+// drained returns when all is delivered, whatever happens before that.
+func (a *agent) drained(t *testing.T) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for err := error(nil); ; time.Sleep(10 * time.Millisecond) {
+		if err = a.ForceFlush(t.Context()); err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not drained within 30 s: %v", err)
+		}
+	}
+}
+
+// values returns the received values of one series, in order.
+func values(points []otlptest.Point, metric, unit, direction string) (values []int64) {
+	for _, p := range points {
+		if p.Metric == metric && p.Attrs["systemd.unit.name"] == unit && p.Attrs["network.io.direction"] == direction {
+			values = append(values, p.Value)
+		}
+	}
+	return values
+}
+
+func TestExportEndToEnd(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		for name, outbox := range map[string]Outbox{"direct": nil, "outbox": &memory{}} {
+			t.Run(name, func(t *testing.T) {
+				server := otlptest.Start(t, cfg)
+				a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: outbox})
+				for i := range uint64(3) {
+					now := at(float64(100 + 10*i))
+					if err := a.cycle(unit("a.service", at(7), now, 1000+i), unit("", at(0), now, 5)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				points := server.Points()
+				if got := fmt.Sprint(values(points, receiver.IOName, "a.service", "transmit")); got != "[2000 2002 2004]" {
+					t.Errorf("transmitted bytes %s", got)
+				}
+				if got := fmt.Sprint(values(points, receiver.PacketCountName, "a.service", "receive")); got != "[3000 3003 3006]" {
+					t.Errorf("received packets %s", got)
+				}
+				overflow := 0
+				for _, p := range points {
+					switch {
+					case p.Attrs["systemd.unit.name"] == "a.service" && (!p.Start.Equal(at(7)) || p.Time.Before(at(100)) || p.Time.After(at(120))):
+						t.Errorf("wrong times: %v", p)
+					case p.Attrs["otel.metric.overflow"] != "":
+						overflow++
+					}
+				}
+				if overflow != 3*4 {
+					t.Errorf("%d points of the overflow series, want 12", overflow)
+				}
+				// The first cycle told 0 sent, the third knows of two cycles.
+				sent := int64(-1)
+				for _, p := range points {
+					if p.Metric == "unitmeter.export.sent" {
+						sent = p.Value
+					}
+				}
+				if want := int64(2 * (8 + 3)); sent != want {
+					t.Errorf("unitmeter.export.sent is %d, want %d", sent, want)
+				}
+				if h := a.Health(); h.Err != nil || h.Sent != 3*(8+3) || h.Dropped+h.Rejected != 0 {
+					t.Errorf("health %+v", h)
+				}
+				if !strings.Contains(server.Requests()[0].Header["user-agent"], "OTel Go OTLP over") {
+					t.Errorf("user agent %q", server.Requests()[0].Header["user-agent"])
+				}
+				a.log.want(t, "", 0)
+			})
+		}
+	})
+}
+
+func TestFailuresAreLoggedOnChangeAndCollectionGoesOn(t *testing.T) {
+	type script struct {
+		name    string
+		answers []otlptest.Answer // to the first requests
+		logs    string            // a text that is logged once
+		sent    bool              // the totals of the first cycle arrive on their own
+	}
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		for _, test := range []script{
+			{"unavailable", []otlptest.Answer{{Code: codes.Unavailable, Message: "warming up"}, {Code: codes.Unavailable, Message: "warming up"}}, "warming up", true},
+			{"throttled", []otlptest.Answer{{Code: codes.ResourceExhausted, RetryAfter: time.Second}}, "cannot deliver metrics", true},
+			{"unauthenticated", []otlptest.Answer{{Code: codes.Unauthenticated, Message: "who are you"}}, "OTEL_EXPORTER_OTLP_HEADERS", false},
+			{"bad data", []otlptest.Answer{{Code: codes.InvalidArgument, Message: "too old"}}, "too old", false},
+			{"hangs up", []otlptest.Answer{{Hangup: true}}, "cannot deliver metrics", true},
+			{"partial success", []otlptest.Answer{{Rejected: 3, Message: "3 too many"}, {Rejected: 3, Message: "3 too many"}}, "3 too many", true},
+		} {
+			t.Run(test.name, func(t *testing.T) {
+				cfg := cfg
+				cfg.Script = test.answers
+				server := otlptest.Start(t, cfg)
+				a := newAgent(t, server.URL(), Config{Protocol: protocol})
+				for i := range uint64(4) {
+					if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
+						t.Fatalf("cycle %d: %v", i, err)
+					}
+				}
+				got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive"))
+				want := "[100 101 102 103]"
+				if !test.sent {
+					want = "[101 102 103]"
+				}
+				if got != want {
+					t.Errorf("the receiver has %s, want %s", got, want)
+				}
+				a.log.want(t, test.logs, 1)
+				if strings.Contains(test.name, "partial") {
+					if h := a.Health(); h.Rejected != 6 {
+						t.Errorf("rejected %d points, want 6", h.Rejected)
+					}
+					return
+				}
+				a.log.want(t, "cannot deliver metrics", 1)
+				a.log.want(t, "metrics are delivered again", 1)
+			})
+		}
+	})
+}
+
+func TestReceiverDownAndBack(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		server := otlptest.Start(t, cfg)
+		server.Stop()
+		t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "300")
+		a := newAgent(t, server.URL(), Config{Protocol: protocol})
+		for i := range uint64(3) {
+			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if a.Health().Err == nil {
+			t.Error("health is good without a receiver")
+		}
+		a.log.want(t, "cannot deliver metrics", 1)
+		a.log.want(t, "OTEL_EXPORTER_OTLP_ENDPOINT and that the receiver runs there", 1)
+		cfg.Address = server.Address()
+		server = otlptest.Start(t, cfg)
+		deadline := time.Now().Add(30 * time.Second)
+		for i := uint64(3); len(server.Points()) == 0; i++ { // gRPC dials again in its own time
+			if time.Now().After(deadline) {
+				t.Fatal("nothing arrives")
+			}
+			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a.log.want(t, "cannot deliver metrics", 1)
+		a.log.want(t, "metrics are delivered again", 1)
+		if a.Health().Err != nil {
+			t.Errorf("health %+v after recovery", a.Health())
+		}
+	})
+}
+
+func TestSlowReceiverDoesNotHoldUpCycles(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		cfg.Script = []otlptest.Answer{{Delay: time.Minute}}
+		server := otlptest.Start(t, cfg)
+		t.Setenv("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "200")
+		box := &memory{}
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		for i := range uint64(4) {
+			a.see(unit("a.service", at(0), at(float64(100+10*i)), 100+i))
+			if err := a.Export(t.Context(), collected(a.Last().State.Series...)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(box.cycles) != 4 {
+			t.Errorf("%d cycles are committed, want 4", len(box.cycles))
+		}
+		a.drained(t)
+		a.log.want(t, "no answer within the time of OTEL_EXPORTER_OTLP_TIMEOUT", 1)
+		// The slow request was read by the server, then given up, then sent
+		// again: at least once, in order.
+		if got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive")); !strings.HasSuffix(got, "100 101 102 103]") {
+			t.Errorf("the receiver has %s", got)
+		}
+	})
+}
+
+func TestOutboxKeepsCyclesOverAnOutage(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		server := otlptest.Start(t, cfg)
+		server.Stop()
+		box := &memory{}
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		var want []int64
+		for i := range uint64(20) {
+			a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)) // its error is the outage
+			want = append(want, int64(100+i))
+		}
+		if got := len(box.cycles); got != 20 {
+			t.Fatalf("%d cycles are committed, want 20", got)
+		}
+		for i, c := range box.cycles {
+			if c.Sweep == nil || c.Sweep.State.Series[0].Total.IngressBytes != uint64(100+i) || c.Points != 4+3 || c.Request == nil {
+				t.Fatalf("cycle %d: %+v", i, c)
+			}
+		}
+		// The agent ends with all of it undelivered, and another one starts.
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		if err := a.provider.Shutdown(ctx); err != nil {
+			t.Errorf("shutdown during an outage: %v", err)
+		}
+		want = append(want, 119) // the last cycle, made by the shutdown
+		if box.pending() != 21 {
+			t.Fatalf("%d requests are left, want 21", box.pending())
+		}
+		cfg.Address = server.Address()
+		server = otlptest.Start(t, cfg)
+		b := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		// Without a cycle of its own.
+		server.Wait(t, func([]otlptest.Request) bool { return len(server.Points()) >= 21*7 })
+		if err := b.ForceFlush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		points := server.Points()
+		if got := values(points, receiver.IOName, "a.service", "receive"); fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("the receiver has %v, want %v", got, want)
+		}
+		times := 0
+		for _, p := range points {
+			if p.Metric == receiver.IOName && p.Attrs["network.io.direction"] == "receive" {
+				if i := min(times, 19); !p.Time.Equal(at(float64(100 + 10*i))) {
+					t.Errorf("point %d has the time %v, want that of its sweep", times, p.Time)
+				}
+				times++
+			}
+		}
+		if box.pending() != 0 {
+			t.Errorf("%d requests are left", box.pending())
+		}
+	})
+}
+
+func TestBrokenOutboxSendsDirectly(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		server := otlptest.Start(t, cfg)
+		box := &memory{}
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box, Temporality: "delta"})
+		for i := range uint64(9) {
+			box.set(func(m *memory) { m.failCommit = nil })
+			if i >= 3 && i < 6 {
+				box.set(func(m *memory) { m.failCommit = errors.New("no space left on device") })
+			}
+			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+10*i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive")); got != "[100 10 10 10 10 10 10 10 10]" {
+			t.Errorf("deltas %s", got)
+		}
+		if len(box.cycles) != 6 {
+			t.Errorf("%d cycles are committed, want 6", len(box.cycles))
+		}
+		a.log.want(t, "cannot commit to the outbox", 1)
+		a.log.want(t, "cycles are committed to the outbox again", 1)
+	})
+}
+
+func TestDeltaOverDirectFailures(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		cfg.Script = []otlptest.Answer{{}, {Code: codes.InvalidArgument}, {Code: codes.PermissionDenied}}
+		server := otlptest.Start(t, cfg)
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Temporality: "delta"})
+		for i := range uint64(5) {
+			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+10*i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var got []string
+		for _, p := range server.Points() {
+			if p.Metric == receiver.IOName && p.Attrs["network.io.direction"] == "receive" {
+				if !p.Delta {
+					t.Errorf("%v is no delta", p)
+				}
+				got = append(got, fmt.Sprintf("%d(%v..%v)", p.Value, p.Start.Sub(t0).Seconds(), p.Time.Sub(t0).Seconds()))
+			}
+		}
+		if fmt.Sprint(got) != "[100(0..100) 30(100..130) 10(130..140)]" {
+			t.Errorf("deltas %v", got)
+		}
+		if kind := a.Temporality(sdkmetric.InstrumentKindHistogram); kind != metricdata.DeltaTemporality {
+			t.Errorf("histograms are %v", kind)
+		}
+	})
+}
+
+// The rest of a request that was accepted in part is neither lost nor covered by
+// the next delta.
+func TestDirectSplitIsExact(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		cfg.MaxBytes = 4000
+		fail := 0
+		cfg.Decide = func(r otlptest.Request) otlptest.Answer {
+			// Of the first cycle's pieces one is accepted, the next refused.
+			if fail++; fail == 2 {
+				return otlptest.Answer{Code: codes.PermissionDenied}
+			}
+			return otlptest.Answer{}
+		}
+		server := otlptest.Start(t, cfg)
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Temporality: "delta"})
+		for i := range uint64(3) {
+			var series []receiver.Series
+			for j := range 20 {
+				series = append(series, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(float64(100+10*i)), 100+10*i))
+			}
+			if err := a.cycle(series...); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for j := range 20 {
+			if got := fmt.Sprint(values(server.Points(), receiver.IOName, fmt.Sprintf("unit-%d.service", j), "receive")); got != "[100 10 10]" {
+				t.Errorf("unit %d: deltas %s", j, got)
+			}
+		}
+	})
+}
+
+func TestSplittingOfTheOutbox(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		cfg.MaxBytes = 4000
+		server := otlptest.Start(t, cfg)
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: &memory{}})
+		var series []receiver.Series
+		for j := range 50 {
+			series = append(series, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(100), uint64(j)))
+		}
+		if err := a.cycle(series...); err != nil {
+			t.Fatal(err)
+		}
+		seen := map[string]int{}
+		for _, p := range server.Points() {
+			seen[p.Series()]++
+		}
+		if len(seen) != 200+3 {
+			t.Errorf("%d series arrived, want 203", len(seen))
+		}
+		for series, n := range seen {
+			if n != 1 {
+				t.Errorf("%s arrived %d times", series, n)
+			}
+		}
+	})
+}
+
+func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		ca := otlptest.NewCA(t)
+		cfg.TLS = ca.Server(t, true)
+		cert, key := ca.Client(t, "unitmeter-test")
+		t.Setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", ca.File)
+		t.Setenv("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", cert)
+		t.Setenv("OTEL_EXPORTER_OTLP_CLIENT_KEY", key)
+		t.Setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+		t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "tenant=from%20env,authorization=Bearer%20abc")
+		server := otlptest.Start(t, cfg)
+		server.Stop()
+		box := &memory{}
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		a.cycle(unit("a.service", at(0), at(100), 5)) // its error is the outage
+		cfg.Address = server.Address()
+		server = otlptest.Start(t, cfg)
+		server.WaitAccepted(t, 1)
+		r := server.Requests()[0]
+		if r.Header["tenant"] != "from env" || r.Header["authorization"] != "Bearer abc" || r.Encoding != "gzip" || r.ClientCert != "unitmeter-test" {
+			t.Errorf("headers %v, encoding %q, client certificate %q", r.Header, r.Encoding, r.ClientCert)
+		}
+		b := newAgent(t, server.URL(), Config{Protocol: protocol, Headers: map[string]string{"tenant": "from file"}})
+		if err := b.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
+			t.Fatal(err)
+		}
+		requests := server.Requests()
+		if r := requests[len(requests)-1]; r.Header["tenant"] != "from file" || r.Header["authorization"] != "" {
+			t.Errorf("given headers do not replace the variable's: %v", r.Header)
+		}
+	})
+}
+
+func TestWrongCertificate(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		cfg.TLS = otlptest.NewCA(t).Server(t, false)
+		server := otlptest.Start(t, cfg)
+		t.Setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", otlptest.NewCA(t).File) // another authority
+		t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "300")
+		a := newAgent(t, server.URL(), Config{Protocol: protocol})
+		for i := range 3 {
+			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 5)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a.log.want(t, "cannot deliver metrics", 1)
+		a.log.want(t, "check OTEL_EXPORTER_OTLP_CERTIFICATE", 1)
+		if len(server.Requests()) > 0 {
+			t.Error("metrics went to a server with an unknown certificate")
+		}
+	})
+}
+
+func TestRedirectIsNotSuccess(t *testing.T) {
+	portal := otlptest.Start(t, otlptest.Config{HTTP: true})
+	server := otlptest.Start(t, otlptest.Config{HTTP: true, Script: []otlptest.Answer{
+		{HTTPStatus: 302, Header: map[string]string{"Location": portal.URL()}}, {HTTPStatus: 307, Header: map[string]string{"Location": portal.URL() + "/v1/metrics"}}}})
+	a := newAgent(t, server.URL(), Config{Protocol: "http/protobuf"})
+	for range 2 {
+		if err := a.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if h := a.Health(); h.Sent != 0 || h.Err == nil {
+		t.Errorf("health %+v", h)
+	}
+	if len(portal.Requests()) > 0 {
+		t.Error("metrics and headers went to another host")
+	}
+}
+
+// A reader that is shut down cancels the export in flight. The cycle it has
+// collected must be committed all the same.
+func TestExportCommitsUnderACancelledContext(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		box := &memory{}
+		a := newAgent(t, "http://127.0.0.1:1", Config{Protocol: protocol, Outbox: box})
+		a.see(unit("a.service", at(0), at(100), 5))
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := a.Export(ctx, collected(a.Last().State.Series...)); err != nil {
+			t.Error(err)
+		}
+		if len(box.cycles) != 1 || box.cycles[0].Request == nil {
+			t.Errorf("committed %v", box.cycles)
+		}
+	})
+}
+
+func TestShutdownOrder(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		server := otlptest.Start(t, cfg)
+		box := &memory{}
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		a.see(unit("a.service", at(0), at(100), 5))
+		// No cycle yet: the provider's shutdown makes one, commits it, and
+		// the drain delivers it.
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		if err := a.provider.Shutdown(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := values(server.Points(), receiver.IOName, "a.service", "receive"); len(got) != 1 || box.pending() != 0 {
+			t.Errorf("received %v, %d left", got, box.pending())
+		}
+		if err := a.Export(t.Context(), &metricdata.ResourceMetrics{}); !errors.Is(err, sdkmetric.ErrExporterShutdown) {
+			t.Errorf("export after shutdown: %v", err)
+		}
+		if err := a.Exporter.Shutdown(t.Context()); !errors.Is(err, sdkmetric.ErrExporterShutdown) {
+			t.Errorf("second shutdown: %v", err)
+		}
+		if err := a.ForceFlush(t.Context()); err != nil {
+			t.Errorf("flush after a complete drain: %v", err)
+		}
+	})
+}
+
+func TestProtocolNoneOnlyCommits(t *testing.T) {
+	box := &memory{}
+	a := newAgent(t, "", Config{Protocol: "none", Outbox: box})
+	if err := a.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
+		t.Fatal(err)
+	}
+	if len(box.cycles) != 1 || box.cycles[0].Request != nil || box.cycles[0].Sweep != a.Last() {
+		t.Errorf("committed %+v", box.cycles)
+	}
+}
+
+func TestNothingToSendCommitsTheLedger(t *testing.T) {
+	server := otlptest.Start(t, otlptest.Config{})
+	box := &memory{}
+	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.URL())
+	exp, err := New(t.Context(), Config{Outbox: box})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := exp.Export(t.Context(), &metricdata.ResourceMetrics{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := exp.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if len(box.cycles) != 1 || box.cycles[0].Request != nil || len(server.Requests()) != 0 {
+		t.Errorf("committed %+v, sent %d requests", box.cycles, len(server.Requests()))
+	}
+}
+
+func TestNewRefusesBadSettings(t *testing.T) {
+	junk := filepath.Join(t.TempDir(), "junk.pem")
+	if err := os.WriteFile(junk, []byte("junk"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ca := otlptest.NewCA(t)
+	cert, _ := ca.Client(t, "one")
+	_, other := ca.Client(t, "two")
+	for name, test := range map[string]struct {
+		cfg  Config
+		env  map[string]string
+		want []string
+	}{
+		"protocol":    {Config{Protocol: "http/json"}, nil, []string{"http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"}},
+		"temporality": {Config{Temporality: "Delta!"}, nil, []string{"Delta!", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "lowmemory"}},
+		"no CA file":  {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE": "/nowhere/ca.pem"}, []string{"OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE", "/nowhere/ca.pem"}},
+		"bad CA file": {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_CERTIFICATE": junk}, []string{"OTEL_EXPORTER_OTLP_CERTIFICATE", junk, "PEM"}},
+		"no key":      {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": cert}, []string{"OTEL_EXPORTER_OTLP_CLIENT_KEY", "set both"}},
+		"wrong key":   {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": cert, "OTEL_EXPORTER_OTLP_CLIENT_KEY": other}, []string{"OTEL_EXPORTER_OTLP_CLIENT_KEY", "belong together"}},
+		"compression": {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_COMPRESSION": "zstd"}, []string{"OTEL_EXPORTER_OTLP_COMPRESSION", "zstd", "gzip"}},
+		"timeout":     {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_TIMEOUT": "10s"}, []string{"OTEL_EXPORTER_OTLP_TIMEOUT", "10s", "milliseconds"}},
+		"no time":     {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_TIMEOUT": "0"}, []string{"OTEL_EXPORTER_OTLP_TIMEOUT", "above 0"}},
+		"TLS without TLS": {Config{Protocol: "http/protobuf"}, map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318", "OTEL_EXPORTER_OTLP_CERTIFICATE": ca.File},
+			[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", "TLS"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for k, v := range test.env {
+				t.Setenv(k, v)
+			}
+			exp, err := New(t.Context(), test.cfg)
+			if err == nil {
+				exp.Shutdown(t.Context())
+				t.Fatal("no error")
+			}
+			for _, want := range test.want {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("error %q does not tell %q", err, want)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,313 @@
+package exporter
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+)
+
+const (
+	// maxCall is the most that one call carries: servers refuse more than
+	// 4 MiB by default, and the framing needs some of that.
+	maxCall = 3 << 20
+	// minCall is where halving maxCall ends. Single entries may be larger:
+	// they are split by points.
+	minCall = 64 << 10
+	// maxBackoff is the longest delay between two tries.
+	maxBackoff = time.Minute
+	// drainBackoff is the same during shutdown, where time is short.
+	drainBackoff = time.Second
+)
+
+// sender delivers the entries of an outbox in order. Its one goroutine, run, is
+// started by New and ended by Shutdown; the fields below "run only" belong to it.
+type sender struct {
+	outbox Outbox
+	tally  *tally
+	log    *slog.Logger
+	call   func(ctx context.Context, request []byte) answer
+
+	wake  chan struct{} // has an element: there may be a new entry
+	drain chan struct{} // closed: end when the outbox is empty
+	done  chan struct{} // closed: run has ended
+
+	mu      sync.Mutex
+	changed chan struct{} // closed and replaced when a field below changes
+	kicks   int           // commits that run has not seen yet
+	idle    bool          // all is delivered
+	held    error         // why entries are held; nil when they are not
+
+	// run only
+	limit    int   // the most that one call may carry now
+	alone    int64 // entries up to this ID go one by one
+	failures int   // failed calls in a row
+	refusals int   // of the first entry or its first part, in a row
+	part     parts
+	acked    []Outcome // ended deliveries that the outbox does not know yet
+	trouble  episode   // the outbox could not be read or written
+	drained  bool      // run has noticed drain
+}
+
+// parts is an entry that is delivered in pieces.
+type parts struct {
+	entry Entry
+	left  [][]byte
+	// poison is why a part of it, or all of it, was given up.
+	poison string
+}
+
+func newSender(outbox Outbox, t *tally, log *slog.Logger, call func(context.Context, []byte) answer) *sender {
+	return &sender{
+		outbox: outbox, tally: t, log: log, call: call,
+		wake: make(chan struct{}, 1), drain: make(chan struct{}), done: make(chan struct{}),
+		changed: make(chan struct{}), kicks: 1,
+		limit: maxCall, trouble: episode{logger: log},
+	}
+}
+
+// kick tells the sender about a new entry. It never blocks.
+func (s *sender) kick() {
+	s.mu.Lock()
+	s.kicks++
+	s.set(false, s.held)
+	s.mu.Unlock()
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// set changes what flush waits for. s.mu is held.
+func (s *sender) set(idle bool, held error) {
+	s.idle, s.held = idle, held
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// flush waits until all is delivered, or returns why it cannot be now.
+func (s *sender) flush(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		idle, held, changed := s.idle, s.held, s.changed
+		s.mu.Unlock()
+		if idle || held != nil {
+			return held
+		}
+		select {
+		case <-changed:
+		case <-s.done:
+			return sdkmetric.ErrExporterShutdown
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// run delivers until ctx ends, or until drain is closed and all is delivered.
+func (s *sender) run(ctx context.Context) {
+	defer close(s.done)
+	for ctx.Err() == nil {
+		s.mu.Lock()
+		kicks := s.kicks
+		s.mu.Unlock()
+		wait, more := s.step(ctx)
+		s.mu.Lock()
+		switch {
+		case wait > 0 || ctx.Err() != nil: // hold has set held
+		case more:
+			s.set(false, nil)
+		case kicks == s.kicks:
+			s.set(true, nil)
+		default:
+			more = true // a commit that step may not have seen
+		}
+		s.mu.Unlock()
+		switch {
+		case wait > 0:
+			s.sleep(ctx, wait)
+		case more:
+		case s.draining():
+			return
+		default:
+			s.rest(ctx)
+		}
+	}
+}
+
+func (s *sender) draining() bool {
+	select {
+	case <-s.drain:
+		return true
+	default:
+		return false
+	}
+}
+
+// rest waits for something to do.
+func (s *sender) rest(ctx context.Context) {
+	select {
+	case <-s.wake:
+	case <-s.drain:
+	case <-ctx.Done():
+	}
+}
+
+// sleep waits for d. The beginning of the drain cuts it short once: a last try
+// is worth its cost.
+func (s *sender) sleep(ctx context.Context, d time.Duration) {
+	drain := s.drain
+	if s.drained {
+		drain = nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-drain:
+		s.drained = true
+	case <-ctx.Done():
+	}
+}
+
+// step makes at most one call. It returns how long to wait before the next step,
+// and without a wait whether there is more to do.
+func (s *sender) step(ctx context.Context) (wait time.Duration, more bool) {
+	// What is delivered must be out of the outbox before anything else, or it
+	// would be sent again.
+	if len(s.acked) > 0 {
+		if err := s.outbox.Done(context.WithoutCancel(ctx), s.acked...); err != nil {
+			return s.stuck("record deliveries in the outbox", err), true
+		}
+		s.acked = nil
+	}
+	batch, err := s.outbox.Next(ctx, s.limit)
+	if ctx.Err() != nil {
+		return 0, false
+	}
+	if err != nil {
+		return s.stuck("read the outbox", err), true
+	}
+	s.trouble.over("the outbox works again")
+	if len(batch) == 0 {
+		return 0, false
+	}
+	if batch[0].ID <= s.alone {
+		batch = batch[:1]
+	}
+	return s.deliver(ctx, batch), true
+}
+
+// stuck logs an outbox that fails and returns the delay before the next try.
+func (s *sender) stuck(what string, err error) time.Duration {
+	s.failures++
+	s.trouble.failed(slog.LevelError, what, "cannot "+what+"; delivery waits for it", err,
+		"next", "check the space, the rights and the health of the disk under the state directory")
+	return s.hold(err, answer{verdict: transient})
+}
+
+// hold notes why entries are held and returns the delay before the next try.
+func (s *sender) hold(err error, a answer) time.Duration {
+	s.mu.Lock()
+	s.set(false, err)
+	s.mu.Unlock()
+	most := maxBackoff
+	if s.draining() {
+		most = drainBackoff
+	}
+	return a.backoff(s.failures, most)
+}
+
+// deliver makes one call for a batch of at least one entry and returns how long
+// to wait before the next one.
+func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration) {
+	first, last := batch[0], batch[len(batch)-1]
+	request, points := concat(batch), 0
+	for _, e := range batch {
+		points += e.Points
+	}
+	// The outbox may have merged the entry with another one since it was
+	// split; then the parts are of no use.
+	inParts := len(s.part.left) > 0 && s.part.entry.ID == first.ID && bytes.Equal(s.part.entry.Request, first.Request)
+	if inParts {
+		batch, request = batch[:1], s.part.left[0]
+		points = countRequest(request)
+	} else {
+		s.part = parts{}
+	}
+	a := s.call(ctx, request)
+	if a.verdict != accepted && ctx.Err() != nil {
+		return 0 // our own end, not the receiver's answer
+	}
+	switch {
+	case a.verdict == accepted:
+		s.failures = 0
+		// The limit may have been halved for a reason that is over.
+		s.limit = min(s.limit+maxCall/32, maxCall)
+		s.tally.accepted(points, a)
+		s.ended(batch)
+		return 0
+	case len(batch) > 1 && a.verdict == tooLarge:
+		if s.limit = max(len(request)/2, minCall); s.limit == minCall {
+			s.alone = last.ID
+		}
+		return 0
+	case len(batch) > 1 && a.verdict == suspect:
+		s.alone = last.ID // find out which of them it is
+		return 0
+	case len(batch) > 1 && a.slow:
+		s.limit = max(len(request)/2, minCall) // as much as the line carries in time
+	case a.slow && len(request) > minCall:
+		s.split(first, request, inParts)
+	case a.verdict == tooLarge:
+		if s.split(first, request, inParts) {
+			return 0
+		}
+		a.verdict, a.tries = suspect, doubtTries // a single point too large
+	}
+	if a.verdict == suspect {
+		s.refusals++
+		if s.refusals >= a.tries {
+			s.failures = 0
+			s.tally.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", first.ID))
+			s.part.poison = a.err.Error()
+			s.ended(batch)
+			return 0
+		}
+	}
+	s.failures++
+	s.tally.failed(a, "the requests stay in the outbox and are sent later")
+	return s.hold(a.err, a)
+}
+
+// split replaces the request, an entry or the first of its parts, by its halves.
+// It returns false if there is nothing to cut.
+func (s *sender) split(entry Entry, request []byte, inParts bool) bool {
+	head, tail, err := split(request)
+	if err != nil || tail == nil {
+		return false
+	}
+	if !inParts {
+		s.part = parts{entry: entry, left: [][]byte{request}}
+	}
+	s.part.left = append([][]byte{head, tail}, s.part.left[1:]...)
+	return true
+}
+
+// ended notes that the delivery of the entries, or of the first part of an
+// entry, is over.
+func (s *sender) ended(batch []Entry) {
+	s.refusals = 0
+	if len(s.part.left) > 1 {
+		s.part.left = s.part.left[1:]
+		return
+	}
+	for _, e := range batch {
+		s.acked = append(s.acked, Outcome{ID: e.ID, Poison: s.part.poison})
+	}
+	s.part = parts{}
+}

@@ -1,0 +1,501 @@
+package exporter
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
+	metricpb "go.opentelemetry.io/proto/otlp/metrics/v1"
+	"google.golang.org/protobuf/proto"
+)
+
+// requestOf serializes a gauge with the given values; pad bytes make it larger.
+func requestOf(t testing.TB, pad int, values ...int64) []byte {
+	t.Helper()
+	var points []*metricpb.NumberDataPoint
+	for _, v := range values {
+		points = append(points, &metricpb.NumberDataPoint{Value: &metricpb.NumberDataPoint_AsInt{AsInt: v}})
+	}
+	b, err := proto.Marshal(&colmetricpb.ExportMetricsServiceRequest{ResourceMetrics: []*metricpb.ResourceMetrics{{
+		ScopeMetrics: []*metricpb.ScopeMetrics{{Metrics: []*metricpb.Metric{{
+			Name: "m", Description: strings.Repeat("x", pad), Data: &metricpb.Metric_Gauge{Gauge: &metricpb.Gauge{DataPoints: points}}}}}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// valuesOf is the reverse of requestOf, for joined requests as well.
+func valuesOf(t testing.TB, request []byte) (values []int64) {
+	t.Helper()
+	var r colmetricpb.ExportMetricsServiceRequest
+	if err := proto.Unmarshal(request, &r); err != nil {
+		t.Fatal(err)
+	}
+	for _, rm := range r.ResourceMetrics {
+		for _, sm := range rm.ScopeMetrics {
+			for _, m := range sm.Metrics {
+				for _, p := range m.GetGauge().DataPoints {
+					values = append(values, p.GetAsInt())
+				}
+			}
+		}
+	}
+	return values
+}
+
+// line is a receiver at the other end of a sender.
+type line struct {
+	t      *testing.T
+	answer func(values []int64, size int) answer
+
+	mu    sync.Mutex
+	calls []time.Time
+	got   []int64 // accepted, in order
+}
+
+func (l *line) call(ctx context.Context, request []byte) answer {
+	if ctx.Err() != nil {
+		return answer{verdict: transient, kind: "Canceled", err: ctx.Err()}
+	}
+	values := valuesOf(l.t, request)
+	a := l.answer(values, len(request))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.calls = append(l.calls, time.Now())
+	if a.verdict == accepted {
+		l.got = append(l.got, values...)
+	}
+	return a
+}
+
+// start runs a sender in the synctest bubble of the test.
+func (l *line) start(box Outbox, log *logged) *sender {
+	ctx, cancel := context.WithCancel(l.t.Context())
+	s := newSender(box, newTally(log.logger()), log.logger(), l.call)
+	go s.run(ctx)
+	l.t.Cleanup(func() { cancel(); <-s.done })
+	return s
+}
+
+func (l *line) want(values ...int64) {
+	l.t.Helper()
+	if !slices.Equal(l.got, values) {
+		l.t.Errorf("the receiver has %v, want %v", l.got, values)
+	}
+}
+
+// settle lets time go by, and then everything that is due happen.
+func settle(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+func refuse(v verdict, kind string) answer {
+	a := answer{verdict: v, kind: kind, err: errors.New(kind)}
+	if v == suspect {
+		a.tries = dataTries
+	}
+	return a
+}
+
+func fill(t testing.TB, box *memory, pad int, n int64) (all []int64) {
+	for i := range n {
+		box.add(1, requestOf(t, pad, i))
+		all = append(all, i)
+	}
+	return all
+}
+
+func TestSenderHoldsInOrderUntilTheReceiverIsBack(t *testing.T) {
+	for _, v := range []verdict{transient, unreachable, misconfigured} {
+		t.Run(v.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var box memory
+				var log logged
+				back := time.Now().Add(30 * time.Minute)
+				l := &line{t: t, answer: func([]int64, int) answer {
+					if time.Now().Before(back) {
+						return refuse(v, "Away")
+					}
+					return answer{}
+				}}
+				all := fill(t, &box, 0, 3)
+				s := l.start(&box, &log)
+				for i := int64(3); i < 180; i++ { // a cycle every 10 s, whatever the receiver does
+					settle(10 * time.Second)
+					box.set(func(m *memory) { m.add(1, requestOf(t, 0, i)) })
+					s.kick()
+					all = append(all, i)
+				}
+				if err := s.flush(t.Context()); err == nil {
+					t.Error("flush says that all is delivered during the outage")
+				}
+				settle(5 * time.Minute)
+				l.want(all...)
+				if err := s.flush(t.Context()); err != nil {
+					t.Errorf("flush after the outage: %v", err)
+				}
+				log.want(t, "cannot deliver metrics", 1)
+				log.want(t, "metrics are delivered again", 1)
+				// Backoff: not more than a call per few seconds, not less than
+				// one per minute.
+				if n := len(l.calls); n < 20 || n > 400 {
+					t.Errorf("%d calls in 35 minutes", n)
+				}
+				longest := maxBackoff
+				if v == unreachable {
+					longest = 15 * time.Second
+				}
+				for i := 1; i < len(l.calls); i++ {
+					if gap := l.calls[i].Sub(l.calls[i-1]); gap > longest && l.calls[i].Before(back.Add(time.Minute)) {
+						t.Errorf("%v between two tries", gap)
+					}
+				}
+			})
+		})
+	}
+}
+
+func TestSenderWaitsAsLongAsItIsAsked(t *testing.T) {
+	for asked, want := range map[time.Duration]time.Duration{
+		2 * time.Minute:  2 * time.Minute,
+		1000 * time.Hour: maxAsked,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			var box memory
+			var log logged
+			first := true
+			l := &line{t: t, answer: func([]int64, int) answer {
+				if first {
+					first = false
+					a := refuse(transient, "Unavailable")
+					a.after = asked
+					return a
+				}
+				return answer{}
+			}}
+			fill(t, &box, 0, 1)
+			l.start(&box, &log)
+			settle(time.Hour)
+			if len(l.calls) != 2 || l.calls[1].Sub(l.calls[0]) != want {
+				t.Errorf("asked for %v: calls at %v", asked, l.calls)
+			}
+		})
+	}
+}
+
+func TestSenderLogsChangesOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		n := 0
+		l := &line{t: t, answer: func([]int64, int) answer {
+			switch n++; {
+			case n <= 10:
+				return refuse(unreachable, "connection")
+			case n <= 20:
+				return refuse(misconfigured, "Unauthenticated")
+			case n <= 30: // no news: this form is logged already
+				return refuse(unreachable, "connection")
+			}
+			return answer{}
+		}}
+		fill(t, &box, 0, 1)
+		s := l.start(&box, &log)
+		settle(time.Hour)
+		log.want(t, "cannot deliver metrics", 2)
+		log.want(t, "level=ERROR", 1) // the setting that a person must mend
+		log.want(t, "metrics are delivered again", 1)
+		n = 5
+		box.set(func(m *memory) { m.add(1, requestOf(t, 0, 2)) })
+		s.kick()
+		settle(time.Hour)
+		log.want(t, "metrics are delivered again", 2)
+		log.want(t, "error=connection", 2)
+	})
+}
+
+func TestSenderJoinsSmallRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		largest := 0
+		l := &line{t: t, answer: func(_ []int64, size int) answer {
+			largest = max(largest, size)
+			return answer{}
+		}}
+		all := fill(t, &box, 100<<10, 100) // 10 MB
+		l.start(&box, &log)
+		synctest.Wait()
+		l.want(all...)
+		if len(l.calls) != 4 || largest > maxCall {
+			t.Errorf("%d calls, the largest with %d bytes", len(l.calls), largest)
+		}
+	})
+}
+
+func TestSenderSplitsWhatIsTooLarge(t *testing.T) {
+	for name, test := range map[string]struct {
+		limit int
+		fill  func(*testing.T, *memory) []int64
+	}{
+		"fewer entries in one call": {1 << 20, func(t *testing.T, box *memory) []int64 { return fill(t, box, 100<<10, 60) }},
+		"entries one by one":        {40 << 10, func(t *testing.T, box *memory) []int64 { return fill(t, box, 30<<10, 20) }},
+		"an entry by its points": {2000, func(t *testing.T, box *memory) (all []int64) {
+			for i := range int64(1000) {
+				all = append(all, i)
+			}
+			box.add(1000, requestOf(t, 0, all...))
+			box.add(1, requestOf(t, 0, 1000))
+			return append(all, 1000)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var box memory
+				var log logged
+				l := &line{t: t, answer: func(_ []int64, size int) answer {
+					if size > test.limit {
+						return refuse(tooLarge, "ResourceExhausted")
+					}
+					return answer{}
+				}}
+				all := test.fill(t, &box)
+				s := l.start(&box, &log)
+				synctest.Wait() // no waiting between the tries
+				l.want(all...)
+				if box.pending() > 0 || len(box.poison) > 0 {
+					t.Errorf("%d entries are left, %d set aside", box.pending(), len(box.poison))
+				}
+				if sent := s.tally.sent.Load(); sent != int64(len(all)) {
+					t.Errorf("counted %d points, want %d", sent, len(all))
+				}
+			})
+		})
+	}
+}
+
+// A piece that was accepted is not sent again when the next piece has to wait.
+func TestSenderRemembersPieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		n := 0
+		l := &line{t: t, answer: func(values []int64, _ int) answer {
+			switch n++; {
+			case len(values) > 2:
+				return refuse(tooLarge, "HTTP 413")
+			case n%3 == 0:
+				return refuse(transient, "HTTP 503")
+			}
+			return answer{}
+		}}
+		box.add(8, requestOf(t, 0, 1, 2, 3, 4, 5, 6, 7, 8))
+		l.start(&box, &log)
+		settle(time.Hour)
+		l.want(1, 2, 3, 4, 5, 6, 7, 8)
+	})
+}
+
+func TestSenderSetsPoisonAside(t *testing.T) {
+	for name, test := range map[string]struct {
+		bad   func(values []int64) bool
+		a     answer
+		tries int
+	}{
+		"bad data":        {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, answer{verdict: suspect, kind: "InvalidArgument", tries: dataTries}, dataTries},
+		"maybe a server":  {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, answer{verdict: suspect, kind: "Internal", tries: doubtTries}, doubtTries},
+		"one large point": {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, answer{verdict: tooLarge, kind: "HTTP 413"}, doubtTries},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var box memory
+				var log logged
+				alone := 0
+				test.a.err = errors.New("no")
+				l := &line{t: t, answer: func(values []int64, _ int) answer {
+					if test.bad(values) {
+						if slices.Equal(values, []int64{2}) {
+							alone++
+						}
+						return test.a
+					}
+					return answer{}
+				}}
+				fill(t, &box, 0, 8)
+				s := l.start(&box, &log)
+				settle(time.Hour)
+				l.want(0, 1, 3, 4, 6, 7)
+				if alone != test.tries {
+					t.Errorf("tried %d times, want %d", alone, test.tries)
+				}
+				if len(box.poison) != 2 || box.poison[3] == "" || box.poison[6] == "" || box.pending() > 0 {
+					t.Errorf("set aside %v, %d left; want entries 3 and 6", box.poison, box.pending())
+				}
+				if s.tally.sent.Load() != 6 || s.tally.rejected.Load() != 2 {
+					t.Errorf("counted %d sent, %d rejected", s.tally.sent.Load(), s.tally.rejected.Load())
+				}
+				log.want(t, "set aside in quarantine", 2)
+				if err := s.flush(t.Context()); err != nil {
+					t.Errorf("flush: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// A piece that is refused costs its points, not those of the other pieces.
+func TestSenderDeliversTheGoodPieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		l := &line{t: t, answer: func(values []int64, _ int) answer {
+			if len(values) > 2 {
+				return refuse(tooLarge, "ResourceExhausted")
+			}
+			if slices.Contains(values, 3) {
+				return refuse(suspect, "InvalidArgument")
+			}
+			return answer{}
+		}}
+		box.add(8, requestOf(t, 0, 1, 2, 3, 4, 5, 6, 7, 8))
+		s := l.start(&box, &log)
+		settle(time.Hour)
+		l.want(1, 2, 5, 6, 7, 8)
+		if s.tally.sent.Load() != 6 || s.tally.rejected.Load() != 2 || box.poison[1] == "" {
+			t.Errorf("counted %d sent, %d rejected; set aside %v", s.tally.sent.Load(), s.tally.rejected.Load(), box.poison)
+		}
+	})
+}
+
+func TestSenderCountsPartialSuccessAndGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		l := &line{t: t, answer: func(values []int64, _ int) answer { return answer{rejected: 1, message: "too old"} }}
+		s := l.start(&box, &log)
+		for i := range int64(5) {
+			box.set(func(m *memory) { m.add(3, requestOf(t, 0, i, i, i)) })
+			s.kick()
+			synctest.Wait()
+		}
+		if len(l.calls) != 5 || s.tally.sent.Load() != 10 || s.tally.rejected.Load() != 5 {
+			t.Errorf("%d calls, counted %d sent, %d rejected", len(l.calls), s.tally.sent.Load(), s.tally.rejected.Load())
+		}
+		log.want(t, "partial success", 1)
+	})
+}
+
+// An answer that the outbox cannot record yet must not lead to a second delivery.
+func TestSenderDoesNotRepeatWhatTheOutboxCannotRecord(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		l := &line{t: t, answer: func([]int64, int) answer { return answer{} }}
+		fill(t, &box, 0, 2)
+		box.failDone = errors.New("disk I/O error")
+		s := l.start(&box, &log)
+		settle(10 * time.Minute)
+		box.set(func(m *memory) { m.failDone, m.failNext = nil, errors.New("disk I/O error") })
+		settle(10 * time.Minute)
+		box.set(func(m *memory) { m.failNext = nil; m.add(1, requestOf(t, 0, 2)) })
+		s.kick()
+		settle(10 * time.Minute)
+		l.want(0, 1, 2)
+		log.want(t, "cannot record deliveries in the outbox", 1)
+		log.want(t, "cannot read the outbox", 1)
+		log.want(t, "the outbox works again", 1)
+	})
+}
+
+// When a line is slow, less is put on it at once.
+func TestSenderSendsLessOverASlowLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		l := &line{t: t, answer: func(_ []int64, size int) answer {
+			if size > 500<<10 {
+				a := refuse(transient, "DeadlineExceeded")
+				a.slow = true
+				return a
+			}
+			return answer{}
+		}}
+		all := fill(t, &box, 100<<10, 60)
+		var large []int64 // one entry that the line does not carry in time
+		for i := range int64(300_000) {
+			large = append(large, 100+i)
+		}
+		box.add(len(large), requestOf(t, 0, large...))
+		l.start(&box, &log)
+		settle(time.Hour)
+		l.want(append(all, large...)...)
+	})
+}
+
+func TestSenderDrain(t *testing.T) {
+	for name, test := range map[string]struct {
+		back time.Duration // when the receiver answers again
+		left int
+	}{
+		"receiver up":           {0, 0},
+		"back before the end":   {3 * time.Second, 0},
+		"not back before it is": {time.Hour, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var box memory
+				var log logged
+				back := time.Now().Add(30*time.Minute + test.back)
+				l := &line{t: t, answer: func([]int64, int) answer {
+					if time.Now().Before(back) {
+						return refuse(transient, "Unavailable")
+					}
+					return answer{}
+				}}
+				fill(t, &box, 0, 3)
+				s := l.start(&box, &log)
+				settle(30 * time.Minute) // deep in the longest delays
+				begin := time.Now()
+				close(s.drain)
+				select {
+				case <-s.done:
+				case <-time.After(5 * time.Second):
+				}
+				synctest.Wait()
+				if took := time.Since(begin); test.left == 0 && took > test.back+2*drainBackoff {
+					t.Errorf("drained after %v", took)
+				}
+				if box.pending() != test.left {
+					t.Errorf("%d entries are left, want %d", box.pending(), test.left)
+				}
+			})
+		})
+	}
+}
+
+func TestBackoffGrowsAndIsBounded(t *testing.T) {
+	for _, v := range []verdict{transient, unreachable, misconfigured, suspect} {
+		for failures := 1; failures < 200; failures++ {
+			a := answer{verdict: v}
+			d := a.backoff(failures, maxBackoff)
+			most := maxBackoff
+			if v == unreachable {
+				most = 15 * time.Second
+			}
+			if v != misconfigured && failures < 7 {
+				most = min(most, time.Second<<(failures-1))
+			}
+			if d < 100*time.Millisecond || d > most {
+				t.Fatalf("%v after %d failures: %v, want up to %v", v, failures, d, most)
+			}
+		}
+	}
+}

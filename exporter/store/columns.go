@@ -1,0 +1,186 @@
+package store
+
+import "math/bits"
+
+// A column is a list of numbers whose count the reader knows. It is a mode byte
+// and then, for each value, an exponential Golomb code of order k, padded to a
+// whole byte: the low k bits are stored plainly and the rest with a prefix that
+// tells its length. Small values cost little and a rare huge one costs no more
+// than 129 bits, which suits counters: mostly quiet, sometimes bursts.
+const (
+	columnDelta = 0x40 // mode bit: values are zigzag differences to the one before
+	columnOrder = 0x3f // mode bits: k
+)
+
+// appendColumn appends the code of values to b, with the k, and with or without
+// differences, that make it shortest.
+func appendColumn(b []byte, values []uint64) []byte {
+	var plain, delta [65]int // how many values have this many bits
+	last := uint64(0)
+	for _, v := range values {
+		plain[bits.Len64(v)]++
+		delta[bits.Len64(zigzag(int64(v-last)))]++
+		last = v
+	}
+	k, size := bestOrder(&plain)
+	dk, dsize := bestOrder(&delta)
+	mode := byte(k)
+	if dsize < size {
+		k, mode = dk, byte(dk)|columnDelta
+	}
+	w := bitWriter{b: append(b, mode)}
+	last = 0
+	for _, v := range values {
+		if mode&columnDelta != 0 {
+			v, last = zigzag(int64(v-last)), v
+		}
+		q := v>>k + 1 // 0 stands for 1<<64
+		n := bits.Len64(q) - 1
+		if q == 0 {
+			n = 64
+		}
+		w.ones(n)
+		w.put(q, n)
+		w.put(v, k)
+	}
+	return w.close()
+}
+
+// bestOrder returns the k for which a column with the given histogram of bit
+// lengths becomes shortest, and about how many bits that is.
+func bestOrder(histogram *[65]int) (k, size int) {
+	size = int(^uint(0) >> 1)
+	for order := range 63 {
+		sum := 0
+		for n, count := range histogram {
+			sum += count * (1 + order + 2*max(0, n-order))
+		}
+		if sum < size {
+			k, size = order, sum
+		}
+	}
+	return k, size
+}
+
+// readColumn decodes len(values) numbers from b and returns what follows them.
+func readColumn(b []byte, values []uint64) ([]byte, error) {
+	if len(b) == 0 {
+		return nil, errDamaged
+	}
+	mode := b[0]
+	k := int(mode & columnOrder)
+	r := bitReader{b: b[1:]}
+	last := uint64(0)
+	for i := range values {
+		n := r.ones()
+		if n > 64-k {
+			return nil, errDamaged
+		}
+		q := r.get(n) | 1<<n // 1<<64 is 0, as in appendColumn
+		if n == 64 && q != 0 {
+			return nil, errDamaged
+		}
+		v := (q-1)<<k | r.get(k)
+		if mode&columnDelta != 0 {
+			v = last + uint64(unzigzag(v))
+			last = v
+		}
+		values[i] = v
+	}
+	return r.close()
+}
+
+// zigzag maps small numbers of either sign to small numbers.
+func zigzag(v int64) uint64 { return uint64(v)<<1 ^ uint64(v>>63) }
+
+func unzigzag(v uint64) int64 { return int64(v>>1) ^ -int64(v&1) }
+
+// bitWriter appends bits, lowest first.
+type bitWriter struct {
+	b   []byte
+	acc uint64
+	n   int // bits in acc, below 32 between calls
+}
+
+func (w *bitWriter) put(v uint64, n int) {
+	for ; n > 32; n -= 32 {
+		w.put(v, 32)
+		v >>= 32
+	}
+	w.acc |= (v & (1<<n - 1)) << w.n
+	w.n += n
+	if w.n >= 32 {
+		w.b = append(w.b, byte(w.acc), byte(w.acc>>8), byte(w.acc>>16), byte(w.acc>>24))
+		w.acc >>= 32
+		w.n -= 32
+	}
+}
+
+// ones writes n one bits and a zero bit.
+func (w *bitWriter) ones(n int) {
+	w.put(^uint64(0), n)
+	w.put(0, 1)
+}
+
+// close pads to a whole byte and returns everything written.
+func (w *bitWriter) close() []byte {
+	for ; w.n > 0; w.n -= 8 {
+		w.b = append(w.b, byte(w.acc))
+		w.acc >>= 8
+	}
+	return w.b
+}
+
+// bitReader reads what bitWriter wrote. Beyond the end it delivers zeros and
+// remembers that.
+type bitReader struct {
+	b     []byte
+	acc   uint64
+	n     int // bits in acc
+	short bool
+}
+
+func (r *bitReader) fill(n int) {
+	for r.n < n {
+		if len(r.b) == 0 {
+			r.short = true
+			r.n = n
+			return
+		}
+		r.acc |= uint64(r.b[0]) << r.n
+		r.b = r.b[1:]
+		r.n += 8
+	}
+}
+
+func (r *bitReader) get(n int) uint64 {
+	if n > 32 {
+		low := r.get(32)
+		return low | r.get(n-32)<<32
+	}
+	r.fill(n)
+	v := r.acc & (1<<n - 1)
+	r.acc >>= n
+	r.n -= n
+	return v
+}
+
+// ones counts one bits up to and with the zero bit that ends them; the answer
+// is 65 when there are more than 64.
+func (r *bitReader) ones() int {
+	for n := range 65 {
+		if r.get(1) == 0 {
+			return n
+		}
+	}
+	return 65
+}
+
+// close skips the padding and returns the rest of the input. fill takes whole
+// bytes and only when it needs them, so at most seven bits are left over.
+func (r *bitReader) close() ([]byte, error) {
+	if r.short {
+		return nil, errDamaged
+	}
+	return r.b, nil
+}

@@ -1,0 +1,125 @@
+package store
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// lockDir makes the directory if there is none, checks that nobody else can
+// write to it, and takes it for this process until the file is closed. The lock
+// is on the directory itself: it needs no file, so no room on a full disk, and
+// no process can leave a stale one.
+func lockDir(dir string) (*os.File, error) {
+	if dir == "" {
+		return nil, refusal{errors.New("open store: no directory is given: set a state directory")}
+	}
+	err := os.MkdirAll(dir, 0o700)
+	var f *os.File
+	if err == nil {
+		f, err = os.Open(dir)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, refusal{fmt.Errorf("open store: %w: uid %d needs a state directory of its own", err, os.Geteuid())}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := checkDir(f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder := lockHolder(f)
+		f.Close()
+		if err == unix.EWOULDBLOCK {
+			return nil, refusal{fmt.Errorf("%w: %s is held by %s: stop it, or give this agent another state directory", ErrInUse, dir, holder)}
+		}
+		return nil, fmt.Errorf("lock %s: %w", dir, err)
+	}
+	return f, nil
+}
+
+// checkDir refuses a directory in which someone else could plant requests to be
+// sent with our credentials.
+func checkDir(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return refusal{fmt.Errorf("open store: %s is not a directory: choose another state directory", f.Name())}
+	}
+	if owner := info.Sys().(*syscall.Stat_t).Uid; int(owner) != os.Geteuid() {
+		return refusal{fmt.Errorf("open store: %s belongs to uid %d but this process is uid %d: run as that user, or chown -R %d %[1]s, or choose another state directory",
+			f.Name(), owner, os.Geteuid(), os.Geteuid())}
+	}
+	if perm := info.Mode().Perm(); perm&0o022 != 0 {
+		return refusal{fmt.Errorf("open store: %s can be written by others (mode %#o): chmod 0700 %[1]s after you have checked what is in it", f.Name(), perm)}
+	}
+	return nil
+}
+
+// lockHolder names the process that has the lock on f, as far as /proc tells.
+func lockHolder(f *os.File) string {
+	const unknown = "another process"
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return unknown
+	}
+	locks, err := os.Open("/proc/locks")
+	if err != nil {
+		return unknown
+	}
+	defer locks.Close()
+	// "1: FLOCK  ADVISORY  WRITE 708 fd:01:13894 0 EOF"
+	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	for lines := bufio.NewScanner(locks); lines.Scan(); {
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 6 || fields[1] != "FLOCK" || fields[5] != file {
+			continue
+		}
+		pid := fields[4]
+		if name, err := os.ReadFile("/proc/" + pid + "/comm"); err == nil {
+			return fmt.Sprintf("process %s (%s)", pid, strings.TrimSpace(string(name)))
+		}
+		return "process " + pid
+	}
+	return unknown
+}
+
+// keepAside is how many files that were set aside are kept for inspection. More
+// of them would fill the disk when the damage comes from the disk itself.
+const keepAside = 2
+
+// setAside renames the file at path and what belongs to it, so that sqlite3 can
+// still open it under the new name, and returns that name.
+func setAside(path string, now time.Time) (string, error) {
+	if old, err := filepath.Glob(path + ".aside-*Z"); err == nil && len(old) >= keepAside {
+		slices.Sort(old)
+		for _, o := range old[:len(old)-keepAside+1] {
+			for i := range 3 {
+				_ = os.RemoveAll(o + fileSuffix(i))
+			}
+		}
+	}
+	aside := path + ".aside-" + now.UTC().Format("20060102T150405.000000Z")
+	if err := os.Rename(path, aside); err != nil {
+		return "", err
+	}
+	for i := 1; i < 3; i++ {
+		if err := os.Rename(path+fileSuffix(i), aside+fileSuffix(i)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+	}
+	return aside, nil
+}

@@ -1,0 +1,46 @@
+// Package store keeps what the agent must not lose in one SQLite file:
+//
+//   - the ledger: the state of every series and run, so that totals continue
+//     over restarts;
+//   - the outbox: encoded requests that no server has taken yet, oldest first;
+//   - the history: what each unit transferred, for some weeks back.
+//
+// [Store.Commit] writes one collection cycle to all three in one transaction.
+// The package knows nothing of systemd or OTLP: series and runs are generic and
+// requests are opaque bytes.
+//
+// # What survives
+//
+// A Commit that returned nil survives a crash of the agent (kill -9, panic, out
+// of memory) and, on a disk that honours flush requests, a power cut or a crash
+// of the kernel: the write-ahead log is fsynced before Commit returns
+// (journal_mode=WAL, synchronous=FULL). The same holds for Ack and Quarantine.
+//
+// A Commit that did not return is there wholly or not at all; after a power cut
+// the last cycle may be absent. Nothing older is lost and there is never half a
+// cycle.
+//
+// A Commit that returned an error left nothing behind that will be delivered.
+// One exception: when fsync itself failed and the agent dies before its next
+// successful Commit, the cycle may reappear, since the kernel kept the pages.
+//
+// A request is delivered at least once, not exactly once: if the agent dies
+// between the server's answer and the end of Ack, the requests of that one Next
+// are delivered again.
+//
+// Not survived: a disk that lies about flushes, and damage to the file itself.
+// SQLite does not checksum its pages, so every record carries a checksum of its
+// own: what does not match is never used. Damage to the ledger or to the tree of
+// the file sets the file aside (see [Recovered]) and the undelivered requests
+// stay behind in that copy; a damaged request is quarantined; a damaged hour of
+// one unit's history is skipped and counted.
+//
+// # Bounds
+//
+// The outbox is bounded by bytes and by age; see [Config]. The file itself
+// keeps up to 4 MiB of free pages for reuse and gives more back at 2 MiB for
+// each Commit, so it follows the content down with some delay. The write-ahead
+// log is reused from its start at 4 MiB, and grows beyond only while a reader
+// holds an old snapshot. It keeps its size: on a full disk that is the room
+// which lets an Ack still be written.
+package store

@@ -1,0 +1,436 @@
+package store
+
+import (
+	"database/sql"
+	"encoding/binary"
+	"errors"
+	"maps"
+	"math"
+	"slices"
+	"time"
+)
+
+// Sample is what one unit transferred in one interval.
+type Sample struct {
+	Unit string
+	// Time is the end of the interval: when the reply arrived. Within an hour
+	// of its cycle's time, else that is taken for it.
+	Time time.Time
+	// Delta counts bytes received, packets received, bytes transmitted and
+	// packets transmitted in the interval.
+	Delta [4]uint64
+	// Interval is how long that took: from the reply before to this one. A
+	// negative one counts as zero.
+	Interval time.Duration
+}
+
+// The history is written three times, each time smaller:
+//
+//   - a cycle as one row of recent, to the millisecond;
+//   - an hour that is over as one row of hour for each unit, in minutes, with
+//     times to a tenth of a second; its cycles go in the same transaction;
+//   - the sums of that row as plain columns, for people with sqlite3.
+//
+// A sample belongs to the hour of its cycle. Rounding of times does not add up,
+// since each interval ends where the next begins.
+type history struct {
+	ids    map[string]unitRow // of the units seen since the last roll-up
+	oldest int64              // hour of the oldest row of recent
+	newest int64              // hour of the newest
+	any    bool               // recent has rows
+}
+
+type unitRow struct {
+	id   int64
+	seen int64 // hour
+	used bool  // since the last roll-up
+}
+
+// tick is the resolution of times in hour.
+const (
+	tick         = 100 // milliseconds
+	ticksPerHour = int64(time.Hour/time.Millisecond) / tick
+	ticksPerMin  = ticksPerHour / 60
+)
+
+// span is a stretch of traffic of one unit: begin and end in milliseconds, or in
+// ticks, since the start of its hour.
+type span struct {
+	begin, end int64
+	delta      [4]uint64
+}
+
+func hourOf(t time.Time) int64 { return floorDiv(t.UnixMilli(), int64(time.Hour/time.Millisecond)) }
+
+func floorDiv(a, b int64) int64 {
+	q := a / b
+	if a%b < 0 {
+		q--
+	}
+	return q
+}
+
+func (h *history) load(db *database) error {
+	h.ids = map[string]unitRow{}
+	var oldest, newest sql.NullInt64
+	err := db.row("SELECT (SELECT hour FROM recent ORDER BY id LIMIT 1), (SELECT hour FROM recent ORDER BY id DESC LIMIT 1)", nil, &oldest, &newest)
+	h.oldest, h.newest, h.any = oldest.Int64, newest.Int64, oldest.Valid
+	return err
+}
+
+// append writes the samples of c as one row.
+func (h *history) append(db *database, c Cycle) error {
+	if len(c.Samples) == 0 {
+		return nil
+	}
+	hour := hourOf(c.Time)
+	units, spans := make([]int64, len(c.Samples)), make([]span, len(c.Samples))
+	for i, sample := range c.Samples {
+		var err error
+		if units[i], err = h.unit(db, sample.Unit, hour); err != nil {
+			return err
+		}
+		end := sample.Time
+		if d := c.Time.Sub(end); d > time.Hour || d < -time.Hour {
+			end = c.Time
+		}
+		// Both ends are rounded, not the interval: so they meet the next ones.
+		spans[i] = span{
+			begin: end.Add(-max(0, sample.Interval)).UnixMilli() - hour*3600_000,
+			end:   end.UnixMilli() - hour*3600_000,
+			delta: sample.Delta,
+		}
+	}
+	if _, err := db.exec("INSERT INTO recent(hour, body) VALUES(?, ?)", hour, encodeCycle(units, spans)); err != nil {
+		return err
+	}
+	if !h.any {
+		h.oldest, h.any = hour, true
+	}
+	h.newest = hour
+	return nil
+}
+
+// unit returns the id of a unit, and makes one for a new unit.
+func (h *history) unit(db *database, name string, hour int64) (int64, error) {
+	row, known := h.ids[name]
+	if !known {
+		err := db.row("SELECT id, seen FROM unit WHERE name = ?", []any{name}, &row.id, &row.seen)
+		if errors.Is(err, sql.ErrNoRows) {
+			var result sql.Result
+			if result, err = db.exec("INSERT INTO unit(name, seen) VALUES(?, ?)", name, hour); err == nil {
+				row.seen = hour
+				row.id, err = result.LastInsertId()
+			}
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	// A write for each unit and day, not for each cycle.
+	if hour >= row.seen+24 {
+		row.seen = hour
+		if _, err := db.exec("UPDATE unit SET seen = ? WHERE id = ?", hour, row.id); err != nil {
+			return 0, err
+		}
+	}
+	row.used = true
+	h.ids[name] = row
+	return row.id, nil
+}
+
+// rollUp turns the cycles of the oldest hour into one row for each unit, once a
+// cycle of another hour has come. It does one hour at most.
+func (h *history) rollUp(db *database) error {
+	if !h.any || h.oldest == h.newest {
+		return nil
+	}
+	hour := h.oldest
+	minutes := map[int64][]span{} // by unit
+	var last int64
+	err := db.tx(func() error {
+		// The clock may have been set back: only rows up to the first of
+		// another hour are meant.
+		err := db.each("SELECT id, body FROM recent WHERE id < (SELECT min(id) FROM recent WHERE hour <> ?) ORDER BY id", []any{hour},
+			func(scan func(...any) error) error {
+				var body []byte
+				if err := scan(&last, &body); err != nil {
+					return err
+				}
+				units, spans, err := decodeCycle(body)
+				if err != nil {
+					return nil // one cycle less, not a wrong one
+				}
+				for i, s := range spans {
+					s.begin, s.end = floorDiv(s.begin+tick/2, tick), floorDiv(s.end+tick/2, tick)
+					minutes[units[i]] = addMinute(minutes[units[i]], s)
+				}
+				return nil
+			})
+		if err != nil {
+			return err
+		}
+		// After the clock was set back the hour may be there already.
+		var again bool
+		if err := db.row("SELECT EXISTS (SELECT 1 FROM hour WHERE hour = ?)", []any{hour}, &again); err != nil {
+			return err
+		}
+		for _, unit := range slices.Sorted(maps.Keys(minutes)) {
+			spans := minutes[unit]
+			if again {
+				if spans, err = mergeHour(db, hour, unit, spans); err != nil {
+					return err
+				}
+			}
+			if err := writeHour(db, hour, unit, spans); err != nil {
+				return err
+			}
+		}
+		_, err = db.exec("DELETE FROM recent WHERE id <= ?", last)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for name, row := range h.ids {
+		if !row.used {
+			delete(h.ids, name)
+			continue
+		}
+		row.used = false
+		h.ids[name] = row
+	}
+	return db.row("SELECT coalesce((SELECT hour FROM recent ORDER BY id LIMIT 1), 0)", nil, &h.oldest)
+}
+
+// addMinute adds s to spans, within the minute in which it ends.
+func addMinute(spans []span, s span) []span {
+	n := len(spans)
+	if n == 0 || floorDiv(spans[n-1].end, ticksPerMin) != floorDiv(s.end, ticksPerMin) {
+		return append(spans, s)
+	}
+	l := &spans[n-1]
+	measured := (l.end - l.begin) + (s.end - s.begin)
+	l.end = max(l.end, s.end)
+	l.begin = l.end - measured
+	for i := range l.delta {
+		l.delta[i] = addSaturated(l.delta[i], s.delta[i])
+	}
+	return spans
+}
+
+func addSaturated(a, b uint64) uint64 {
+	if sum := a + b; sum >= a {
+		return sum
+	}
+	return math.MaxUint64
+}
+
+func mergeHour(db *database, hour, unit int64, spans []span) ([]span, error) {
+	var body []byte
+	err := db.row("SELECT minutes FROM hour WHERE hour = ? AND unit = ?", []any{hour, unit}, &body)
+	if errors.Is(err, sql.ErrNoRows) {
+		return spans, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	earlier, err := decodeHour(body)
+	if err != nil {
+		return spans, nil
+	}
+	both := append(earlier, spans...)
+	slices.SortStableFunc(both, func(a, b span) int { return int(a.end - b.end) })
+	merged := both[:0]
+	for _, s := range both {
+		merged = addMinute(merged, s)
+	}
+	return merged, nil
+}
+
+func writeHour(db *database, hour, unit int64, spans []span) error {
+	var sum [4]uint64
+	var ticks int64
+	for _, s := range spans {
+		ticks += s.end - s.begin
+		for i := range sum {
+			sum[i] = addSaturated(sum[i], s.delta[i])
+		}
+	}
+	plain := func(i int) int64 { return int64(min(sum[i], math.MaxInt64)) }
+	_, err := db.exec(`INSERT OR REPLACE INTO hour(hour, unit, receive_bytes, receive_packets, transmit_bytes, transmit_packets, seconds, minutes)
+		VALUES(?, ?, ?, ?, ?, ?, ?, ?)`,
+		hour, unit, plain(0), plain(1), plain(2), plain(3), float64(ticks)*tick/1000, encodeHour(spans))
+	return err
+}
+
+// expire removes the oldest hour if it is older than keep, and the units that
+// nothing mentions any more. One hour for each Commit keeps up, and a clock that
+// jumps for a moment costs little.
+func (h *history) expire(db *database, now time.Time, keep time.Duration) error {
+	if keep <= 0 && h.any { // no cycle will come that would roll these up
+		if _, err := db.exec("DELETE FROM recent"); err != nil {
+			return err
+		}
+		h.any = false
+	}
+	var oldest sql.NullInt64
+	if err := db.row("SELECT min(hour) FROM hour", nil, &oldest); err != nil {
+		return err
+	}
+	if !oldest.Valid || oldest.Int64 >= hourOf(now.Add(-keep)) {
+		return nil
+	}
+	return db.tx(func() error {
+		if _, err := db.exec("DELETE FROM hour WHERE hour = ?", oldest.Int64); err != nil {
+			return err
+		}
+		// seen may be a day behind.
+		var gone []int64
+		err := db.each("SELECT id FROM unit WHERE seen < ?", []any{oldest.Int64 - 24}, func(scan func(...any) error) error {
+			var id int64
+			err := scan(&id)
+			gone = append(gone, id)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		alive := make(map[int64]bool, len(h.ids))
+		for _, row := range h.ids {
+			alive[row.id] = true
+		}
+		for _, id := range gone {
+			if alive[id] {
+				continue
+			}
+			if _, err := db.exec("DELETE FROM unit WHERE id = ?", id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// encodeCycle makes a body of recent: the count and then columns.
+func encodeCycle(units []int64, spans []span) []byte {
+	b := binary.AppendUvarint(nil, uint64(len(spans)))
+	column := make([]uint64, len(spans))
+	for n := range 7 {
+		for i, s := range spans {
+			switch n {
+			case 0:
+				column[i] = uint64(units[i])
+			case 1:
+				column[i] = zigzag(s.end)
+			case 2:
+				column[i] = uint64(s.end - s.begin)
+			default:
+				column[i] = s.delta[n-3]
+			}
+		}
+		b = appendColumn(b, column)
+	}
+	return appendSum(b)
+}
+
+func decodeCycle(b []byte) (units []int64, spans []span, err error) {
+	b, err = checkSum(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	count, b, err := takeCount(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	units, spans = make([]int64, count), make([]span, count)
+	column := make([]uint64, count)
+	for n := range 7 {
+		if b, err = readColumn(b, column); err != nil {
+			return nil, nil, err
+		}
+		for i, v := range column {
+			switch n {
+			case 0:
+				units[i] = int64(v)
+			case 1:
+				spans[i].end = unzigzag(v)
+			case 2:
+				spans[i].begin = spans[i].end - int64(v)
+			default:
+				spans[i].delta[n-3] = v
+			}
+		}
+	}
+	return units, spans, nil
+}
+
+// encodeHour makes a body of hour. It is: the count, the begin of the first
+// span, which columns follow, and those columns: the ends of the spans always,
+// the others if they are not all zero. Spans mostly begin where the one before
+// ended, so the column of gaps is mostly absent, and for an idle unit so are
+// those of the counters.
+func encodeHour(spans []span) []byte {
+	b := binary.AppendUvarint(nil, uint64(len(spans)))
+	if len(spans) == 0 {
+		return appendSum(b)
+	}
+	b = binary.AppendVarint(b, spans[0].begin)
+	var columns [6][]uint64
+	last := spans[0].begin
+	for _, s := range spans {
+		columns[0] = append(columns[0], zigzag(s.end-last))
+		columns[1] = append(columns[1], zigzag(s.begin-last))
+		for i, v := range s.delta {
+			columns[2+i] = append(columns[2+i], v)
+		}
+		last = s.end
+	}
+	mask := len(b)
+	b = append(b, 0)
+	for n, column := range columns {
+		if n == 0 || slices.ContainsFunc(column, func(v uint64) bool { return v != 0 }) {
+			b[mask] |= 1 << n
+			b = appendColumn(b, column)
+		}
+	}
+	return appendSum(b)
+}
+
+func decodeHour(b []byte) ([]span, error) {
+	b, err := checkSum(b)
+	if err != nil {
+		return nil, err
+	}
+	count, b, err := takeCount(b)
+	if err != nil || count == 0 {
+		return nil, err
+	}
+	last, n := binary.Varint(b)
+	if n <= 0 || len(b) == n {
+		return nil, errDamaged
+	}
+	mask, b := b[n], b[n+1:]
+	spans, column := make([]span, count), make([]uint64, count)
+	for n := range 6 {
+		if mask&(1<<n) == 0 {
+			clear(column)
+		} else if b, err = readColumn(b, column); err != nil {
+			return nil, err
+		}
+		end := last
+		for i, v := range column {
+			switch n {
+			case 0:
+				end += unzigzag(v)
+				spans[i].end = end
+			case 1:
+				spans[i].begin = end + unzigzag(v)
+				end = spans[i].end
+			default:
+				spans[i].delta[n-2] = v
+			}
+		}
+	}
+	return spans, nil
+}

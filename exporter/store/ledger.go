@@ -1,0 +1,424 @@
+package store
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"time"
+)
+
+// Series is the ledger's row for one exported series.
+type Series struct {
+	Key   string    // unique in the ledger
+	Total [4]uint64 // any values, including those above 1<<63
+	Start time.Time // from when Total counts; years 1678 to 2262, or zero
+	Seen  time.Time // when Total was last read
+}
+
+// Run is the ledger's row for one live run of one unit.
+type Run struct {
+	Key    string // unique in the ledger
+	Series string // Key of the series it is added to
+	Epoch  string // identifies the run
+	Boot   string // identifies the boot under which Last was read
+	Last   [4]uint64
+	Seen   time.Time // when Last was read
+}
+
+// Ledger is the state that continues over restarts. Times come back in UTC, to
+// the nanosecond.
+type Ledger struct {
+	Time   time.Time // of the cycle that wrote it; zero on the first day
+	Series []Series
+	Runs   []Run
+}
+
+// ledgerState is the ledger in memory. On disk it is a chain of records: one
+// with every row, and after it one for each cycle with the rows that differ.
+// Replaying the chain gives the ledger. Rows as rows of SQLite would cost about
+// ten times the CPU and the bytes, since nearly all of them change each cycle.
+type ledgerState struct {
+	time   time.Time
+	series map[string]*seriesRow
+	runs   map[string]*runRow
+	nextID uint64 // rows are named by small numbers in the records
+	base   int    // bytes of the record with every row; 0 = none yet
+	chain  int    // bytes of the records after it
+	gen    uint64 // counts records, to tell which rows a record has touched
+
+	// Only while replaying.
+	seriesByID map[uint64]*seriesRow
+	runsByID   map[uint64]*runRow
+
+	seriesChanges, runChanges []rowChange // buffers of advance
+}
+
+type seriesRow struct {
+	Series
+	id    uint64
+	gen   uint64
+	delta [4]uint64 // what record gen added to Total
+}
+
+type runRow struct {
+	Run
+	id  uint64
+	gen uint64
+}
+
+// rowChange is what a record says about one row.
+type rowChange struct {
+	id    uint64
+	kind  uint64
+	start int64     // nanoseconds minus the row's former ones; unused for runs
+	seen  int64     // nanoseconds; for runs minus those of its series
+	add   [4]uint64 // to Total or Last; for runs minus what the series got
+	texts [4]string // of new rows: Key and, for runs, Series, Epoch, Boot
+}
+
+const (
+	rowChanged = 0
+	rowNew     = 1 // all numbers count from zero
+	rowGone    = 2
+)
+
+func newLedgerState() *ledgerState {
+	return &ledgerState{series: map[string]*seriesRow{}, runs: map[string]*runRow{}}
+}
+
+// ledger returns the rows in the order in which they came.
+func (l *ledgerState) ledger() Ledger {
+	out := Ledger{Time: l.time}
+	for _, row := range sortedByID(l.series, func(r *seriesRow) uint64 { return r.id }) {
+		out.Series = append(out.Series, row.Series)
+	}
+	for _, row := range sortedByID(l.runs, func(r *runRow) uint64 { return r.id }) {
+		out.Runs = append(out.Runs, row.Run)
+	}
+	return out
+}
+
+func sortedByID[R any](rows map[string]R, id func(R) uint64) []R {
+	out := slices.Collect(maps.Values(rows))
+	slices.SortFunc(out, func(a, b R) int { return cmp.Compare(id(a), id(b)) })
+	return out
+}
+
+// advance takes over the rows of next and returns the record that leads there
+// from the present rows. base says that the record holds every row and replaces
+// all earlier ones. After an error the state must be loaded again.
+func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error) {
+	if base = l.base == 0 || l.chain > 4*l.base+64<<10; base {
+		clear(l.series)
+		clear(l.runs)
+		l.nextID = 0
+	}
+	l.gen++
+	l.time = next.Time
+
+	changes := l.seriesChanges[:0]
+	for _, s := range next.Series {
+		row, known := l.series[s.Key]
+		if !known {
+			row = &seriesRow{id: l.nextID}
+			l.nextID++
+			l.series[s.Key] = row
+		} else if row.gen == l.gen {
+			return nil, false, fmt.Errorf("write ledger: series %q is given twice", s.Key)
+		}
+		row.gen = l.gen
+		row.delta = sub(s.Total, row.Total)
+		if known && row.delta == [4]uint64{} && s.Start.Equal(row.Start) && s.Seen.Equal(row.Seen) {
+			continue
+		}
+		if !inRange(s.Start) || !inRange(s.Seen) {
+			return nil, false, fmt.Errorf("write ledger: series %q: a time is outside the years 1678 to 2262", s.Key)
+		}
+		c := rowChange{id: row.id, start: nanos(s.Start), seen: nanos(s.Seen), add: row.delta}
+		if known {
+			c.start -= nanos(row.Start)
+		} else {
+			c.kind, c.texts[0] = rowNew, s.Key
+		}
+		row.Series = s
+		changes = append(changes, c)
+	}
+	for key, row := range l.series {
+		if row.gen != l.gen {
+			changes = append(changes, rowChange{id: row.id, kind: rowGone})
+			delete(l.series, key)
+		}
+	}
+	l.seriesChanges = changes
+
+	changes = l.runChanges[:0]
+	for _, r := range next.Runs {
+		row, known := l.runs[r.Key]
+		if !known {
+			row = &runRow{id: l.nextID}
+			l.nextID++
+			l.runs[r.Key] = row
+		} else if row.gen == l.gen {
+			return nil, false, fmt.Errorf("write ledger: run %q is given twice", r.Key)
+		}
+		row.gen = l.gen
+		if known && r.Last == row.Last && r.Seen.Equal(row.Seen) && sameTexts(r, row.Run) {
+			continue
+		}
+		if !inRange(r.Seen) {
+			return nil, false, fmt.Errorf("write ledger: run %q: time %v is outside the years 1678 to 2262", r.Key, r.Seen)
+		}
+		c := rowChange{id: row.id}
+		if !known || !sameTexts(r, row.Run) {
+			c.kind, c.texts = rowNew, [4]string{r.Key, r.Series, r.Epoch, r.Boot}
+			row.Last = [4]uint64{}
+		}
+		// In most cases the run adds to its series just what it grew itself.
+		delta, seen := l.expect(r.Series)
+		c.add = sub(sub(r.Last, row.Last), delta)
+		c.seen = nanos(r.Seen) - seen
+		row.Run = r
+		changes = append(changes, c)
+	}
+	for key, row := range l.runs {
+		if row.gen != l.gen {
+			changes = append(changes, rowChange{id: row.id, kind: rowGone})
+			delete(l.runs, key)
+		}
+	}
+	l.runChanges = changes
+
+	record = encodeRecord(l.time, l.seriesChanges, l.runChanges)
+	l.grew(len(record), base)
+	return record, base, nil
+}
+
+func (l *ledgerState) grew(size int, base bool) {
+	if base {
+		l.base, l.chain = size, 0
+	} else {
+		l.chain += size
+	}
+}
+
+// expect returns what the current record added to the series, and when it was
+// seen: the same at writing and at replaying, since series come before runs.
+func (l *ledgerState) expect(series string) (delta [4]uint64, seen int64) {
+	row := l.series[series]
+	if row == nil {
+		return delta, 0
+	}
+	if row.gen == l.gen {
+		delta = row.delta
+	}
+	return delta, nanos(row.Seen)
+}
+
+// replay takes over one record of the chain; base says that it is the first.
+func (l *ledgerState) replay(record []byte, base bool) error {
+	at, series, runs, err := decodeRecord(record)
+	if err != nil {
+		return err
+	}
+	if base {
+		l.seriesByID, l.runsByID = map[uint64]*seriesRow{}, map[uint64]*runRow{}
+	}
+	l.gen++
+	l.time = at
+	for _, c := range series {
+		row := l.seriesByID[c.id]
+		switch {
+		case c.kind == rowNew:
+			row = &seriesRow{Series: Series{Key: c.texts[0]}, id: c.id}
+			l.series[row.Key], l.seriesByID[c.id] = row, row
+		case row == nil:
+			return fmt.Errorf("series %d is not known: %w", c.id, errDamaged)
+		case c.kind == rowGone:
+			delete(l.series, row.Key)
+			delete(l.seriesByID, c.id)
+			continue
+		default:
+			c.start += nanos(row.Start)
+		}
+		row.gen, row.delta = l.gen, c.add
+		row.Total = add(row.Total, c.add)
+		row.Start, row.Seen = fromNanos(c.start), fromNanos(c.seen)
+		l.nextID = max(l.nextID, c.id+1)
+	}
+	for _, c := range runs {
+		row := l.runsByID[c.id]
+		switch {
+		case c.kind == rowNew:
+			row = &runRow{Run: Run{Key: c.texts[0], Series: c.texts[1], Epoch: c.texts[2], Boot: c.texts[3]}, id: c.id}
+			l.runs[row.Key], l.runsByID[c.id] = row, row
+		case row == nil:
+			return fmt.Errorf("run %d is not known: %w", c.id, errDamaged)
+		case c.kind == rowGone:
+			delete(l.runs, row.Key)
+			delete(l.runsByID, c.id)
+			continue
+		}
+		delta, seen := l.expect(row.Series)
+		row.gen = l.gen
+		row.Last = add(add(row.Last, c.add), delta)
+		row.Seen = fromNanos(c.seen + seen)
+		l.nextID = max(l.nextID, c.id+1)
+	}
+	l.grew(len(record), base)
+	return nil
+}
+
+// endReplay drops what only replay needs.
+func (l *ledgerState) endReplay() { l.seriesByID, l.runsByID = nil, nil }
+
+func sameTexts(a, b Run) bool {
+	return a.Series == b.Series && a.Epoch == b.Epoch && a.Boot == b.Boot
+}
+
+// Sums and differences wrap, so that every pair of values has a difference.
+func sub(a, b [4]uint64) [4]uint64 {
+	return [4]uint64{a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]}
+}
+
+func add(a, b [4]uint64) [4]uint64 {
+	return [4]uint64{a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]}
+}
+
+const zeroNanos = math.MinInt64 // stands for the zero time
+
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return zeroNanos
+	}
+	return t.UnixNano()
+}
+
+func fromNanos(n int64) time.Time {
+	if n == zeroNanos {
+		return time.Time{}
+	}
+	return time.Unix(0, n).UTC()
+}
+
+// inRange says that nanos can hold t.
+func inRange(t time.Time) bool {
+	return t.IsZero() || t.Year() > 1677 && t.Year() < 2262
+}
+
+// A record is: the time, then a table of series and one of runs, then CRC-32C of
+// all that. A table is: the number of changes, the columns, and the texts of the
+// new rows, compressed if that helps.
+func encodeRecord(at time.Time, series, runs []rowChange) []byte {
+	b := binary.BigEndian.AppendUint64(nil, uint64(nanos(at)))
+	var column []uint64
+	for _, table := range [][]rowChange{series, runs} {
+		b = binary.AppendUvarint(b, uint64(len(table)))
+		for n := range changeColumns {
+			column = column[:0]
+			for i := range table {
+				column = append(column, table[i].get(n))
+			}
+			b = appendColumn(b, column)
+		}
+		var texts []byte
+		for _, c := range table {
+			if c.kind == rowNew {
+				for _, t := range c.texts {
+					texts = append(binary.AppendUvarint(texts, uint64(len(t))), t...)
+				}
+			}
+		}
+		b = appendBytes(b, compress(texts))
+	}
+	return appendSum(b)
+}
+
+const changeColumns = 8
+
+func (c *rowChange) get(column int) uint64 {
+	switch column {
+	case 0:
+		return c.id
+	case 1:
+		return c.kind
+	case 2:
+		return zigzag(c.start)
+	case 3:
+		return zigzag(c.seen)
+	default:
+		return zigzag(int64(c.add[column-4]))
+	}
+}
+
+func (c *rowChange) set(column int, v uint64) {
+	switch column {
+	case 0:
+		c.id = v
+	case 1:
+		c.kind = v
+	case 2:
+		c.start = unzigzag(v)
+	case 3:
+		c.seen = unzigzag(v)
+	default:
+		c.add[column-4] = uint64(unzigzag(v))
+	}
+}
+
+func decodeRecord(b []byte) (at time.Time, series, runs []rowChange, err error) {
+	b, err = checkSum(b)
+	if err == nil && len(b) < 8 {
+		err = errDamaged
+	}
+	if err != nil {
+		return at, nil, nil, err
+	}
+	at = fromNanos(int64(binary.BigEndian.Uint64(b)))
+	b = b[8:]
+	for _, table := range []*[]rowChange{&series, &runs} {
+		if *table, b, err = decodeTable(b); err != nil {
+			return at, nil, nil, err
+		}
+	}
+	return at, series, runs, nil
+}
+
+func decodeTable(b []byte) (table []rowChange, rest []byte, err error) {
+	count, b, err := takeCount(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	table = make([]rowChange, count)
+	column := make([]uint64, count)
+	for n := range changeColumns {
+		if b, err = readColumn(b, column); err != nil {
+			return nil, nil, err
+		}
+		for i, v := range column {
+			table[i].set(n, v)
+		}
+	}
+	texts, rest, err := takeBytes(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	if texts, err = decompress(texts); err != nil {
+		return nil, nil, err
+	}
+	for i := range table {
+		if table[i].kind != rowNew {
+			continue
+		}
+		for n := range table[i].texts {
+			var t []byte
+			if t, texts, err = takeBytes(texts); err != nil {
+				return nil, nil, err
+			}
+			table[i].texts[n] = string(t)
+		}
+	}
+	return table, rest, nil
+}

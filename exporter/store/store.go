@@ -1,0 +1,468 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// Errors that callers tell apart with errors.Is.
+var (
+	// ErrUnavailable says that the file cannot be used now: the disk is full,
+	// failing or read-only. Every call tries anew, so the store recovers by
+	// itself; meanwhile a caller sends its requests directly.
+	ErrUnavailable = errors.New("store is unavailable")
+	// ErrInUse says that another process has the directory.
+	ErrInUse = errors.New("state directory is in use")
+	// ErrNewerSchema says that a newer version of the agent wrote the file.
+	ErrNewerSchema = errors.New("store was written by a newer version")
+	// ErrClosed says that Close was called.
+	ErrClosed = errors.New("store is closed")
+)
+
+// Config says where a store is and how large it may become. Only Dir is needed.
+type Config struct {
+	// Dir is made with mode 0700 if there is none. It must belong to the user
+	// of the process and be writable by nobody else.
+	Dir string
+	// OutboxMaxBytes bounds the requests not yet delivered, as compressed on
+	// disk. The newest request is always taken, so the outbox may exceed the
+	// bound by one request, and by a quarter while thinning catches up.
+	OutboxMaxBytes int64 // 0 = 256 MiB
+	// OutboxMaxAge bounds how old an undelivered request becomes. At most 16
+	// are dropped for each Commit, so that a clock that jumps for a moment does
+	// not empty the outbox.
+	OutboxMaxAge time.Duration // 0 = 7 days
+	// History is how long samples are kept; with less than 0 none are, and
+	// those of an earlier configuration are removed.
+	History time.Duration // 0 = 21 days
+	// SeriesMaxAge is how long a series is kept after it was last seen. A series
+	// with a run, or with no time of having been seen, is not too old.
+	SeriesMaxAge time.Duration // 0 = 30 days
+	// SeriesMax is how many series are kept; those seen longest ago go first.
+	SeriesMax int // 0 = 20,000
+	// Merge makes one request of two consecutive ones; it is used to thin an
+	// outbox that is full. It must not retain or change its arguments. It is
+	// called while the store is locked and must not call back. With nil the
+	// older request is dropped, which keeps the totals of cumulative series
+	// that are in both.
+	Merge func(older, newer []byte) ([]byte, error)
+	// Logger is told when the store degrades and when it recovers, once each.
+	Logger *slog.Logger // nil = discard
+	// Now is the clock for bounds of age. nil = time.Now.
+	Now func() time.Time
+}
+
+// Recovered tells that the store began anew without the content it had.
+type Recovered struct {
+	At     time.Time
+	Reason error
+	// Aside is the path to which the damaged or foreign file was renamed. It is
+	// empty if the file had been deleted or replaced.
+	Aside string
+}
+
+// Store is safe for concurrent use. Calls take turns; none starts a goroutine.
+type Store struct {
+	cfg  Config
+	path string
+
+	mu        sync.Mutex
+	closed    bool
+	lock      *os.File
+	db        *database // nil while unavailable
+	stale     bool      // a transaction failed: what follows must be read again
+	failures  int       // transactions in a row that failed on db
+	recovered []Recovered
+
+	ledger  *ledgerState
+	outbox  outbox
+	history history
+	down    bool // the last Commit failed
+}
+
+// Cycle is what one collection cycle leaves behind.
+type Cycle struct {
+	Time time.Time
+	// Ledger is the whole present state. The store keeps just this, within the
+	// bounds of Config, and writes what changed. Ledger.Time is not used.
+	Ledger Ledger
+	// Request is to be delivered; nil = nothing. At most 64 MiB.
+	Request []byte
+	Points  int // in Request, for the statistics
+	Samples []Sample
+}
+
+// Open opens the store in cfg.Dir. It fails if the directory is not safe, is in
+// use (ErrInUse) or holds a newer store (ErrNewerSchema), since trying again
+// will not help. A disk that is full or failing does not make it fail: then
+// Ledger and Commit return ErrUnavailable until the disk has recovered.
+//
+// A file that is damaged or not ours is set aside, and Open goes on without it:
+// see [Store.Recovered].
+func Open(ctx context.Context, cfg Config) (*Store, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	setDefault(&cfg.OutboxMaxBytes, 256<<20)
+	setDefault(&cfg.OutboxMaxAge, 7*24*time.Hour)
+	setDefault(&cfg.History, 21*24*time.Hour)
+	setDefault(&cfg.SeriesMaxAge, 30*24*time.Hour)
+	setDefault(&cfg.SeriesMax, 20_000)
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	s := &Store{cfg: cfg, path: filepath.Join(cfg.Dir, fileName)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.ready()
+	if refused := (refusal{}); errors.As(err, &refused) {
+		s.release()
+		return nil, refused.error
+	}
+	if err != nil {
+		s.noteFailure(fmt.Errorf("%w: %w", ErrUnavailable, err))
+	}
+	return s, nil
+}
+
+func setDefault[T comparable](to *T, value T) {
+	if *to == *new(T) {
+		*to = value
+	}
+}
+
+// refusal is an error that another try will not cure.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error { return r.error }
+
+// Recovered returns how often the store began anew since Open, oldest first.
+func (s *Store) Recovered() []Recovered {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]Recovered(nil), s.recovered...)
+}
+
+// Ledger returns the state that the last Commit left: the zero Ledger on the
+// first day.
+func (s *Store) Ledger(ctx context.Context) (Ledger, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.begin(ctx, "read ledger"); err != nil {
+		return Ledger{}, err
+	}
+	return s.ledger.ledger(), nil
+}
+
+// Commit writes one cycle in one transaction. When it returns nil the cycle is
+// durable. After an error nothing of it will be delivered or remembered, and the
+// next Commit makes up for the ledger, since each holds the whole state.
+//
+// A ctx that is already done makes it fail; later it is not looked at, since an
+// interrupted commit would leave unclear whether it happened.
+func (s *Store) Commit(ctx context.Context, c Cycle) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(c.Request) > maxRequest {
+		return fmt.Errorf("commit cycle: request of %d bytes is larger than %d: send it in parts", len(c.Request), maxRequest)
+	}
+	if !inRange(c.Time) || c.Time.IsZero() {
+		return fmt.Errorf("commit cycle: time %v is zero or outside the years 1678 to 2262", c.Time)
+	}
+	if err := s.begin(ctx, "commit cycle"); err != nil {
+		s.noteFailure(err)
+		return err
+	}
+	c.Ledger.Time = c.Time
+	c.Ledger.Series = s.retain(c.Ledger, c.Time)
+	record, base, err := s.ledger.advance(c.Ledger)
+	if err != nil {
+		s.stale = true // advance stopped half-way
+		return fmt.Errorf("commit cycle: %w", err)
+	}
+	newest := s.outbox.lastID
+	err = s.db.tx(func() error {
+		if err := s.writeLedger(record, base); err != nil {
+			return err
+		}
+		if err := s.outbox.settle(s.db); err != nil {
+			return err
+		}
+		if c.Request != nil {
+			if err := s.outbox.append(s.db, c); err != nil {
+				return err
+			}
+		}
+		if s.cfg.History > 0 {
+			return s.history.append(s.db, c)
+		}
+		return nil
+	})
+	if err != nil {
+		s.outbox.reject(newest)
+		err = s.failed("commit cycle", err)
+		s.noteFailure(err)
+		return err
+	}
+	s.outbox.settled()
+	s.failures = 0
+	// The cycle is durable: what fails from here on is tried again next time.
+	if err := s.maintain(); err != nil {
+		s.noteFailure(s.failed("maintain store", err))
+	} else if s.down {
+		s.down = false
+		s.cfg.Logger.Info("store has recovered", "path", s.path)
+	}
+	return nil
+}
+
+// retain returns the series of l that are not too old or too many. A series
+// with a run stays: its unit is alive.
+func (s *Store) retain(l Ledger, now time.Time) []Series {
+	oldest := now.Add(-s.cfg.SeriesMaxAge)
+	old := func(r Series) bool { return r.Seen.Before(oldest) && !r.Seen.IsZero() }
+	if len(l.Series) <= s.cfg.SeriesMax && !slices.ContainsFunc(l.Series, old) {
+		return l.Series
+	}
+	alive := make(map[string]bool, len(l.Runs))
+	for _, r := range l.Runs {
+		alive[r.Series] = true
+	}
+	kept := slices.Clone(l.Series)
+	kept = slices.DeleteFunc(kept, func(r Series) bool { return old(r) && !alive[r.Key] })
+	if len(kept) <= s.cfg.SeriesMax {
+		return kept
+	}
+	slices.SortStableFunc(kept, func(a, b Series) int {
+		if alive[a.Key] != alive[b.Key] {
+			if alive[a.Key] {
+				return -1
+			}
+			return 1
+		}
+		return b.Seen.Compare(a.Seen)
+	})
+	return kept[:s.cfg.SeriesMax]
+}
+
+// Close ends the use of the file and of the directory. Calls after it return
+// ErrClosed.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	return s.release()
+}
+
+func (s *Store) release() (err error) {
+	if s.db != nil {
+		err = s.db.close()
+		s.db = nil
+	}
+	if s.lock != nil {
+		err = errors.Join(err, s.lock.Close())
+		s.lock = nil
+	}
+	s.outbox.reader.close()
+	return err
+}
+
+// begin makes the store ready for the operation op.
+func (s *Store) begin(ctx context.Context, op string) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("%s: %w", op, err)
+	}
+	if s.closed {
+		return fmt.Errorf("%s: %w", op, ErrClosed)
+	}
+	if err := s.ready(); err != nil {
+		return fmt.Errorf("%s: %w: %w", op, ErrUnavailable, err)
+	}
+	return nil
+}
+
+// ready opens the file if it is not open, and opens it anew if it is no longer
+// the file at its path.
+func (s *Store) ready() error {
+	if s.lock == nil {
+		lock, err := lockDir(s.cfg.Dir)
+		if err != nil {
+			return err
+		}
+		s.lock = lock
+	}
+	if s.db != nil {
+		file, log := s.db.present()
+		switch {
+		case !file:
+			s.leave()
+			if err := s.relock(); err != nil {
+				return err
+			}
+			s.note(Recovered{At: s.cfg.Now(), Reason: fmt.Errorf("%s was deleted or replaced while it was in use", s.path)})
+		case !log:
+			// The file is whole only together with its log, which this
+			// connection still has open: move everything into the file.
+			var busy, pages, moved int
+			if err := s.db.row("PRAGMA wal_checkpoint(TRUNCATE)", nil, &busy, &pages, &moved); err != nil || busy != 0 {
+				return fmt.Errorf("move the deleted log into %s: busy=%d: %w", s.path, busy, err)
+			}
+			s.leave()
+		}
+	}
+	if s.db != nil {
+		if !s.stale {
+			return nil
+		}
+		// Go on with this connection: SQLite knows which pages of its log are
+		// durable, and a new connection would believe those that are not.
+		err := s.load()
+		if err == nil {
+			return nil
+		}
+		s.leave()
+		if !isCorrupt(err) {
+			return err
+		}
+	}
+	err := s.open()
+	if err == nil || !isCorrupt(err) {
+		return err
+	}
+	aside, asideErr := setAside(s.path, s.cfg.Now())
+	if asideErr != nil {
+		return errors.Join(err, asideErr)
+	}
+	s.note(Recovered{At: s.cfg.Now(), Reason: err, Aside: aside})
+	return s.open()
+}
+
+// relock takes the directory again if the one that was locked has been deleted.
+func (s *Store) relock() error {
+	info, err := os.Stat(s.cfg.Dir)
+	held, heldErr := s.lock.Stat()
+	if err == nil && heldErr == nil && os.SameFile(info, held) {
+		return nil
+	}
+	s.lock.Close()
+	s.lock = nil
+	s.lock, err = lockDir(s.cfg.Dir)
+	return err
+}
+
+func (s *Store) open() error {
+	db, err := openDatabase(s.path)
+	if err != nil {
+		if errors.Is(err, ErrNewerSchema) {
+			return refusal{err}
+		}
+		return err
+	}
+	s.db = db
+	if err = s.load(); err == nil {
+		if err = db.remember(); err == nil {
+			return nil
+		}
+	}
+	s.leave()
+	if sqliteCode(err) == sqlite3.SQLITE_ERROR {
+		// A table or a column that the schema has is not there.
+		return fmt.Errorf("%s: %w: %w", s.path, errCorrupt, err)
+	}
+	return err
+}
+
+// leave gives up the connection; the next call opens the file again.
+func (s *Store) leave() {
+	_ = s.db.close()
+	s.db, s.stale, s.failures = nil, false, 0
+}
+
+func (s *Store) note(r Recovered) {
+	// A caller that never looks must not make this grow.
+	if s.recovered = append(s.recovered, r); len(s.recovered) > 16 {
+		s.recovered = s.recovered[1:]
+	}
+	s.cfg.Logger.Warn("store began anew", "path", s.path, "reason", r.Reason, "set_aside", r.Aside)
+}
+
+// load reads into memory what Commit needs.
+func (s *Store) load() error {
+	s.stale = false
+	s.ledger = newLedgerState()
+	err := s.db.each("SELECT base, body FROM ledger WHERE seq >= (SELECT max(seq) FROM ledger WHERE base = 1) ORDER BY seq", nil,
+		func(scan func(...any) error) error {
+			var base bool
+			var body []byte
+			if err := scan(&base, &body); err != nil {
+				return err
+			}
+			return s.ledger.replay(body, base)
+		})
+	s.ledger.endReplay()
+	if err == nil {
+		err = s.outbox.load(s.db)
+	}
+	if err == nil {
+		err = s.history.load(s.db)
+	}
+	return err
+}
+
+func (s *Store) writeLedger(record []byte, base bool) error {
+	if base {
+		if _, err := s.db.exec("DELETE FROM ledger"); err != nil {
+			return err
+		}
+	}
+	_, err := s.db.exec("INSERT INTO ledger(base, body) VALUES(?, ?)", base, record)
+	return err
+}
+
+// failed notes that a transaction failed and returns the error for the caller.
+func (s *Store) failed(op string, err error) error {
+	s.stale = true
+	s.failures++
+	if isCorrupt(err) {
+		// Loading may not meet the damage, so it must be noted here.
+		s.condemn(err)
+	} else if s.failures > 1 {
+		// Perhaps it is the connection: its file may be on a disk that has
+		// been mounted anew.
+		s.leave()
+	}
+	return fmt.Errorf("%s: %w: %w", op, ErrUnavailable, err)
+}
+
+// condemn sets the file aside; the next Commit writes a new one.
+func (s *Store) condemn(reason error) {
+	s.leave()
+	aside, err := setAside(s.path, s.cfg.Now())
+	if err != nil {
+		s.cfg.Logger.Error("damaged store could not be set aside", "path", s.path, "reason", reason, "error", err)
+		return
+	}
+	s.note(Recovered{At: s.cfg.Now(), Reason: reason, Aside: aside})
+}
+
+func (s *Store) noteFailure(err error) {
+	if !s.down && errors.Is(err, ErrUnavailable) {
+		s.down = true
+		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "error", err)
+	}
+}

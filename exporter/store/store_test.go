@@ -1,0 +1,85 @@
+package store
+
+import (
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+)
+
+// openTest opens a store that ends with the test.
+func openTest(t testing.TB, cfg Config) *Store {
+	t.Helper()
+	if cfg.Dir == "" {
+		cfg.Dir = filepath.Join(t.TempDir(), "state")
+	}
+	s, err := Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func TestSeriesAreForgotten(t *testing.T) {
+	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
+	s := openTest(t, Config{SeriesMax: 4, SeriesMaxAge: time.Hour})
+	l := Ledger{Runs: []Run{{Key: "r", Series: "old but alive"}}}
+	for key, age := range map[string]time.Duration{
+		"old": 61 * time.Minute, "old but alive": 62 * time.Minute, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5,
+	} {
+		l.Series = append(l.Series, Series{Key: key, Seen: now.Add(-age)})
+	}
+	if err := s.Commit(t.Context(), Cycle{Time: now, Ledger: l}); err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.Ledger(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var keys []string
+	for _, s := range got.Series {
+		keys = append(keys, s.Key)
+	}
+	slices.Sort(keys)
+	if want := []string{"a", "b", "c", "old but alive"}; !slices.Equal(keys, want) {
+		t.Errorf("kept %q, want %q", keys, want)
+	}
+	if len(l.Series) != 7 {
+		t.Error("the caller's slice was changed")
+	}
+}
+
+func BenchmarkCommit4000Points(b *testing.B) {
+	for _, active := range []int{100, 1000} {
+		b.Run(map[int]string{100: "active=10%", 1000: "active=100%"}[active], func(b *testing.B) {
+			h := newHost(1000, active, 10*time.Second)
+			s := openTest(b, Config{Now: func() time.Time { return h.now }})
+			var took []time.Duration
+			b.ReportAllocs()
+			for b.Loop() {
+				b.StopTimer()
+				c := h.cycle()
+				b.StartTimer()
+				began := time.Now()
+				if err := s.Commit(b.Context(), c); err != nil {
+					b.Fatal(err)
+				}
+				took = append(took, time.Since(began))
+				b.StopTimer()
+				// The Collector is up: each request is delivered at once.
+				entries, err := s.Next(b.Context(), 4<<20)
+				if err != nil || len(entries) != 1 {
+					b.Fatal(len(entries), err)
+				}
+				if err := s.Ack(b.Context(), entries[0].ID); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+			slices.Sort(took)
+			b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
+			b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+		})
+	}
+}

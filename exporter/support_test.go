@@ -1,0 +1,224 @@
+package exporter
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/resource"
+
+	"github.com/unitmeter/unitmeter/receiver"
+)
+
+// t0 is when the units of the tests started to count, long before the agent.
+var t0 = time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
+
+func at(s float64) time.Time { return t0.Add(time.Duration(s * float64(time.Second))) }
+
+func unitAttrs(name, direction string) attribute.Set {
+	if name == "" {
+		return attribute.NewSet(attribute.Bool("otel.metric.overflow", true), attribute.String("network.io.direction", direction), attribute.String("host.name", "h"))
+	}
+	return attribute.NewSet(attribute.String("systemd.unit.name", name), attribute.String("network.io.direction", direction), attribute.String("host.name", "h"))
+}
+
+// unit is a series whose four totals are n, 2n, 3n and 4n: no two are alike, so
+// that a mix-up shows.
+func unit(name string, start, now time.Time, n uint64) receiver.Series {
+	return receiver.Series{
+		Name: name, Start: start, Time: now, Observed: true,
+		Total:   receiver.Counters{IngressBytes: n, EgressBytes: 2 * n, IngressPackets: 3 * n, EgressPackets: 4 * n},
+		Receive: unitAttrs(name, "receive"), Transmit: unitAttrs(name, "transmit"),
+	}
+}
+
+// host plays the receiver: it observes its current sweep with the real SDK.
+type host struct {
+	sweep    atomic.Pointer[receiver.Sweep]
+	provider *sdkmetric.MeterProvider
+}
+
+func (h *host) Last() *receiver.Sweep { return h.sweep.Load() }
+
+// meter makes the agent's pipeline with an hour between cycles, so that only
+// cycle makes any.
+func (h *host) meter(t testing.TB, exp sdkmetric.Exporter, readers ...sdkmetric.Reader) {
+	t.Helper()
+	opts := []sdkmetric.Option{
+		sdkmetric.WithResource(resource.NewSchemaless(attribute.String("service.name", "unitmeter"))),
+		sdkmetric.WithCardinalityLimit(0),
+		sdkmetric.WithReader(sdkmetric.NewPeriodicReader(exp, sdkmetric.WithInterval(time.Hour))),
+	}
+	for _, r := range readers {
+		opts = append(opts, sdkmetric.WithReader(r))
+	}
+	h.provider = sdkmetric.NewMeterProvider(opts...)
+	meter := h.provider.Meter("receiver")
+	io, err := meter.Int64ObservableCounter(receiver.IOName, metric.WithUnit("By"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	packets, err := meter.Int64ObservableCounter(receiver.PacketCountName, metric.WithUnit("{packet}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		sweep := h.Last()
+		if sweep == nil {
+			return nil
+		}
+		for _, s := range sweep.State.Series {
+			if s.Observed {
+				in, out := metric.WithAttributeSet(s.Receive), metric.WithAttributeSet(s.Transmit)
+				o.ObserveInt64(io, int64(s.Total.IngressBytes), in)
+				o.ObserveInt64(io, int64(s.Total.EgressBytes), out)
+				o.ObserveInt64(packets, int64(s.Total.IngressPackets), in)
+				o.ObserveInt64(packets, int64(s.Total.EgressPackets), out)
+			}
+		}
+		return nil
+	}, io, packets)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// see sets the sweep of the next cycle.
+func (h *host) see(series ...receiver.Series) {
+	var last time.Time
+	for _, s := range series {
+		if s.Time.After(last) {
+			last = s.Time
+		}
+	}
+	h.sweep.Store(receiver.NewSweep(last, receiver.State{Series: series}))
+}
+
+// cycle makes a cycle with the given series and returns what ForceFlush does.
+func (h *host) cycle(series ...receiver.Series) error {
+	h.see(series...)
+	return h.provider.ForceFlush(context.Background())
+}
+
+// memory is an Outbox in memory.
+type memory struct {
+	mu      sync.Mutex
+	lastID  int64
+	entries []Entry
+	cycles  []Cycle
+	poison  map[int64]string
+	// fail makes a method fail.
+	failCommit, failNext, failDone error
+}
+
+func (m *memory) Commit(ctx context.Context, c Cycle) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if m.failCommit != nil {
+		return m.failCommit
+	}
+	m.cycles = append(m.cycles, c)
+	if c.Request != nil {
+		m.add(c.Points, c.Request)
+	}
+	return nil
+}
+
+func (m *memory) add(points int, request []byte) {
+	m.lastID++
+	m.entries = append(m.entries, Entry{ID: m.lastID, Points: points, Request: request})
+}
+
+func (m *memory) Next(_ context.Context, maxBytes int) ([]Entry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.failNext != nil {
+		return nil, m.failNext
+	}
+	n, size := 0, 0
+	for n < len(m.entries) && (n == 0 || size+len(m.entries[n].Request) <= maxBytes) {
+		size += len(m.entries[n].Request)
+		n++
+	}
+	return slices.Clone(m.entries[:n]), nil
+}
+
+func (m *memory) Done(_ context.Context, outcomes ...Outcome) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.failDone != nil {
+		return m.failDone
+	}
+	for _, o := range outcomes {
+		if len(m.entries) == 0 || m.entries[0].ID != o.ID {
+			return fmt.Errorf("outcome for %d is not for the first entry", o.ID)
+		}
+		m.entries = m.entries[1:]
+		if o.Poison != "" {
+			if m.poison == nil {
+				m.poison = make(map[int64]string)
+			}
+			m.poison[o.ID] = o.Poison
+		}
+	}
+	return nil
+}
+
+func (m *memory) set(f func(*memory)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f(m)
+}
+
+func (m *memory) pending() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.entries)
+}
+
+// logged keeps log lines.
+type logged struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *logged) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
+// lines returns the lines that contain text.
+func (l *logged) lines(text string) []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var found []string
+	for line := range strings.Lines(l.buf.String()) {
+		if strings.Contains(line, text) {
+			found = append(found, strings.TrimSpace(line))
+		}
+	}
+	return found
+}
+
+func (l *logged) want(t testing.TB, text string, n int) {
+	t.Helper()
+	if got := l.lines(text); len(got) != n {
+		t.Errorf("%d log lines with %q, want %d; the log:\n%s", len(got), text, n, strings.Join(l.lines(""), "\n"))
+	}
+}

@@ -1,0 +1,90 @@
+package exporter
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+func TestGRPCAnswers(t *testing.T) {
+	want := map[codes.Code]verdict{
+		codes.Canceled: transient, codes.Unknown: suspect, codes.InvalidArgument: suspect, codes.DeadlineExceeded: transient,
+		codes.NotFound: misconfigured, codes.AlreadyExists: suspect, codes.PermissionDenied: misconfigured,
+		codes.ResourceExhausted: tooLarge, codes.FailedPrecondition: suspect, codes.Aborted: transient,
+		codes.OutOfRange: transient, codes.Unimplemented: misconfigured, codes.Internal: suspect,
+		codes.Unavailable: transient, codes.DataLoss: transient, codes.Unauthenticated: misconfigured, codes.Code(99): suspect,
+	}
+	for code, v := range want {
+		a := grpcAnswer(status.New(code, "why"))
+		if a.verdict != v || a.err == nil || a.kind == "" || a.after != 0 || (v == suspect) != (a.tries > 0) {
+			t.Errorf("%v: %+v, want %v", code, a, v)
+		}
+		asked, err := status.New(code, "why").WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(7 * time.Second)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v == tooLarge {
+			v = transient // a throttle
+		}
+		if a := grpcAnswer(asked); a.verdict != v || a.after != 7*time.Second {
+			t.Errorf("%v with RetryInfo: %+v, want %v", code, a, v)
+		}
+	}
+}
+
+func TestHTTPAnswers(t *testing.T) {
+	want := map[int]verdict{
+		200: accepted, 202: accepted, 204: accepted, 301: misconfigured, 302: misconfigured, 307: misconfigured,
+		400: suspect, 401: misconfigured, 403: misconfigured, 404: misconfigured, 405: misconfigured, 407: misconfigured, 408: transient,
+		413: tooLarge, 415: suspect, 422: suspect, 429: transient, 500: suspect, 501: misconfigured, 502: transient, 503: transient, 504: transient, 505: suspect,
+	}
+	for code, v := range want {
+		resp := &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{"Content-Type": {"text/plain"}, "Retry-After": {"9"}}}
+		a := httpAnswer(resp, []byte("why"), time.Now())
+		if a.verdict != v || (v == suspect) != (a.tries > 0) {
+			t.Errorf("%d: %+v, want %v", code, a, v)
+		}
+		if v != accepted && (a.after != 9*time.Second || !strings.Contains(a.err.Error(), "why")) {
+			t.Errorf("%d: %+v", code, a)
+		}
+	}
+}
+
+func TestRetryAfter(t *testing.T) {
+	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	for value, want := range map[string]time.Duration{
+		"": 0, "0": 0, "7": 7 * time.Second, "-7": 0, "7.5": 0, "soon": 0, "99999999999999999999": 0,
+		"9000000000000000000":           maxAsked,
+		"Mon, 23 Nov 2026 12:00:30 GMT": 30 * time.Second,
+		"Mon, 23 Nov 2026 11:00:00 GMT": 0,
+	} {
+		if got := retryAfter(value, now); got != want {
+			t.Errorf("Retry-After: %q is %v, want %v", value, got, want)
+		}
+	}
+}
+
+func TestHintsNameTheVariable(t *testing.T) {
+	for text, want := range map[string]string{
+		"x509: certificate signed by unknown authority": "OTEL_EXPORTER_OTLP_CERTIFICATE",
+		"connection refused":                            "OTEL_EXPORTER_OTLP_ENDPOINT",
+	} {
+		a := answer{verdict: unreachable, err: errorString(text)}
+		if !strings.Contains(a.hint(), want) {
+			t.Errorf("hint for %q: %s", text, a.hint())
+		}
+	}
+	if h := (answer{verdict: misconfigured, err: errorString("401")}).hint(); !strings.Contains(h, "OTEL_EXPORTER_OTLP_HEADERS") {
+		t.Errorf("hint for a refused client: %s", h)
+	}
+}
+
+type errorString string
+
+func (e errorString) Error() string { return string(e) }

@@ -1,0 +1,37 @@
+// Package receiver reads the IP accounting of systemd's units over D-Bus.
+//
+// Two things are needed of it: New makes a Receiver, whose Run keeps it
+// connected to systemd; Register gives it a meter, and from then on each
+// collection of that meter is one sweep over all units. Sweep does the same
+// without a meter.
+//
+// # Glossary
+//
+//   - unit: what systemd manages. Services, scopes, slices, sockets, mounts and
+//     swaps have four IP counters each.
+//   - accounting: whether systemd counts a unit's traffic (IPAccounting=).
+//   - invocation: one run of a unit, from start to stop, named by systemd with
+//     a random InvocationID. Counters begin at 0 with each.
+//   - epoch: what tells runs apart: the invocation id, or the boot id for the
+//     few units without one (init.scope, system.slice).
+//   - inventory: the loaded units and their states, listed once and kept up
+//     to date by systemd's signals.
+//   - sweep: one reading of the counters of all accounted units.
+//   - odometer: what turns raw counters, which restart, into totals, which do
+//     not: each reading adds what it has grown by since the last.
+//   - series: the total of one unit name over all of its runs, or of a fold.
+//   - fold: several units, matched by one pattern, that share a series.
+//   - overflow: the one series that takes the units over the limit.
+//   - lost: a running unit whose counters systemd has lost.
+//
+// # What is exact, and what is not
+//
+// Each byte that systemd shows for a run is added once, whatever happens to
+// the unit, to the bus, to systemd or to this process, provided that
+// Config.State carries on what Sweep.State was. What systemd itself does not
+// count cannot be added: about a tenth of a second of traffic at each reload
+// and re-execution of systemd, and all that is not sent or received through
+// the unit's own IP sockets. There is one ambiguity: accounting that is
+// switched off and on again between two readings, without a signal, and by the
+// second has counted more than before, looks like growth.
+package receiver

@@ -1,0 +1,247 @@
+package receiver
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
+)
+
+// PID 1's private socket refuses peers of another PID namespace, and other
+// users than root need a bus of their own: such tests run this test binary
+// within the rig, where it does one of these tasks and prints the result.
+
+// insideReport is the result of a task.
+type insideReport struct {
+	Err string
+
+	Connections, Answered int // private
+
+	Sweeps               int // thousand
+	MissingByName        map[string]int
+	WrongByName          map[string]uint64
+	Partial              int
+	Health               string
+	IOPoints, PackPoints int
+	Logs                 string
+}
+
+func runInside(mode string) int {
+	var report insideReport
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	var err error
+	switch mode {
+	case "private":
+		err = report.private(ctx)
+	case "thousand":
+		err = report.thousand(ctx)
+	case "relay":
+		err = relay()
+	default:
+		err = fmt.Errorf("unknown task %q", mode)
+	}
+	if err != nil {
+		report.Err = err.Error()
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(report); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// inside runs a task within the rig, behind the command of as, and returns its
+// report.
+func inside(t *testing.T, rig *systemdtest.Rig, mode string, as ...string) insideReport {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	command := append(as, exe)
+	cmd := rig.Command(t.Context(), command[0], command[1:]...)
+	cmd.Env = append(cmd.Env, insideMode+"="+mode)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("run %s within the rig: %v\n%s", mode, err, out)
+	}
+	var report insideReport
+	if err := json.Unmarshal(out, &report); err != nil {
+		t.Fatalf("%v in %q", err, out)
+	}
+	if report.Err != "" {
+		t.Fatal(report.Err)
+	}
+	return report
+}
+
+// private makes 500 connections to PID 1's own socket, one after the other.
+// Each must get the answer to its first call: PID 1 does not look at a call
+// that arrives together with the handshake.
+func (r *insideReport) private(ctx context.Context) error {
+	for range 500 {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		b, err := open(ctx, privateBusAddress, true)
+		if err != nil {
+			cancel()
+			return fmt.Errorf("connection %d: %w", r.Connections, err)
+		}
+		r.Connections++
+		if r.Connections%2 == 0 { // the first call comes from godbus, or from a sweep
+			if _, err = b.list(ctx, []string{"init.scope"}); err == nil {
+				r.Answered++
+			}
+		} else {
+			err = b.wire.gets(ctx, 1, func(int) property {
+				return property{unitPath("init.scope"), unitInterface, "ActiveState"}
+			}, func(_ int, reply reply) {
+				if state, err := reply.string(); err == nil && state == "active" {
+					r.Answered++
+				}
+			})
+		}
+		cancel()
+		if err != nil {
+			return fmt.Errorf("first call of connection %d: %w", r.Connections, err)
+		}
+		if err := b.conn.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// relayAddress is where relay listens, as the rig sees it. A receiver tells a
+// private socket by the end of its name.
+const relayAddress = "/run/relay/systemd/private"
+
+// relay stands between the tests outside and PID 1's private socket, which
+// would refuse them, until it is killed with the rig.
+func relay() error {
+	if err := os.MkdirAll(filepath.Dir(relayAddress), 0o755); err != nil {
+		return err
+	}
+	l, err := net.Listen("unix", relayAddress)
+	if err != nil {
+		return err
+	}
+	for {
+		near, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer near.Close()
+			far, err := net.Dial("unix", strings.TrimPrefix(privateBusAddress, "unix:path="))
+			if err != nil {
+				return // PID 1 re-executes itself; the receiver tries again
+			}
+			defer far.Close()
+			go func() {
+				_, _ = io.Copy(far, near) // its end is the end of the connection
+				_ = far.Close()
+			}()
+			_, _ = io.Copy(near, far)
+		}()
+	}
+}
+
+// buses runs a test over the system bus and over PID 1's private socket.
+func buses(t *testing.T, test func(t *testing.T, rig *systemdtest.Rig, bus string)) {
+	rig := theRig(t)
+	t.Run("system bus", func(t *testing.T) { test(t, rig, rig.SystemBus()) })
+	t.Run("private socket", func(t *testing.T) {
+		if _, err := os.Stat(rig.Path(relayAddress)); err != nil {
+			exe, err := os.Executable()
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := rig.Command(context.Background(), exe)
+			cmd.Env = append(cmd.Env, insideMode+"=relay")
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			go func() { _ = cmd.Wait() }() // it ends with the rig
+		}
+		eventually(t, "the relay listens", func() bool {
+			_, err := os.Stat(rig.Path(relayAddress))
+			return err == nil
+		})
+		test(t, rig, "unix:path="+rig.Path(relayAddress))
+	})
+}
+
+// thousandUnits is how many units the test of the same name has.
+const thousandUnits = 1000
+
+func thousandName(i int) string { return fmt.Sprintf("thousand@%d.service", i) }
+
+// thousand sweeps a thousand units over dbus-daemon, as whoever runs it, and
+// then collects them through the SDK.
+func (r *insideReport) thousand(ctx context.Context) error {
+	l := &logs{}
+	receiver, err := New(Config{Bus: "system", Include: []string{"thousand@*"}, StopEdge: "off", Logger: newLogger(l)})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = receiver.Run(ctx) }()
+	defer func() { cancel(); <-done; r.Logs = l.String() }()
+	if err := receiver.Ready(ctx); err != nil {
+		return err
+	}
+	r.MissingByName, r.WrongByName = map[string]int{}, map[string]uint64{}
+	for r.Sweeps = 0; r.Sweeps < 5; r.Sweeps++ {
+		sweep := receiver.Sweep(ctx)
+		if sweep.Partial {
+			r.Partial++
+		}
+		for i := range thousandUnits {
+			name := thousandName(i)
+			s, ok := sweep.seriesOf(name)
+			switch {
+			case !ok:
+				r.MissingByName[name]++
+			case s.Total.EgressBytes != thousandBytes:
+				r.WrongByName[name] = s.Total.EgressBytes
+			}
+		}
+	}
+	r.Health = fmt.Sprintf("%+v", receiver.healthNow())
+
+	reader := sdkmetric.NewManualReader()
+	provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader), sdkmetric.WithCardinalityLimit(0))
+	if err := receiver.Register(provider.Meter("test")); err != nil {
+		return err
+	}
+	var collected metricdata.ResourceMetrics
+	if err := reader.Collect(ctx, &collected); err != nil {
+		return err
+	}
+	for _, scope := range collected.ScopeMetrics {
+		for _, m := range scope.Metrics {
+			sum, _ := m.Data.(metricdata.Sum[int64])
+			switch m.Name {
+			case IOName:
+				r.IOPoints = len(sum.DataPoints)
+			case PacketCountName:
+				r.PackPoints = len(sum.DataPoints)
+			}
+		}
+	}
+	return nil
+}

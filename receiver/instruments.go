@@ -1,0 +1,132 @@
+package receiver
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+)
+
+// Names of the two instruments. They follow the pattern of the semantic
+// conventions' process.network.io and system.network.packet.count.
+const (
+	IOName          = "systemd.unit.network.io"
+	PacketCountName = "systemd.unit.network.packet.count"
+)
+
+// Instrument describes one instrument of the agent, for its documentation.
+type Instrument struct {
+	Name, Kind, Unit, Description string
+	Attributes                    []string
+}
+
+// Instruments lists the instruments that Register makes.
+func Instruments() []Instrument {
+	unit := []string{"systemd.unit.name", "network.io.direction", "host.name"}
+	host := []string{"host.name"}
+	return []Instrument{
+		{IOName, "observable counter", "By", "Bytes that a systemd unit received or sent, as its IP accounting counts them: IP headers included; forwarded, AF_PACKET and kernel socket traffic not counted.", unit},
+		{PacketCountName, "observable counter", "{packet}", "Packets that a systemd unit received or sent, as its IP accounting counts them: before segmentation offload splits them, so not packets on the wire.", unit},
+		{UnattributedName, "observable counter", "By", "Bytes that a top-level slice received or sent and that are in no series: traffic of units that are not metered, and of those that ended before anyone could read them. Needs IP accounting on the slice.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
+		{"unitmeter.units", "observable gauge", "{unit}", "Loaded units of the metered types, by what is known of their IP accounting: on, off (IPAccounting=no), no_data (nothing to count), lost (systemd lost the counters), failed (reading made no sense), unknown (not read yet).", append([]string{"unitmeter.accounting.state"}, host...)},
+		{"unitmeter.series", "observable gauge", "{series}", "Series in the ledger, those without a running unit included.", host},
+		{"unitmeter.sweep.duration", "observable gauge", "s", "How long the last reading of all units took.", host},
+		{"unitmeter.sweep.partial", "observable counter", "{sweep}", "Readings of all units that the deadline or an error cut short.", host},
+		{"unitmeter.dbus.errors", "observable counter", "{error}", "D-Bus replies that were errors or made no sense.", host},
+		{"unitmeter.dbus.reconnects", "observable counter", "{attempt}", "Attempts to connect to systemd again.", host},
+		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd that were seen. systemd itself loses some traffic at each.", append([]string{"unitmeter.reload.type"}, host...)},
+		{"unitmeter.counter.resets", "observable counter", "{reset}", "Falls of a unit's counters within one run.", host},
+		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of units that ended without a last reading and without a stop record.", host},
+		{"unitmeter.journal.errors", "observable counter", "{record}", "Stop records in the journal that made no sense.", host},
+		{"unitmeter.units.skipped", "observable counter", "{unit}", "Units skipped because no unit can have their name.", host},
+	}
+}
+
+// Register makes the instruments on meter and the one callback that observes
+// them all: each collection is one sweep. The callback never returns an error,
+// since the SDK drops the whole collection for one.
+func (r *Receiver) Register(meter metric.Meter) error {
+	observables := map[string]metric.Observable{}
+	counters := map[string]metric.Int64Observable{}
+	gauges := map[string]metric.Float64Observable{}
+	var all []metric.Observable
+	for _, i := range Instruments() {
+		var err error
+		switch {
+		case i.Unit == "s":
+			gauges[i.Name], err = meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			observables[i.Name] = gauges[i.Name]
+		case i.Kind == "observable gauge":
+			counters[i.Name], err = meter.Int64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			observables[i.Name] = counters[i.Name]
+		default:
+			counters[i.Name], err = meter.Int64ObservableCounter(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			observables[i.Name] = counters[i.Name]
+		}
+		if err != nil {
+			return fmt.Errorf("make instrument %s: %w", i.Name, err)
+		}
+		all = append(all, observables[i.Name])
+	}
+	io, packets := counters[IOName], counters[PacketCountName]
+	host := attribute.String("host.name", r.cfg.HostName)
+	plain := metric.WithAttributes(host)
+
+	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		sweep := r.Sweep(ctx)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		for _, s := range r.order {
+			switch {
+			case !s.observed:
+			case strings.HasPrefix(s.name, unattributedPrefix):
+				o.ObserveInt64(counters[UnattributedName], int64(s.total.IngressBytes), s.receiveOption...)
+				o.ObserveInt64(counters[UnattributedName], int64(s.total.EgressBytes), s.transmitOption...)
+			default:
+				o.ObserveInt64(io, int64(s.total.IngressBytes), s.receiveOption...)
+				o.ObserveInt64(io, int64(s.total.EgressBytes), s.transmitOption...)
+				o.ObserveInt64(packets, int64(s.total.IngressPackets), s.receiveOption...)
+				o.ObserveInt64(packets, int64(s.total.EgressPackets), s.transmitOption...)
+			}
+		}
+		for state, n := range r.countStates() {
+			o.ObserveInt64(counters["unitmeter.units"], n, metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", accounting(state).String())))
+		}
+		h := r.health
+		o.ObserveInt64(counters["unitmeter.series"], int64(len(r.order)), plain)
+		o.ObserveFloat64(gauges["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain)
+		o.ObserveInt64(counters["unitmeter.sweep.partial"], h.partial, plain)
+		o.ObserveInt64(counters["unitmeter.dbus.errors"], h.dbusErrors, plain)
+		o.ObserveInt64(counters["unitmeter.dbus.reconnects"], h.reconnects, plain)
+		o.ObserveInt64(counters["unitmeter.counter.resets"], h.resets, plain)
+		o.ObserveInt64(counters["unitmeter.runs.missed"], h.missed, plain)
+		o.ObserveInt64(counters["unitmeter.journal.errors"], h.badRecords, plain)
+		o.ObserveInt64(counters["unitmeter.units.skipped"], h.badNames, plain)
+		for kind, n := range map[string]int64{"reload": h.reloads, "reexec": h.reexecs} {
+			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
+		}
+		return nil
+	}, all...)
+	if err != nil {
+		return fmt.Errorf("register the sweep: %w", err)
+	}
+	return nil
+}
+
+// countStates counts the units by the state of their accounting. The caller
+// holds mu.
+func (r *Receiver) countStates() (n [accountingFailed + 1]int64) {
+	for _, u := range r.units {
+		if !u.hidden {
+			n[u.state]++
+		}
+	}
+	return n
+}
+
+// String returns the state as the attribute unitmeter.accounting.state has it.
+func (a accounting) String() string {
+	return [...]string{"unknown", "on", "off", "no_data", "lost", "failed"}[a]
+}

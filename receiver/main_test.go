@@ -1,0 +1,205 @@
+package receiver
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
+)
+
+// insideMode is the environment variable that makes the test binary do one
+// task within the rig instead of running tests. See inside_test.go.
+const insideMode = "UNITMETER_TEST_INSIDE"
+
+// booted is the one rig that all tests and benchmarks of this package share:
+// booted by the first that asks, closed by TestMain.
+var booted rigOnce
+
+type rigOnce struct {
+	once sync.Once
+	rig  *systemdtest.Rig
+	err  error
+}
+
+func (r *rigOnce) boot() (*systemdtest.Rig, error) {
+	r.once.Do(func() { r.rig, r.err = systemdtest.Boot(context.Background(), systemdtest.Config{}) })
+	return r.rig, r.err
+}
+
+func TestMain(m *testing.M) {
+	if mode := os.Getenv(insideMode); mode != "" {
+		os.Exit(runInside(mode))
+	}
+	code := m.Run()
+	if booted.rig != nil {
+		if err := booted.rig.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = max(code, 1)
+		}
+	}
+	os.Exit(code)
+}
+
+// theRig returns the shared rig. Where there can be none, the test is skipped
+// with the reason, or fails if UNITMETER_TEST_NO_SKIP is set.
+func theRig(t testing.TB) *systemdtest.Rig {
+	t.Helper()
+	rig, err := booted.boot()
+	if errors.Is(err, errors.ErrUnsupported) && os.Getenv("UNITMETER_TEST_NO_SKIP") == "" {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rig
+}
+
+// start starts a receiver and waits until it has listed the units. It ends with
+// the test. Host name and stop edge are the test's own, unless cfg has them.
+func start(t testing.TB, cfg Config) (*Receiver, *logs) {
+	t.Helper()
+	r, l := unstarted(t, cfg)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := r.Ready(ctx); err != nil {
+		t.Fatalf("%v; it logged:\n%s", err, l)
+	}
+	return r, l
+}
+
+// unstarted is start without the waiting.
+func unstarted(t testing.TB, cfg Config) (*Receiver, *logs) {
+	t.Helper()
+	l := &logs{}
+	cfg.Logger = newLogger(l)
+	if cfg.HostName == "" {
+		cfg.HostName = "host"
+	}
+	if cfg.StopEdge == "" {
+		cfg.StopEdge = "off"
+	}
+	r, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run returned %v", err)
+		}
+		if t.Failed() {
+			t.Logf("the receiver logged:\n%s", l)
+		}
+	})
+	return r, l
+}
+
+func newLogger(l *logs) *slog.Logger { return slog.New(slog.NewJSONHandler(l, nil)) }
+
+// logs is what a receiver has logged.
+type logs struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *logs) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *logs) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// line is one logged line.
+type line struct {
+	Level, Msg, Unit, Err string
+}
+
+// matching returns the lines whose message, unit and error contain all of texts.
+func (l *logs) matching(t testing.TB, texts ...string) []line {
+	t.Helper()
+	var found []line
+	for text := range strings.Lines(l.String()) {
+		var one line
+		if err := json.Unmarshal([]byte(text), &one); err != nil {
+			t.Fatalf("logged line %q: %v", text, err)
+		}
+		whole := one.Level + " " + one.Msg + " " + one.Unit + " " + one.Err
+		if !slices.ContainsFunc(texts, func(s string) bool { return !strings.Contains(whole, s) }) {
+			found = append(found, one)
+		}
+	}
+	return found
+}
+
+// only wants the messages with texts to be logged exactly n times.
+func (l *logs) only(t testing.TB, n int, texts ...string) {
+	t.Helper()
+	if got := l.matching(t, texts...); len(got) != n {
+		t.Errorf("logged %d lines with %q, want %d; all of them:\n%s", len(got), texts, n, l)
+	}
+}
+
+// seriesOf returns the series of a name, and whether it has points in the sweep.
+func (s *Sweep) seriesOf(name string) (Series, bool) {
+	i := slices.IndexFunc(s.State.Series, func(s Series) bool { return s.Name == name })
+	if i < 0 {
+		return Series{}, false
+	}
+	return s.State.Series[i], s.State.Series[i].Observed
+}
+
+// sweepUntil sweeps until ok, for things that take effect some time after the
+// call that made them. After 15 s the test has failed.
+func sweepUntil(t testing.TB, r *Receiver, what string, ok func(*Sweep) bool) *Sweep {
+	t.Helper()
+	var s *Sweep
+	eventually(t, what, func() bool {
+		s = r.Sweep(t.Context())
+		return ok(s)
+	})
+	return s
+}
+
+// eventually waits until ok. After 15 s the test has failed.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(15 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it never came to this: %s", what)
+		}
+	}
+}
+
+// unitNamed returns what Units says of a unit, with Accounting "" if nothing.
+func (r *Receiver) unitNamed(name string) Unit {
+	units := r.Units()
+	if i := slices.IndexFunc(units, func(u Unit) bool { return u.Name == name }); i >= 0 {
+		return units[i]
+	}
+	return Unit{Name: name}
+}
+
+// healthNow returns a copy of the counts.
+func (r *Receiver) healthNow() health {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.health
+}

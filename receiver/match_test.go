@@ -1,0 +1,98 @@
+package receiver
+
+import (
+	"path"
+	"strings"
+	"testing"
+)
+
+func TestGlobs(t *testing.T) {
+	for _, test := range []struct {
+		patterns []string
+		name     string
+		index    int
+	}{
+		{nil, "a.service", -1},
+		{[]string{"*"}, "a.service", 0},
+		{[]string{"a.service"}, "a.service", 0},
+		{[]string{"a.service"}, "b.service", -1},
+		{[]string{"a.service"}, "aXservice", -1},
+		{[]string{"b*", "a*"}, "a.service", 1},
+		{[]string{"a*", "a.*"}, "a.service", 0},
+		{[]string{"nginx*.service"}, "nginx@1.service", 0},
+		{[]string{"nginx*.service"}, "nginx.socket", -1},
+		{[]string{"?.service"}, "a.service", 0},
+		{[]string{"?.service"}, "ab.service", -1},
+		{[]string{"[a-c].service"}, "b.service", 0},
+		{[]string{"[^a-c].service"}, "b.service", -1},
+		{[]string{"run-*.scope"}, "run-r0123.scope", 0},
+		{[]string{"session-*.scope"}, "session-c2.scope", 0},
+		// A backslash is part of many unit names and stands for itself.
+		{[]string{`a\x2db.mount`}, `a\x2db.mount`, 0},
+		{[]string{`a\x2d*.mount`}, `a\x2db.mount`, 0},
+		{[]string{`a\*`}, `a\b.service`, 0},
+		{[]string{`a\*`}, `a*`, -1},
+		{[]string{"A*"}, "a.service", -1},
+	} {
+		g, err := parseGlobs(test.patterns)
+		if err != nil {
+			t.Errorf("parseGlobs(%q): %v", test.patterns, err)
+			continue
+		}
+		if got := g.index(test.name); got != test.index {
+			t.Errorf("%q matches %q at %d, want %d", test.name, test.patterns, got, test.index)
+		}
+	}
+}
+
+func TestDefaultFoldTakesWhatLivesOnce(t *testing.T) {
+	g, err := parseGlobs(DefaultFold())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, folded := range map[string]bool{
+		"run-r8bb1.service": true, "run-u12.scope": true, "session-3.scope": true,
+		"docker-0a1b.scope": true, "libpod-0a1b.scope": true, "cri-containerd-0a1b.scope": true, "crio-0a1b.scope": true,
+		"nginx.service": false, "docker.service": false, "getty@tty1.service": false, "init.scope": false, "run-lock.mount": false,
+	} {
+		if got := g.index(name) >= 0; got != folded {
+			t.Errorf("%s is folded: %v, want %v", name, got, folded)
+		}
+	}
+}
+
+// FuzzGlobs: a pattern that was accepted can be matched against any name.
+func FuzzGlobs(f *testing.F) {
+	for _, p := range []string{"*", "a[", "[]a]", "[a-", "[^]", `[\]`, `a\`, "[-]", "[]", "?*?", `[a\-z]`} {
+		f.Add(p, "a.service")
+	}
+	f.Fuzz(func(t *testing.T, pattern, name string) {
+		g, err := parseGlobs([]string{pattern})
+		if err != nil {
+			if !strings.Contains(err.Error(), "use *, ?") {
+				t.Fatalf("the error names no next step: %v", err)
+			}
+			return
+		}
+		if _, err := path.Match(g[0], name); err != nil {
+			t.Fatalf("parseGlobs accepted %q, which fails on %q: %v", pattern, name, err)
+		}
+		if !strings.ContainsAny(pattern, "*?[") && (g.index(name) == 0) != (pattern == name) {
+			t.Fatalf("%q matches %q: %v", pattern, name, g.index(name) == 0)
+		}
+	})
+}
+
+func TestCounterInterfaces(t *testing.T) {
+	for _, kind := range append(DefaultTypes(), "slice") {
+		want := "org.freedesktop.systemd1." + strings.ToUpper(kind[:1]) + kind[1:]
+		if got := counterInterface(kind); got != want {
+			t.Errorf("counterInterface(%q) = %q, want %q", kind, got, want)
+		}
+	}
+	for _, kind := range []string{"", "timer", "target", "device", "path", "automount", "Service"} {
+		if got := counterInterface(kind); got != "" {
+			t.Errorf("counterInterface(%q) = %q, want none", kind, got)
+		}
+	}
+}

@@ -1,0 +1,529 @@
+package receiver
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+)
+
+// The properties of a target, in the order in which they are read. Packets
+// come first: a packet that is counted between two reads then moves the packet
+// counter past what was read, so that the next sweep reads the bytes again.
+const (
+	ingressPackets = iota
+	egressPackets
+	ingressBytes
+	egressBytes
+	ipAccounting
+	execMainStart
+	slice
+	properties // how many there are
+)
+
+func propertyName(i int) string {
+	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice"}[i]
+}
+
+// target is one run that a sweep reads, and what was read.
+type target struct {
+	unit *unit
+	run  *run
+
+	// What the sweep knew when it began. Signals change the unit meanwhile.
+	asked        time.Time
+	path, iface  string
+	last         Counters
+	quiet        bool // read the packets first, and the bytes only if they moved
+	lost         bool // had no data at the last reading
+	mayBeUnreset bool // see executedNothing
+	needSlice    bool
+
+	value  [properties]uint64
+	got    [properties]bool
+	slice  string
+	noData bool
+	gone   bool // the run is over and can no longer be read
+	missed bool // the bus, not systemd, answered; the next sweep has a better chance
+	err    error
+	time   time.Time // of the last reply
+}
+
+// Sweep reads the counters of all metered units and returns the result. It
+// takes at most Config.SweepTimeout, and less if ctx ends before: what was not
+// read by then has no point in this sweep, and is complete in the next one.
+// A call during a sweep waits for it and returns its result.
+func (r *Receiver) Sweep(ctx context.Context) *Sweep {
+	before := r.last.Load()
+	r.sweeping.Lock()
+	defer r.sweeping.Unlock()
+	if last := r.last.Load(); last != before {
+		return last
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.SweepTimeout)
+	defer cancel()
+	began := time.Now()
+
+	r.mu.Lock()
+	b := r.bus
+	targets := r.targets()
+	for _, s := range r.order {
+		s.observed = false
+	}
+	r.mu.Unlock()
+
+	err := errNotConnected
+	if b != nil {
+		err = r.readAll(ctx, b, targets)
+	}
+	sweep := r.finish(began, err)
+	r.last.Store(sweep)
+	return sweep
+}
+
+// readAll reads and applies the targets in the order that keeps the balances of
+// slices from ever showing too much: a slice is read before the units in it,
+// and, when it is first seen, after them.
+func (r *Receiver) readAll(ctx context.Context, b *bus, targets []target) error {
+	var before, units, after []target
+	for _, t := range targets {
+		switch {
+		case !topSlice(t.unit.name):
+			units = append(units, t)
+		case t.run.time.IsZero() && !t.unit.young:
+			after = append(after, t)
+		default:
+			before = append(before, t)
+		}
+	}
+	for _, part := range [][]target{before, units, after} {
+		err := r.read(ctx, b, part)
+		r.apply(part)
+		if err != nil {
+			return err
+		}
+	}
+	if err := r.again(ctx, b, units); err != nil {
+		return err
+	}
+	if slices.ContainsFunc(targets, func(t target) bool { return t.missed }) {
+		return errNotAnswered
+	}
+	return nil
+}
+
+var (
+	errNotConnected = errors.New("not connected to systemd")
+	errNotAnswered  = errors.New("systemd did not answer some calls")
+)
+
+// targets lists what a sweep has to read. The caller holds mu.
+func (r *Receiver) targets() []target {
+	now := time.Now()
+	targets := make([]target, 0, len(r.units))
+	for _, u := range r.units {
+		if u.run == nil || !u.run.ended.IsZero() && now.Sub(u.run.ended) > lateTraffic {
+			continue
+		}
+		if u.state == accountingOff || u.state == accountingNone {
+			if u.skipped++; u.skipped < recheckEvery {
+				continue
+			}
+			u.skipped = 0
+		}
+		targets = append(targets, u.target(now))
+	}
+	return targets
+}
+
+// target returns what is to be read of a unit with a run. The caller holds mu.
+func (u *unit) target(now time.Time) target {
+	return target{
+		unit: u, run: u.run, asked: now, path: u.run.path, iface: u.iface, last: u.run.last,
+		lost:         u.state == accountingLost,
+		quiet:        u.run.quiet || u.state == accountingLost || u.state == accountingOff || u.state == accountingNone,
+		mayBeUnreset: u.run.time.IsZero() && typeOf(u.name) == "service" && u.status.sub == "exited",
+		needSlice:    u.slice == "",
+	}
+}
+
+// read fills in the targets.
+func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
+	type call struct{ target, property int }
+	calls := make([]call, 0, 4*len(targets))
+	for i, t := range targets {
+		calls = append(calls, call{i, ingressPackets}, call{i, egressPackets})
+		if !t.quiet {
+			calls = append(calls, call{i, ingressBytes}, call{i, egressBytes})
+		}
+	}
+	get := func() error {
+		return b.wire.gets(ctx, len(calls), func(i int) property {
+			t := &targets[calls[i].target]
+			return property{t.path, t.iface, propertyName(calls[i].property)}
+		}, func(i int, reply reply) {
+			targets[calls[i].target].take(calls[i].property, reply)
+		})
+	}
+	if err := get(); err != nil {
+		return err
+	}
+	// The second round asks what the first one raised.
+	calls = calls[:0]
+	for i := range targets {
+		t := &targets[i]
+		switch {
+		case t.gone || t.missed || t.err != nil:
+		case t.noData:
+			calls = append(calls, call{i, ipAccounting})
+		case t.quiet && (t.moved() || t.lost):
+			calls = append(calls, call{i, ingressBytes}, call{i, egressBytes})
+		}
+		if t.mayBeUnreset {
+			calls = append(calls, call{i, execMainStart})
+		}
+		if t.needSlice && !t.noData {
+			calls = append(calls, call{i, slice})
+		}
+	}
+	return get()
+}
+
+// take is the handler of one reply.
+func (t *target) take(property int, reply reply) {
+	t.time = time.Now()
+	switch string(reply.errorName) {
+	case noUnitForInvocation, noSuchUnit, unknownObject:
+		t.gone = true
+		return
+	case noReply, nameHasNoOwner, serviceUnknown, limitsExceeded:
+		t.missed = true
+		return
+	}
+	var v uint64
+	var err error
+	switch property {
+	case ipAccounting:
+		var on bool
+		if on, err = reply.bool(); on {
+			v = 1
+		}
+	case slice:
+		t.slice, err = reply.string()
+	default:
+		v, err = reply.uint64()
+	}
+	switch {
+	case err != nil:
+		t.err = err
+	case property < ipAccounting && v == noData:
+		t.noData = true
+	case property < ipAccounting && v > maxTotal:
+		t.err = replyError{"an impossible value of " + propertyName(property) + ", " + strconv.FormatUint(v, 10)}
+	default:
+		t.value[property], t.got[property] = v, true
+	}
+}
+
+// moved reports whether a packet counter is another than in the last reading.
+func (t *target) moved() bool {
+	return t.value[ingressPackets] != t.last.IngressPackets || t.value[egressPackets] != t.last.EgressPackets
+}
+
+// counters returns the reading, if it is whole. Bytes that were not read are
+// those of the last reading, if no packet has moved since.
+func (t *target) counters() (c Counters, ok bool) {
+	c = Counters{
+		IngressPackets: t.value[ingressPackets], EgressPackets: t.value[egressPackets],
+		IngressBytes: t.value[ingressBytes], EgressBytes: t.value[egressBytes],
+	}
+	if t.gone || t.missed || t.noData || t.err != nil || !t.got[ingressPackets] || !t.got[egressPackets] {
+		return c, false
+	}
+	if t.quiet && !t.moved() && !t.lost {
+		c.IngressBytes, c.EgressBytes = t.last.IngressBytes, t.last.EgressBytes
+		return c, true
+	}
+	return c, t.got[ingressBytes] && t.got[egressBytes]
+}
+
+// apply puts the readings on the odometers.
+func (r *Receiver) apply(targets []target) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i := range targets {
+		r.applyOne(&targets[i])
+	}
+}
+
+// applyOne takes one reading. The caller holds mu.
+func (r *Receiver) applyOne(t *target) {
+	u, current := t.unit, t.unit.run == t.run
+	raw, ok := t.counters()
+	switch {
+	case t.gone:
+		if current && !t.run.ended.IsZero() {
+			r.drop(u)
+		}
+		return
+	case t.missed:
+		r.health.dbusErrors++
+		return
+	case t.err != nil:
+		r.health.dbusErrors++
+		if current && u.state != accountingFailed {
+			u.state = accountingFailed
+			r.log.Warn("cannot read the counters of a unit; it has no points until this ends", "unit", u.name, "err", t.err)
+		}
+		return
+	case t.noData:
+		if current {
+			r.withoutData(u, t)
+		}
+		return
+	case !ok || t.executedNothing():
+		return // not reached before the deadline, or not this run's counters
+	case t.run.time.After(t.asked):
+		// The run ended meanwhile, and a later reading is on the odometer.
+		if t.run.series != nil {
+			t.run.series.observed = true
+		}
+		return
+	}
+	if current && (u.state == accountingFailed || u.state == accountingLost) {
+		r.log.Info("the counters of a unit can be read again", "unit", u.name)
+	}
+	start := t.startOf()
+	if t.run.start.IsZero() {
+		t.run.start = start
+	}
+	if t.needSlice {
+		u.slice, t.run.slice = t.slice, t.slice
+	}
+	before := t.run.time
+	t.run.quiet = !before.IsZero() && !t.moved()
+	delta, reset := t.run.advance(raw, t.time)
+	if reset {
+		r.health.resets++
+		t.run.start = before
+		r.log.Info("systemd's counters of a unit fell; counting on from there", "unit", u.name)
+	}
+	if !t.run.ended.IsZero() {
+		t.run.final = true
+	}
+	if current {
+		u.state = accountingOn
+	}
+	if topSlice(u.name) {
+		r.sliceGrew(t, delta, before.IsZero() && !u.young)
+	} else {
+		r.unitGrew(t.run.slice, delta)
+	}
+	if u.hidden {
+		return
+	}
+	if t.run.series == nil {
+		t.run.series = r.seriesOf(u.name, u.slice, start)
+	}
+	s := t.run.series
+	if s.fresh && start.Before(s.start) {
+		s.start = start // a new fold begins with the earliest of its members
+	}
+	s.add(delta, t.time)
+	s.observed = true
+}
+
+// executedNothing reports the one case in which a new invocation still shows
+// the counters of the one before: a oneshot service whose start runs no
+// command (ExecStop= only). They are reset when ExecStop runs.
+func (t *target) executedNothing() bool {
+	return t.got[execMainStart] && t.value[execMainStart] == 0
+}
+
+// withoutData sorts out why a unit has no data. The caller holds mu.
+func (r *Receiver) withoutData(u *unit, t *target) {
+	u.noData = t.time
+	had := !t.run.time.IsZero()
+	was := u.state
+	kind := typeOf(u.name)
+	switch {
+	case !t.got[ipAccounting]:
+		return
+	case t.value[ipAccounting] == 0:
+		u.state = accountingOff
+		t.run.last, t.run.start = Counters{}, time.Time{} // when it is switched on again, it counts from 0
+	case had, u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope"):
+		u.state = accountingLost
+		if was != accountingLost {
+			r.log.Warn("systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
+				"unit", u.name, "next", "systemctl set-property --runtime "+u.name+" IPAccounting=yes")
+		}
+	default:
+		u.state = accountingNone
+	}
+}
+
+// startOf returns the moment from which a run's counters count.
+func (t *target) startOf() time.Time {
+	var start time.Time
+	status := t.unit.status
+	switch {
+	case t.unit.noData.After(t.run.time):
+		start = t.unit.noData // accounting was switched on later
+	case !t.run.time.IsZero():
+		start = t.run.time // the series is new, the run is not
+	case strings.HasPrefix(status.sub, "auto-restart"):
+		// InactiveExit has moved already; the counters are still the old run's.
+		start = earliest(status.inactiveExit, status.activeEnter)
+	case status.activeExit.After(status.inactiveExit) && status.activeExit.Before(status.activeEnter):
+		start = status.activeExit // RestartMode=direct
+	default:
+		start = status.inactiveExit
+	}
+	if start.IsZero() {
+		start = bootTime()
+	}
+	if start.After(t.time) {
+		start = t.time
+	}
+	return start
+}
+
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// bootTime is when units that were never started began: PID 1's own scope and
+// the root slices have no timestamps (proc(5), btime).
+func bootTime() time.Time {
+	stat, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return time.Time{}
+	}
+	for line := range strings.SplitSeq(string(stat), "\n") {
+		if rest, ok := strings.CutPrefix(line, "btime "); ok {
+			if seconds, err := strconv.ParseInt(strings.TrimSpace(rest), 10, 64); err == nil {
+				return time.Unix(seconds, 0)
+			}
+		}
+	}
+	return time.Time{}
+}
+
+// again reads once more the units whose run was over although, as far as the
+// inventory knew, it was going on: they were restarted a moment ago.
+func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
+	var names []string
+	r.mu.Lock()
+	for i := range targets {
+		if t := &targets[i]; t.gone && t.run.ended.IsZero() {
+			names = append(names, t.unit.name)
+		}
+	}
+	r.mu.Unlock()
+	if len(names) == 0 {
+		return nil
+	}
+	if err := r.refresh(ctx, b, slices.Clone(names)); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	restarted := targets[:0]
+	for _, t := range r.targets() {
+		switch {
+		case !slices.Contains(names, t.unit.name):
+		case t.run.time.IsZero():
+			restarted = append(restarted, t)
+		default:
+			r.end(t.unit) // it is not loaded any more; its UnitRemoved is on the way or was lost
+		}
+	}
+	r.mu.Unlock()
+	err := r.read(ctx, b, restarted)
+	r.apply(restarted)
+	return err
+}
+
+// finish adds up the sweep, forgets what has been over for long enough, and
+// returns the result.
+func (r *Receiver) finish(began time.Time, err error) *Sweep {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err != nil {
+		r.health.partial++
+	}
+	now := time.Now()
+	maps.DeleteFunc(r.runs, func(_ string, run *run) bool {
+		over := !run.closed.IsZero() && now.Sub(run.closed) > keepClosed
+		if over && !run.final && !run.time.IsZero() {
+			r.health.missed++
+		}
+		return over
+	})
+	return r.snapshot(began, now, err != nil)
+}
+
+// snapshot makes the result of a sweep. The caller holds mu.
+func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
+	sweep := &Sweep{
+		Time: now, Duration: now.Sub(began), Partial: partial,
+		State: State{Time: now, Series: make([]Series, len(r.order)), Runs: make([]Run, 0, len(r.runs))},
+	}
+	over, live := map[*series]bool{}, map[*series]bool{}
+	for _, run := range r.runs {
+		if run.closed.IsZero() {
+			live[run.series] = true
+		} else {
+			over[run.series] = true
+		}
+	}
+	for i, s := range r.order {
+		// A fold is a sum that holds whether or not a member was read just now.
+		// The last point of a unit that has gone is repeated while its run is
+		// remembered, so that each of several readers gets it.
+		s.observed = s.observed || s.moved || s.shared && !s.time.IsZero() || over[s] && !live[s]
+		s.moved, s.fresh = false, false
+		sweep.State.Series[i] = Series{
+			Name: s.name, Total: s.total, Start: s.start, Time: s.time, Observed: s.observed,
+			Receive: s.receive, Transmit: s.transmit,
+		}
+	}
+	for _, run := range r.runs {
+		if !run.time.IsZero() {
+			name := unattributedPrefix + run.unit
+			if run.series != nil {
+				name = run.series.name
+			}
+			sweep.State.Runs = append(sweep.State.Runs, Run{
+				Unit: run.unit, Series: name, Epoch: run.epoch, Boot: r.cfg.BootID,
+				Last: run.last, Time: run.time,
+			})
+		}
+	}
+	for top, b := range r.balances {
+		if b.series == nil {
+			continue
+		}
+		sweep.State.Series = append(sweep.State.Series,
+			Series{Name: aheadPrefix + top, Total: b.ahead, Time: now},
+			Series{Name: waitingPrefix + top, Total: b.waiting, Time: now})
+	}
+	if r.index == nil {
+		r.index = make(map[attribute.Distinct]int, 2*len(r.order))
+		for i, s := range r.order {
+			r.index[s.receive.Equivalent()] = i
+			r.index[s.transmit.Equivalent()] = i
+		}
+	}
+	sweep.index = r.index
+	return sweep
+}

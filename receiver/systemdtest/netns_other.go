@@ -1,0 +1,14 @@
+//go:build !linux
+
+package systemdtest
+
+import (
+	"context"
+	"errors"
+	"net"
+)
+
+// Listen is for Linux. Boot refuses other systems, so it is never reached.
+func (r *Rig) Listen(context.Context, string, string) (net.Listener, error) {
+	return nil, errors.ErrUnsupported
+}

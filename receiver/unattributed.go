@@ -1,0 +1,122 @@
+package receiver
+
+import (
+	"maps"
+	"slices"
+	"strings"
+
+	"go.opentelemetry.io/otel/attribute"
+)
+
+// UnattributedName is the instrument for what a top-level slice counted and no
+// series has.
+const UnattributedName = "unitmeter.unattributed"
+
+// The ledger keeps unattributed traffic as series too, under names that no
+// unit can have.
+const (
+	unattributedPrefix = "unattributed/"
+	aheadPrefix        = "ahead/"
+	waitingPrefix      = "waiting/"
+)
+
+// balance compares one top-level slice with the units in it. What the slice
+// counted and no unit did is the traffic of units that are not metered, or
+// that ended before anyone could read them.
+type balance struct {
+	series *series // what was unattributed so far; nil before the first reading
+	// waiting is what the slice counted and no unit has shown yet. It becomes
+	// unattributed at the next reading of the slice: until then the last
+	// readings and stop records of units that have ended are still coming in.
+	waiting Counters
+	// ahead is how far the units are in front of the slice, which is read
+	// before them.
+	ahead Counters
+}
+
+// topSlice reports whether a unit is a child of the root slice. The name of a
+// slice spells its place: a-b.slice is in a.slice.
+func topSlice(unit string) bool {
+	name, ok := strings.CutSuffix(unit, ".slice")
+	return ok && !strings.Contains(name, "-")
+}
+
+// topOf returns the top-level slice that a slice is in, "" for the root slice.
+func topOf(slice string) string {
+	name, _, _ := strings.Cut(strings.TrimSuffix(slice, ".slice"), "-")
+	if name == "" {
+		return ""
+	}
+	return name + ".slice"
+}
+
+// balanceOf returns the balance of a top-level slice. The caller holds mu.
+func (r *Receiver) balanceOf(top string) *balance {
+	b, ok := r.balances[top]
+	if !ok {
+		b = &balance{}
+		r.balances[top] = b
+	}
+	return b
+}
+
+// sliceGrew puts a reading of a top-level slice on its balance. first says
+// that nothing is known of what it counted before. The caller holds mu.
+func (r *Receiver) sliceGrew(t *target, delta Counters, first bool) {
+	b := r.balanceOf(t.unit.name)
+	if b.series == nil {
+		b.series = r.newUnattributed(t.unit.name)
+		b.series.start = t.time
+		if !first {
+			b.series.start = t.run.start
+		}
+	}
+	if first {
+		delta, b.ahead, b.waiting = Counters{}, Counters{}, Counters{}
+	}
+	b.series.observed = true
+	b.series.add(b.waiting, t.time)
+	delta, b.ahead = delta.settle(b.ahead)
+	b.waiting, r.unplaced = delta.settle(r.unplaced)
+}
+
+// unitGrew puts what a unit grew by on the balance of its top-level slice. The
+// slice of a unit that was gone too soon is not known; then its growth goes
+// where something is missing. The caller holds mu.
+func (r *Receiver) unitGrew(slice string, delta Counters) {
+	if top := topOf(slice); top != "" {
+		b := r.balanceOf(top)
+		b.waiting, delta = b.waiting.settle(delta)
+		b.ahead, _ = b.ahead.plus(delta)
+		return
+	}
+	if slice != "" || delta == (Counters{}) {
+		return // the root slice has no balance
+	}
+	for _, top := range slices.Sorted(maps.Keys(r.balances)) {
+		b := r.balances[top]
+		b.waiting, delta = b.waiting.settle(delta)
+	}
+	r.unplaced, _ = r.unplaced.plus(delta)
+}
+
+// settle takes from each counter as much of ahead as it has, and returns what
+// is left of both.
+func (c Counters) settle(ahead Counters) (left, still Counters) {
+	one := func(c, ahead uint64) (uint64, uint64) { n := min(c, ahead); return c - n, ahead - n }
+	left.IngressBytes, still.IngressBytes = one(c.IngressBytes, ahead.IngressBytes)
+	left.IngressPackets, still.IngressPackets = one(c.IngressPackets, ahead.IngressPackets)
+	left.EgressBytes, still.EgressBytes = one(c.EgressBytes, ahead.EgressBytes)
+	left.EgressPackets, still.EgressPackets = one(c.EgressPackets, ahead.EgressPackets)
+	return left, still
+}
+
+func (r *Receiver) newUnattributed(slice string) *series {
+	if s, ok := r.series[unattributedPrefix+slice]; ok {
+		return s // restored
+	}
+	s := &series{name: unattributedPrefix + slice}
+	s.setAttributes(attribute.String("host.name", r.cfg.HostName), attribute.String("systemd.unit.slice", slice))
+	r.keep(s)
+	return s
+}
