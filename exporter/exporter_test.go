@@ -529,6 +529,33 @@ func TestShutdownOrder(t *testing.T) {
 	})
 }
 
+// The end of the agent during a call is no failure of the receiver.
+func TestShutdownDuringACall(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		cfg.Decide = func(otlptest.Request) otlptest.Answer { return otlptest.Answer{Delay: time.Minute} }
+		server := otlptest.Start(t, cfg)
+		box := &memory{}
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		a.see(unit("a.service", at(0), at(100), 5))
+		if err := a.Export(t.Context(), collected(a.Last().State.Series...)); err != nil {
+			t.Fatal(err)
+		}
+		server.Wait(t, func(r []otlptest.Request) bool { return len(r) == 1 })
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if err := a.Exporter.Shutdown(ctx); err != nil {
+			t.Error(err)
+		}
+		if box.pending() != 1 {
+			t.Errorf("%d requests are left, want the one in flight", box.pending())
+		}
+		a.log.want(t, "", 0)
+		if err := a.ForceFlush(t.Context()); !errors.Is(err, sdkmetric.ErrExporterShutdown) {
+			t.Errorf("flush of what is left: %v", err)
+		}
+	})
+}
+
 func TestProtocolNoneOnlyCommits(t *testing.T) {
 	box := &memory{}
 	a := newAgent(t, "", Config{Protocol: "none", Outbox: box})

@@ -318,12 +318,12 @@ func TestSenderSetsPoisonAside(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var box memory
 				var log logged
-				alone := 0
+				tried := map[int64]int{} // of entries that went alone
 				test.a.err = errors.New("no")
 				l := &line{t: t, answer: func(values []int64, _ int) answer {
 					if test.bad(values) {
-						if slices.Equal(values, []int64{2}) {
-							alone++
+						if len(values) == 1 {
+							tried[values[0]]++
 						}
 						return test.a
 					}
@@ -333,8 +333,8 @@ func TestSenderSetsPoisonAside(t *testing.T) {
 				s := l.start(&box, &log)
 				settle(time.Hour)
 				l.want(0, 1, 3, 4, 6, 7)
-				if alone != test.tries {
-					t.Errorf("tried %d times, want %d", alone, test.tries)
+				if tried[2] != test.tries || tried[5] != test.tries {
+					t.Errorf("tried %v times, want %d", tried, test.tries)
 				}
 				if len(box.poison) != 2 || box.poison[3] == "" || box.poison[6] == "" || box.pending() > 0 {
 					t.Errorf("set aside %v, %d left; want entries 3 and 6", box.poison, box.pending())
@@ -430,7 +430,7 @@ func TestSenderSendsLessOverASlowLine(t *testing.T) {
 		}}
 		all := fill(t, &box, 100<<10, 60)
 		var large []int64 // one entry that the line does not carry in time
-		for i := range int64(300_000) {
+		for i := range int64(60_000) {
 			large = append(large, 100+i)
 		}
 		box.add(len(large), requestOf(t, 0, large...))

@@ -2,7 +2,6 @@ package exporter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -73,7 +72,8 @@ func captureUnary(ctx context.Context, method string, req, reply any, cc *grpc.C
 }
 
 func (w *grpcWire) send(ctx context.Context, request []byte) answer {
-	ctx, cancel := context.WithTimeoutCause(ctx, w.timeout, errRequestTimeout)
+	begin := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, w.timeout)
 	defer cancel()
 	ctx = metadata.NewOutgoingContext(ctx, w.headers)
 	var reply colmetricpb.ExportMetricsServiceResponse
@@ -83,7 +83,10 @@ func (w *grpcWire) send(ctx context.Context, request []byte) answer {
 		if a.verdict == transient && w.conn.GetState() != connectivity.Ready {
 			a.verdict, a.kind = unreachable, "connection"
 		}
-		if a.slow = errors.Is(context.Cause(ctx), errRequestTimeout); a.slow {
+		// The server knows our deadline too and may be the first to end the
+		// call, so that ctx does not tell.
+		if status.Code(err) == codes.DeadlineExceeded && time.Since(begin) > w.timeout*9/10 {
+			a.slow = true
 			a.err = fmt.Errorf("%w (%w)", err, errRequestTimeout)
 		}
 		return a

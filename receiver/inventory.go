@@ -23,6 +23,7 @@ const (
 	newUnitPause      = 250 * time.Millisecond
 	lateTraffic       = 2 * time.Minute // reads after the end of a run
 	keepClosed        = 2 * time.Minute // a run's memory after its unit has gone
+	keepRestored      = time.Hour       // the same, of a run that no list has shown yet
 	// recheckEvery is after how many sweeps a unit without accounting is asked
 	// again: systemd tells nobody of a set-property IPAccounting=yes.
 	recheckEvery         = 6
@@ -90,8 +91,14 @@ type run struct {
 	quiet  bool
 	ended  time.Time // when the unit was seen to be inactive; zero while it runs
 	closed time.Time // when the run was found to be gone; zero while it can be read
+	// restored says that the run is of an earlier Receiver, and that no list has
+	// shown it so far.
+	restored bool
 	// final says that the counters were read after the end, or recorded.
 	final bool
+	// unbegun says that systemd has named the run and announced nothing else of
+	// it: its counters may still be those of the run before.
+	unbegun bool
 }
 
 // status is the part of a unit's state that the inventory follows. Times are
@@ -152,6 +159,9 @@ func open(ctx context.Context, address string, private bool) (*bus, error) {
 	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), private: private}
 	conn.Signal(b.signals)
 	if err := b.subscribe(ctx); err != nil {
+		if errors.Is(err, dbus.ErrClosed) {
+			err = w.failure() // which says why
+		}
 		return nil, errors.Join(fmt.Errorf("subscribe to systemd's signals at %s: %w", address, err), conn.Close())
 	}
 	return b, nil
@@ -276,7 +286,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			f.freshTimer = nil
 			if names := slices.Collect(maps.Keys(f.fresh)); len(names) > 0 && f.thaw == nil {
 				clear(f.fresh)
-				err = r.refresh(ctx, b, names)
+				_, err = r.refresh(ctx, b, names)
 			}
 		case <-f.thaw:
 			f.reloaded(func(h *health) { h.reloads++ })
@@ -314,10 +324,14 @@ type follower struct {
 }
 
 func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
+	if !wellFormed(signal) {
+		f.count(func(h *health) { h.dbusErrors++ })
+		return nil
+	}
 	switch signal.Name {
 	case propertiesChangedSig:
-		if name := unitOfPath(string(signal.Path)); name != "" && len(signal.Body) > 1 {
-			properties, _ := signal.Body[1].(map[string]dbus.Variant)
+		if name := unitOfPath(string(signal.Path)); name != "" {
+			properties, _ := argument[map[string]dbus.Variant](signal, 1)
 			delete(f.fresh, name)
 			return f.changed(ctx, name, properties)
 		}
@@ -348,6 +362,9 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		} else if ok {
 			f.reloading = true // systemd 261 may leave out the signal
 			f.reloaded(func(h *health) { h.reexecs++ })
+			// Before systemd 258, one that has lost the bus forgets its
+			// subscribers; one that has not answers with an error.
+			f.bus.conn.Object(systemdName, managerPath).Go(managerInterface+".Subscribe", dbus.FlagNoReplyExpected, nil)
 			return f.relist(ctx, f.bus)
 		}
 	}
@@ -362,6 +379,21 @@ func (f *follower) reloaded(count func(*health)) {
 		f.reloading = false
 		f.count(count)
 	}
+}
+
+// wellFormed reports whether the argument that handle takes has its type.
+func wellFormed(signal *dbus.Signal) (ok bool) {
+	switch signal.Name {
+	case propertiesChangedSig:
+		_, ok = argument[map[string]dbus.Variant](signal, 1)
+	case managerInterface + ".Reloading":
+		_, ok = argument[bool](signal, 0)
+	case "org.freedesktop.DBus.NameOwnerChanged":
+		_, ok = argument[string](signal, 2)
+	default:
+		_, ok = argument[string](signal, 0)
+	}
+	return ok
 }
 
 // argument returns argument i of a signal if it has the type T.
@@ -432,23 +464,23 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 }
 
 // refresh asks systemd for the state of some units, without loading those that
-// have gone: to read a unit by its name loads it, and announces that as new.
-func (r *Receiver) refresh(ctx context.Context, b *bus, names []string) error {
+// have gone: to read a unit by its name loads it, and announces that as new. It
+// returns the names of those that are there and not inactive.
+func (r *Receiver) refresh(ctx context.Context, b *bus, names []string) (loaded []string, err error) {
 	patterns := make([]string, len(names))
 	for i, name := range names {
 		patterns[i] = strings.ReplaceAll(name, `\`, `\\`) // fnmatch(3)
 	}
 	rows, err := b.list(ctx, patterns)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	loaded := names[:0]
 	for _, row := range rows {
 		if name := unitOfPath(string(row.Path)); r.follows(name) {
 			loaded = append(loaded, name)
 		}
 	}
-	return r.learn(ctx, b, loaded)
+	return loaded, r.learn(ctx, b, loaded)
 }
 
 // learn reads the state of units that have just been listed.
@@ -540,7 +572,8 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 		return nil
 	}
 	if _, ok := properties["InvocationID"]; !ok { // systemd before 243
-		return r.refresh(ctx, f.bus, []string{name})
+		_, err := r.refresh(ctx, f.bus, []string{name})
+		return err
 	}
 	r.mu.Lock()
 	var next status
@@ -557,11 +590,14 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	r.mu.Lock()
 	r.update(name, next)
 	u := r.units[name]
+	unbegun := u != nil && u.run.unbegun
 	r.mu.Unlock()
 	switch {
 	case u == nil:
 	case !next.running():
-		f.ended = append(f.ended, u)
+		if !unbegun {
+			f.ended = append(f.ended, u)
+		}
 	case u.slice == "" && next.invocation != "":
 		f.place(u)
 	}
@@ -570,17 +606,26 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 
 // change takes one property of a signal.
 func (s *status) change(property string, value any) error {
+	var ok bool
 	switch property {
 	case "ActiveState":
-		s.active, _ = value.(string)
+		s.active, ok = value.(string)
 	case "SubState":
-		s.sub, _ = value.(string)
+		s.sub, ok = value.(string)
 	case "InactiveExitTimestamp", "ActiveEnterTimestamp", "ActiveExitTimestamp", "InactiveEnterTimestamp":
-		usec, _ := value.(uint64)
+		var usec uint64
+		usec, ok = value.(uint64)
 		s.setTime(property, usec)
 	case "InvocationID":
-		id, _ := value.([]byte)
-		return s.setInvocation(id)
+		var id []byte
+		if id, ok = value.([]byte); ok {
+			return s.setInvocation(id)
+		}
+	default:
+		return nil
+	}
+	if !ok {
+		return fmt.Errorf("systemd signalled %s as a %T", property, value)
 	}
 	return nil
 }
@@ -598,6 +643,7 @@ func (r *Receiver) update(name string, next status) {
 		}
 		r.units[name] = u
 	}
+	begun := next.running() || ok && !next.inactiveExit.Equal(u.status.inactiveExit)
 	u.status = next
 	epoch, path := next.invocation, invocationPath(next.invocation)
 	if epoch == "" {
@@ -610,10 +656,10 @@ func (r *Receiver) update(name string, next status) {
 		key := r.runKey(name, epoch)
 		current, ok := r.runs[key]
 		if !ok {
-			current = &run{unit: name, epoch: epoch, slice: u.slice}
+			current = &run{unit: name, epoch: epoch, slice: u.slice, unbegun: true}
 			r.runs[key] = current
 		}
-		current.path, current.closed = path, time.Time{}
+		current.path, current.closed, current.restored = path, time.Time{}, false
 		u.run, u.noData = current, time.Time{}
 		u.state = accountingUnknown
 	}
@@ -621,6 +667,7 @@ func (r *Receiver) update(name string, next status) {
 		u.state = accountingUnknown // a set-property signals a change too
 	}
 	u.run.quiet = false
+	u.run.unbegun = u.run.unbegun && !begun
 	if next.running() {
 		u.run.ended = time.Time{}
 	} else {

@@ -40,10 +40,13 @@ func (r *Receiver) followJournal(ctx context.Context, since time.Time) {
 	warned := false
 	for {
 		err := r.readJournal(ctx, since)
-		if ctx.Err() != nil {
+		since = time.Now()
+		// Who ends the agent may end journalctl with it, and first.
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
 			return
 		}
-		since = time.Now()
 		if !warned {
 			warned = true
 			r.log.Warn("no stop records from the journal; the last bytes of short units may be missed (see unitmeter.unattributed)", "err", err)

@@ -19,7 +19,7 @@ func DefaultTypes() []string {
 func DefaultFold() []string {
 	return []string{
 		"run-*.service", "run-*.scope", "session-*.scope",
-		"docker-*.scope", "libpod-*.scope", "cri-containerd-*.scope", "crio-*.scope",
+		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",
 	}
 }
 

@@ -121,20 +121,23 @@ func parseHeader(message []byte) (header, error) {
 }
 
 // wanted reports whether the inventory has a use for a signal. PID 1 sends two
-// PropertiesChanged for each change of any unit, devices and targets included;
-// most are not for us. Its private socket sends those of all jobs as well.
+// PropertiesChanged for each change of any unit, devices and targets included,
+// and on its own socket the signals of jobs too; most are not for us.
 func wanted(h header) bool {
+	d := decoder{order: h.order, data: h.body}
 	switch string(h.iface) {
 	case propertiesInterface:
-		d := decoder{order: h.order, data: h.body}
 		return string(d.string()) == unitInterface && meteredPath(string(h.path))
 	case managerInterface:
-		member := string(h.member)
-		return member == "UnitNew" || member == "UnitRemoved" || member == "Reloading"
-	case busInterface:
-		return string(h.member) == "NameOwnerChanged"
+		switch string(h.member) {
+		case "UnitNew", "UnitRemoved":
+			return counterInterface(typeOf(string(d.string()))) != ""
+		case "Reloading":
+			return true
+		}
+		return false
 	}
-	return false
+	return true
 }
 
 // meteredPath reports whether an object path is one of a unit of a type that

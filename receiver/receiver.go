@@ -145,10 +145,17 @@ func New(cfg Config) (*Receiver, error) {
 			return nil, fmt.Errorf("meter units of type %q: systemd has no IP accounting for them; use any of service, scope, socket, mount, swap, slice", t)
 		}
 	}
+	r.cfg.StopEdge = cmp.Or(cfg.StopEdge, "auto")
+	if !slices.Contains([]string{"auto", "ref", "journal", "off"}, r.cfg.StopEdge) {
+		return nil, fmt.Errorf("read the end of units by %q: there is no such way; use auto, ref, journal or off", cfg.StopEdge)
+	}
+	if cfg.MaxSeries < 0 || cfg.SweepTimeout < 0 {
+		return nil, fmt.Errorf("meter %d series within %v: neither can be negative; use 0 for the default", cfg.MaxSeries, cfg.SweepTimeout)
+	}
 	r.cfg.Bus = cmp.Or(cfg.Bus, "auto")
 	r.cfg.SystemBus = cmp.Or(cfg.SystemBus, "unix:path=/run/dbus/system_bus_socket")
-	r.cfg.MaxSeries = cmp.Or(max(cfg.MaxSeries, 0), 5000)
-	r.cfg.SweepTimeout = cmp.Or(max(cfg.SweepTimeout, 0), 10*time.Second)
+	r.cfg.MaxSeries = cmp.Or(cfg.MaxSeries, 5000)
+	r.cfg.SweepTimeout = cmp.Or(cfg.SweepTimeout, 10*time.Second)
 	if r.cfg.HostName == "" {
 		if r.cfg.HostName, err = os.Hostname(); err != nil {
 			return nil, fmt.Errorf("find out the host name: %w; set OTEL_RESOURCE_ATTRIBUTES=host.name=NAME", err)
@@ -187,7 +194,7 @@ func (r *Receiver) restore(state State) {
 		} else {
 			restored = r.newSeries(s.Name, "", s.Start)
 		}
-		restored.total, restored.start, restored.time = s.Total, s.Start, s.Time
+		restored.total, restored.start, restored.time, restored.fresh = s.Total, s.Start, s.Time, false
 	}
 	for _, saved := range state.Runs {
 		if saved.Boot != r.cfg.BootID {
@@ -196,7 +203,7 @@ func (r *Receiver) restore(state State) {
 		// Without its series, which the ledger may have forgotten, a new one
 		// begins with what the run grows by from here.
 		r.runs[r.runKey(saved.Unit, saved.Epoch)] = &run{
-			unit: saved.Unit, epoch: saved.Epoch, series: r.series[saved.Series], closed: time.Now(),
+			unit: saved.Unit, epoch: saved.Epoch, series: r.series[saved.Series], closed: time.Now(), restored: true,
 			odometer: odometer{last: saved.Last, time: saved.Time},
 		}
 	}
@@ -339,6 +346,9 @@ func (r *Receiver) evict() bool {
 	for run := range maps.Values(r.runs) {
 		used[run.series] = true
 	}
+	for name := range r.units { // some have yet to be read for the first time since the restart
+		used[r.series[name]] = true
+	}
 	oldest := -1
 	for i, s := range r.order {
 		if !s.shared && !strings.Contains(s.name, "/") && !used[s] && !s.observed && !s.moved &&
@@ -360,10 +370,11 @@ type series struct {
 	name, slice       string
 	total             Counters
 	start, time       time.Time
-	shared            bool // by several units: a fold, or the overflow series
-	fresh             bool // made since the last sweep
-	observed          bool // by the last sweep
-	moved             bool // since the last sweep
+	shown             time.Time // time as of the last sweep
+	shared            bool      // by several units: a fold, or the overflow series
+	fresh             bool      // made since the last sweep
+	observed          bool      // by the last sweep
+	moved             bool      // since the last sweep
 	receive, transmit attribute.Set
 	// The options of both directions are made once: they are passed with ...
 	receiveOption, transmitOption []metric.ObserveOption

@@ -115,7 +115,7 @@ func (f *follower) referenced(call *dbus.Call) {
 		f.held[name] = true
 		f.mu.Lock()
 		u := f.units[name]
-		over := u != nil && !u.status.running()
+		over := u != nil && !u.status.running() && !u.run.unbegun
 		f.mu.Unlock()
 		if over || u == nil && !f.fresh[name] {
 			f.release(name) // it ended before the reference came

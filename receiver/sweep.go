@@ -1,6 +1,7 @@
 package receiver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -102,20 +103,18 @@ func (r *Receiver) readAll(ctx context.Context, b *bus, targets []target) error 
 			before = append(before, t)
 		}
 	}
+	var missed error
 	for _, part := range [][]target{before, units, after} {
 		err := r.read(ctx, b, part)
 		r.apply(part)
 		if err != nil {
 			return err
 		}
+		if slices.ContainsFunc(part, func(t target) bool { return t.missed }) {
+			missed = errNotAnswered
+		}
 	}
-	if err := r.again(ctx, b, units); err != nil {
-		return err
-	}
-	if slices.ContainsFunc(targets, func(t target) bool { return t.missed }) {
-		return errNotAnswered
-	}
-	return nil
+	return cmp.Or(r.again(ctx, b, units), missed)
 }
 
 var (
@@ -148,7 +147,7 @@ func (u *unit) target(now time.Time) target {
 		unit: u, run: u.run, asked: now, path: u.run.path, iface: u.iface, last: u.run.last,
 		lost:         u.state == accountingLost,
 		quiet:        u.run.quiet || u.state == accountingLost || u.state == accountingOff || u.state == accountingNone,
-		mayBeUnreset: u.run.time.IsZero() && typeOf(u.name) == "service" && u.status.sub == "exited",
+		mayBeUnreset: u.run.time.IsZero() && typeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
 	}
 }
@@ -287,7 +286,7 @@ func (r *Receiver) applyOne(t *target) {
 			r.withoutData(u, t)
 		}
 		return
-	case !ok || t.executedNothing():
+	case !ok || t.needSlice && !t.got[slice] || t.mayBeUnreset && !t.got[execMainStart] || t.executedNothing():
 		return // not reached before the deadline, or not this run's counters
 	case t.run.time.After(t.asked):
 		// The run ended meanwhile, and a later reading is on the odometer.
@@ -332,6 +331,9 @@ func (r *Receiver) applyOne(t *target) {
 		t.run.series = r.seriesOf(u.name, u.slice, start)
 	}
 	s := t.run.series
+	if r.cfg.UnitSlice && !s.shared && s.slice != u.slice {
+		r.describe(s, u.slice) // the ledger does not keep it
+	}
 	if s.fresh && start.Before(s.start) {
 		s.start = start // a new fold begins with the earliest of its members
 	}
@@ -433,7 +435,8 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 	if len(names) == 0 {
 		return nil
 	}
-	if err := r.refresh(ctx, b, slices.Clone(names)); err != nil {
+	loaded, err := r.refresh(ctx, b, names)
+	if err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -441,14 +444,14 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 	for _, t := range r.targets() {
 		switch {
 		case !slices.Contains(names, t.unit.name):
+		case !slices.Contains(loaded, t.unit.name):
+			r.drop(t.unit) // its signal is on the way or was lost
 		case t.run.time.IsZero():
 			restarted = append(restarted, t)
-		default:
-			r.end(t.unit) // it is not loaded any more; its UnitRemoved is on the way or was lost
 		}
 	}
 	r.mu.Unlock()
-	err := r.read(ctx, b, restarted)
+	err = r.read(ctx, b, restarted)
 	r.apply(restarted)
 	return err
 }
@@ -463,7 +466,12 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 	}
 	now := time.Now()
 	maps.DeleteFunc(r.runs, func(_ string, run *run) bool {
-		over := !run.closed.IsZero() && now.Sub(run.closed) > keepClosed
+		keep := keepClosed
+		if run.restored {
+			keep = keepRestored
+		}
+		// Before the first list, nobody knows which of the restored runs are over.
+		over := r.listed && !run.closed.IsZero() && now.Sub(run.closed) > keep
 		if over && !run.final && !run.time.IsZero() {
 			r.health.missed++
 		}
@@ -482,7 +490,7 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 	for _, run := range r.runs {
 		if run.closed.IsZero() {
 			live[run.series] = true
-		} else {
+		} else if now.Sub(run.closed) <= keepClosed {
 			over[run.series] = true
 		}
 	}
@@ -491,6 +499,12 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 		// The last point of a unit that has gone is repeated while its run is
 		// remembered, so that each of several readers gets it.
 		s.observed = s.observed || s.moved || s.shared && !s.time.IsZero() || over[s] && !live[s]
+		// What comes late, from the journal or of a member of a fold, must not
+		// change a point that has been shown.
+		if s.moved && !s.time.After(s.shown) {
+			s.time = now
+		}
+		s.shown = s.time
 		s.moved, s.fresh = false, false
 		sweep.State.Series[i] = Series{
 			Name: s.name, Total: s.total, Start: s.start, Time: s.time, Observed: s.observed,

@@ -58,7 +58,7 @@ type wire struct {
 	out []byte // reused encoding buffer, guarded by sending
 
 	mu       sync.Mutex
-	progress *sync.Cond // signalled when inFlight or closed changes
+	progress *sync.Cond // signalled when gets may go on
 	serial   uint32     // next serial of a sweep's call
 	first    uint32     // serial of call 0 of the sweep in progress
 	calls    int        // calls sent so far in the sweep in progress
@@ -311,7 +311,11 @@ func (w *wire) dispatch(h header) {
 	case w.inFlight > w.open:
 		w.inFlight--
 	}
-	w.progress.Broadcast()
+	// gets has nothing to do for each reply: it waits for room for a batch, or
+	// for the last one.
+	if w.open == 0 || w.inFlight <= maxInFlight-batchSize {
+		w.progress.Broadcast()
+	}
 }
 
 // gets reads n properties with at most maxInFlight calls outstanding. call

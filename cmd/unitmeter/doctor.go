@@ -75,6 +75,7 @@ type doctor struct {
 	version    systemdVersion
 	units      []reading
 	unitsRead  bool
+	nameless   bool // the name of the endpoint has no address
 	reachable  bool // the endpoint takes connections
 }
 
@@ -87,6 +88,7 @@ func (d *doctor) checks() []check {
 		{"cgroup", d.checkCgroup},
 		{"bus", d.checkBus},
 		{"systemd", d.checkVersion},
+		{"agent", d.checkAgent},
 		{"machine", d.checkMachine},
 		{"clock", d.checkClock},
 		{"accounting-default", d.checkDefault},
@@ -104,10 +106,58 @@ func (d *doctor) checks() []check {
 
 func diagnose(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON object with all checks")
+	here := flags.Bool("here", false, "check with the user and the settings of this shell, not with those of unitmeter.service")
 	if _, err := parse(t, flags, 0); err != nil {
 		return err
 	}
-	d := &doctor{environ: t.environ}
+	show := func(f finding) { printFinding(t.stdout, f) }
+	if *asJSON {
+		show = func(finding) {}
+	}
+	var findings []finding
+	done := false
+	if !*here {
+		var note string
+		if findings, note, done = examineAsAgent(ctx, t.environ); note != "" {
+			fmt.Fprintln(t.stderr, note)
+		}
+		for _, f := range findings {
+			show(f)
+		}
+	}
+	if !done {
+		findings = examine(ctx, t.environ, show)
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	var err error
+	if *asJSON {
+		encoder := json.NewEncoder(t.stdout)
+		encoder.SetIndent("", "  ")
+		err = encoder.Encode(struct {
+			Worst  string    `json:"worst"`
+			Checks []finding `json:"checks"`
+		}{worst(findings), findings})
+	} else {
+		_, err = fmt.Fprintf(t.stdout, "\n%s\n", summary(findings))
+	}
+	if err != nil {
+		return err
+	}
+	failed := 0
+	for _, f := range findings {
+		failed += count(f.Status == statusFail)
+	}
+	if failed > 0 {
+		return fmt.Errorf("%d of %d checks failed; do what is said at \"mend\", from the top, and run it again", failed, len(findings))
+	}
+	return nil
+}
+
+// examine makes all checks, in their order, and shows each when it is made.
+func examine(ctx context.Context, environ []string, show func(finding)) []finding {
+	d := &doctor{environ: environ}
 	defer func() {
 		if d.m != nil {
 			d.m.close()
@@ -115,36 +165,14 @@ func diagnose(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	}()
 	var findings []finding
 	for _, c := range d.checks() {
-		f := runCheck(ctx, c)
 		if ctx.Err() != nil {
-			return ctx.Err()
+			break
 		}
+		f := runCheck(ctx, c)
 		findings = append(findings, f)
-		if !*asJSON {
-			printFinding(t.stdout, f)
-		}
+		show(f)
 	}
-	failed := 0
-	for _, f := range findings {
-		failed += count(f.Status == statusFail)
-	}
-	if *asJSON {
-		encoder := json.NewEncoder(t.stdout)
-		encoder.SetIndent("", "  ")
-		err := encoder.Encode(struct {
-			Worst  string    `json:"worst"`
-			Checks []finding `json:"checks"`
-		}{worst(findings), findings})
-		if err != nil {
-			return err
-		}
-	} else {
-		fmt.Fprintf(t.stdout, "\n%s\n", summary(findings))
-	}
-	if failed > 0 {
-		return fmt.Errorf("%d of %d checks failed; do what is said at \"mend\", from the top, and run it again", failed, len(findings))
-	}
-	return nil
+	return findings
 }
 
 // runCheck gives a check its name and its time.
@@ -220,10 +248,8 @@ func (d *doctor) checkEnvironment(context.Context) finding {
 	}
 	d.cfg, d.configured = cfg, true
 	set := 0
-	for _, v := range config.Variables() {
-		for _, name := range []string{v.Name, v.Specific} {
-			set += count(name != "" && slices.ContainsFunc(d.environ, func(kv string) bool { return strings.HasPrefix(kv, name+"=") }))
-		}
+	for _, kv := range d.environ {
+		set += count(strings.HasPrefix(kv, "OTEL_") || strings.HasPrefix(kv, "UNITMETER_"))
 	}
 	if cfg.Disabled {
 		return failure("unset OTEL_SDK_DISABLED", "OTEL_SDK_DISABLED is true: the agent would do nothing")
@@ -231,7 +257,7 @@ func (d *doctor) checkEnvironment(context.Context) finding {
 	if len(cfg.Exporters) == 0 {
 		return failure("unset OTEL_METRICS_EXPORTER", "OTEL_METRICS_EXPORTER is none: the agent would send nothing")
 	}
-	found := fmt.Sprintf("%d variables are set; exporters: %s", set, strings.Join(cfg.Exporters, ", "))
+	found := fmt.Sprintf("%d variables OTEL_* and UNITMETER_*; exporters: %s", set, strings.Join(cfg.Exporters, ", "))
 	if cfg.OTLP.Endpoint != "" {
 		found += fmt.Sprintf("; OTLP over %s to %s", cfg.OTLP.Protocol, cfg.OTLP.Endpoint)
 	}

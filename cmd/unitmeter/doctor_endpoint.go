@@ -24,7 +24,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/status"
+	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/unitmeter/unitmeter/config"
 )
@@ -125,6 +125,7 @@ func (d *doctor) checkEndpointName(ctx context.Context) finding {
 	}
 	addresses, err := net.DefaultResolver.LookupHost(ctx, ep.host)
 	if err != nil {
+		d.nameless = true
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to a name that exists (getent hosts "+ep.host+")", "%v", err)
 	}
 	return good("%s is %s", ep.host, strings.Join(addresses, ", "))
@@ -132,8 +133,11 @@ func (d *doctor) checkEndpointName(ctx context.Context) finding {
 
 func (d *doctor) checkConnection(ctx context.Context) finding {
 	ep, none := d.target()
-	if none != nil {
+	switch {
+	case none != nil:
 		return *none
+	case d.nameless:
+		return skipped("there is no address")
 	}
 	address, what := ep.address, ep.address
 	if p := ep.proxy(); p != nil {
@@ -250,8 +254,10 @@ func tlsFinding(ctx context.Context, ep endpoint, cfg *tls.Config, o config.OTLP
 	if asked && len(pair) > 0 {
 		found += ", our client certificate is taken"
 	}
-	if left := time.Until(state.PeerCertificates[0].NotAfter); left < 7*24*time.Hour {
-		return warning("renew the certificate of the Collector", "%s; it expires on %s", found, state.PeerCertificates[0].NotAfter.UTC().Format(time.DateTime))
+	// Some certificates live for an hour, and are renewed in time.
+	leaf := state.PeerCertificates[0]
+	if left := time.Until(leaf.NotAfter); left < 7*24*time.Hour && left < leaf.NotAfter.Sub(leaf.NotBefore)/10 {
+		return warning("renew the certificate of the Collector", "%s; it expires on %s", found, leaf.NotAfter.UTC().Format(time.DateTime))
 	}
 	return good("%s", found)
 }
@@ -331,7 +337,7 @@ func sendEmpty(ctx context.Context, o config.OTLP) result {
 	}
 	err = exp.Export(ctx, &metricdata.ResourceMetrics{})
 	r := result{err: err, http: recorder.status}
-	if s, ok := status.FromError(err); ok && err != nil {
+	if s, ok := grpcstatus.FromError(err); ok && err != nil {
 		r.code = s.Code()
 	}
 	_ = exp.Shutdown(context.WithoutCancel(ctx)) // the request is answered
@@ -428,7 +434,7 @@ func collectorFailure(r result, peer string, ep endpoint, o config.OTLP) finding
 	case peer == peerHTTP1 && ep.grpc:
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or the endpoint to the port for grpc (4317)",
 			"%s speaks HTTP/1 and not gRPC: %s", ep.address, found)
-	case peer == peerHTTP2 && !ep.grpc && r.http == 0:
+	case peer == peerHTTP2 && !ep.grpc && (r.http == 0 || r.http == http.StatusUnsupportedMediaType):
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or the endpoint to the port for HTTP (4318)",
 			"%s speaks gRPC: %s", ep.address, found)
 	case r.http == http.StatusNotFound, r.http == http.StatusMethodNotAllowed, r.http >= 300 && r.http < 400:

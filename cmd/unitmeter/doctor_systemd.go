@@ -57,6 +57,9 @@ func busFailure(err error, booted bool, container, profile string) finding {
 		}
 	}
 	found := strings.ReplaceAll(err.Error(), "\n", "; ")
+	if last != nil {
+		err = last
+	}
 	socket := strings.TrimPrefix(address, "unix:path=")
 	mount := fmt.Sprintf("mount the host's socket into the container: -v %s:%[1]s", socket)
 	if container == "kubernetes" {
@@ -211,9 +214,9 @@ func (d *doctor) checkDefault(ctx context.Context) finding {
 		return failure("unitmeter once", "%s", oneLine(err))
 	}
 	off := len(d.inState("off"))
-	counted := len(d.units) - off
-	if off == 0 && counted > 0 {
-		return good("systemd %s does not tell DefaultIPAccounting; all %d units have accounting on", d.version, counted)
+	// Hardly anybody sets it for mounts and old one-shot services by hand.
+	if off*2 < len(d.units) {
+		return good("DefaultIPAccounting seems to be on (systemd %s does not tell): %d of %d units have accounting off", d.version, off, len(d.units))
 	}
 	return warning(mend, "DefaultIPAccounting seems to be off (systemd %s does not tell): %d of %d units have accounting off", d.version, off, len(d.units))
 }
@@ -228,18 +231,19 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 	if err := d.readUnits(ctx); err != nil {
 		return failure("unitmeter once", "%s", oneLine(err))
 	}
-	off := d.inState("off")
+	off := slices.DeleteFunc(d.inState("off"), func(name string) bool { return !carriesTraffic(name) })
+	on := len(d.inState("on"))
 	switch {
 	case len(d.units) == 0:
 		return failure("unset UNITMETER_INCLUDE, UNITMETER_EXCLUDE and UNITMETER_UNIT_TYPES", "no running unit is among those to meter")
-	case len(off) == len(d.units):
-		return failure("unitmeter enable --all", "all %d units have IP accounting off, so there is nothing to send", len(off))
+	case len(off) > 0 && on == 0:
+		return failure("unitmeter enable --all", "%d units have IP accounting off and none has counters, so there is nothing to send", len(off))
 	case len(off) > 3:
 		return warning("unitmeter enable --all", "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
 	case len(off) > 0:
 		return warning("unitmeter enable "+strings.Join(off, " "), "%d of %d units have IP accounting off", len(off), len(d.units))
 	}
-	return good("all %d units have IP accounting on", len(d.units))
+	return good("no unit has IP accounting off but mounts that nothing serves; %d have counters", on)
 }
 
 // checkCounters tells a systemd that lost the counters of some units from one
@@ -309,7 +313,6 @@ func (d *doctor) checkStopEdge(ctx context.Context) finding {
 
 func stopEdgeFinding(mode string, reference, journal error) finding {
 	found := fmt.Sprintf("references: %s; journal: %s", yesOr(reference), yesOr(journal))
-	const journalMend = "SupplementaryGroups=systemd-journal in the agent's unit, or: usermod -aG systemd-journal "
 	switch {
 	case mode == "ref" && reference != nil:
 		return failure("unset UNITMETER_STOP_EDGE, run as root, or allow the verb \"ref\" of org.freedesktop.systemd1.manage-units with a polkit rule", "%s", found)
@@ -320,7 +323,7 @@ func stopEdgeFinding(mode string, reference, journal error) finding {
 	case errors.Is(journal, exec.ErrNotFound):
 		return warning("run the agent as root, or where there is a journalctl", "%s: the last bytes of units that end are missed", found)
 	}
-	return warning(journalMend+userName(os.Geteuid()), "%s: the last bytes of units that end are missed", found)
+	return warning("usermod -aG systemd-journal "+userName(os.Geteuid()), "%s: the last bytes of units that end are missed", found)
 }
 
 func yesOr(err error) string {
@@ -373,7 +376,7 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 	if d.m == nil {
 		return noBus()
 	}
-	const mend = "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor"
+	const mend = "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here"
 	var p dbus.ObjectPath
 	// 0 is the caller, whatever its number is in systemd's namespace.
 	err := d.m.call(ctx, "GetUnitByPID", uint32(0)).Store(&p)

@@ -31,7 +31,7 @@ const (
 
 // selection says which units a change is for.
 type selection struct {
-	names                             []string
+	names                              []string
 	all, lost, byDefault, runtime, dry bool
 }
 
@@ -115,7 +115,7 @@ type accountedUnit struct {
 	iface     string
 	on        bool // IPAccounting=
 	hasData   bool // the counters have values
-	active    bool // has processes or sockets to count
+	active    bool // has a cgroup, in which there may be something to count
 	transient bool // made by a program, such as systemd-run; gone after its end
 }
 
@@ -133,7 +133,7 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUn
 			return nil, err
 		}
 		return slices.DeleteFunc(units, func(u accountedUnit) bool {
-			if whyExcluded(cfg, u.name) != "" || !u.active {
+			if whyExcluded(cfg, u.name) != "" || !u.active && !carriesTraffic(u.name) {
 				return true
 			}
 			return w.lost && !u.lost() || w.all && u.on == w.on && !(w.on && u.lost())
@@ -157,10 +157,7 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUn
 // named finds the units of one argument: a name, which is loaded if it is not,
 // or a pattern of loaded units.
 func (w *switcher) named(ctx context.Context, name string) ([]accountedUnit, error) {
-	full := name
-	if !strings.ContainsAny(name, ".*?[") {
-		full += ".service"
-	}
+	full := fullName(name)
 	if strings.ContainsAny(name, "*?[") {
 		if _, err := path.Match(strings.ReplaceAll(name, `\`, `\\`), ""); err != nil {
 			return nil, usageError{fmt.Errorf("%q is no pattern; use *, ? and [a-z], as in nginx*.service", name)}

@@ -61,7 +61,8 @@ func commands() []command {
 		{"units", "[--json] [UNIT...]", "list what is metered, and why the rest is not", units},
 		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch on the IP accounting of units", enable},
 		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch off the IP accounting of units", disable},
-		{"doctor", "[--json]", "check everything that the agent needs, and say what mends it", diagnose},
+		{"doctor", "[--json] [--here]", "check everything that the agent needs, and say what mends it", diagnose},
+		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print what units received and sent in the past three weeks", history},
 		{"version", "", "print the version", printVersion},
 		{"help", "[COMMAND|environment]", "print this help, or the variables that configure unitmeter", help},
 	}

@@ -143,10 +143,7 @@ func selectUnits(units []reading, patterns []string) ([]reading, error) {
 	}
 	keep := map[string]bool{}
 	for _, pattern := range patterns {
-		full := pattern
-		if !strings.ContainsAny(pattern, ".*?[") {
-			full += ".service"
-		}
+		full := fullName(pattern)
 		found := false
 		for _, u := range units {
 			ok, err := path.Match(strings.ReplaceAll(full, `\`, `\\`), u.Name)

@@ -57,7 +57,9 @@ type busError struct {
 	err     error
 }
 
-func (e *busError) Error() string { return fmt.Sprintf("connect to systemd at %s: %v", e.address, e.err) }
+func (e *busError) Error() string {
+	return fmt.Sprintf("connect to systemd at %s: %v", e.address, e.err)
+}
 
 func (e *busError) Unwrap() error { return e.err }
 

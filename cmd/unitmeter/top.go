@@ -79,9 +79,7 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 func unitPatterns(args []string) ([]string, error) {
 	var patterns []string
 	for _, arg := range args {
-		if !strings.ContainsAny(arg, ".*?[") {
-			arg += ".service"
-		}
+		arg = fullName(arg)
 		if _, err := path.Match(strings.ReplaceAll(arg, `\`, `\\`), ""); err != nil {
 			return nil, usageError{fmt.Errorf("%q is no unit name and no pattern; use a name such as nats.service or a pattern such as nats*", arg)}
 		}

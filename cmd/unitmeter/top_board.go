@@ -28,8 +28,8 @@ type speeds struct {
 
 func (s speeds) sum() float64 { return s.in + s.out }
 
-// row is one unit, or one slice, on the board.
-type row struct {
+// topRow is one unit, or one slice, on the board.
+type topRow struct {
 	name  string
 	units int // in a slice; 0 for a unit
 	unit  receiver.Unit
@@ -44,7 +44,7 @@ type row struct {
 }
 
 // mean is the mean speed over the last n intervals of which something is known.
-func (r *row) mean(n int) speeds {
+func (r *topRow) mean(n int) speeds {
 	var m speeds
 	known := 0.0
 	for _, s := range r.history[max(0, len(r.history)-n):] {
@@ -66,13 +66,13 @@ type board struct {
 	interval time.Duration
 	began    time.Time
 	last     time.Time
-	rows     map[string]*row
+	rows     map[string]*topRow
 	// others counts the units without numbers, by what is the matter.
 	others map[string]int
 }
 
 func newBoard(wanted []string, interval time.Duration) *board {
-	return &board{wanted: wanted, interval: interval, rows: map[string]*row{}, others: map[string]int{}}
+	return &board{wanted: wanted, interval: interval, rows: map[string]*topRow{}, others: map[string]int{}}
 }
 
 // intervals is how many readings make up a span of time.
@@ -97,7 +97,7 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 			}
 		}
 		if r == nil {
-			r = &row{name: u.Name}
+			r = &topRow{name: u.Name}
 			b.rows[u.Name] = r
 		}
 		here[u.Name] = true
@@ -121,7 +121,7 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 }
 
 // advance takes a unit's next reading. since is the time of the reading before.
-func (r *row) advance(u receiver.Unit, since time.Time, keep int) {
+func (r *topRow) advance(u receiver.Unit, since time.Time, keep int) {
 	old := r.unit
 	var delta receiver.Counters
 	from := time.Time{}
@@ -148,7 +148,7 @@ func (r *row) advance(u receiver.Unit, since time.Time, keep int) {
 }
 
 // add appends to the history.
-func (r *row) add(now speeds, keep int) {
+func (r *topRow) add(now speeds, keep int) {
 	r.now = now
 	r.peak.in, r.peak.out = max(r.peak.in, now.in), max(r.peak.out, now.out)
 	r.peak.packetsIn, r.peak.packetsOut = max(r.peak.packetsIn, now.packetsIn), max(r.peak.packetsOut, now.packetsOut)
@@ -176,10 +176,10 @@ func sum(a, b receiver.Counters) receiver.Counters {
 	}
 }
 
-// slices adds the units up by slice. As in systemd a slice has what is in the
+// bySlice adds the units up by slice. As in systemd a slice has what is in the
 // slices below it too.
-func (b *board) slices() []*row {
-	byName := map[string]*row{}
+func (b *board) bySlice() []*topRow {
+	byName := map[string]*topRow{}
 	for _, r := range b.rows {
 		if strings.HasSuffix(r.name, ".slice") {
 			continue // it has its units already
@@ -187,13 +187,13 @@ func (b *board) slices() []*row {
 		for _, name := range slicesAbove(r.unit.Slice) {
 			s := byName[name]
 			if s == nil {
-				s = &row{name: name}
+				s = &topRow{name: name}
 				byName[name] = s
 			}
 			s.join(r)
 		}
 	}
-	var rows []*row
+	var rows []*topRow
 	for _, s := range byName {
 		for _, h := range s.history {
 			s.peak.in, s.peak.out = max(s.peak.in, h.in), max(s.peak.out, h.out)
@@ -205,7 +205,7 @@ func (b *board) slices() []*row {
 }
 
 // join adds a unit to the row of a slice.
-func (r *row) join(u *row) {
+func (r *topRow) join(u *topRow) {
 	if u.ended.IsZero() {
 		r.units++
 	}
@@ -259,9 +259,9 @@ const (
 
 // sorted returns rows in order: text from a to z, numbers the largest first;
 // reverse turns it around. Rows that are equal are in the order of their names.
-func (b *board) sorted(rows []*row, by column, reverse bool) []*row {
+func (b *board) sorted(rows []*topRow, by column, reverse bool) []*topRow {
 	n := b.intervals(recent)
-	value := func(r *row) float64 {
+	value := func(r *topRow) float64 {
 		switch by {
 		case byIn:
 			return r.now.in
@@ -278,12 +278,12 @@ func (b *board) sorted(rows []*row, by column, reverse bool) []*row {
 		}
 		return 0
 	}
-	values := make(map[*row]float64, len(rows))
+	values := make(map[*topRow]float64, len(rows))
 	for _, r := range rows {
 		values[r] = value(r)
 	}
 	rows = slices.Clone(rows)
-	slices.SortFunc(rows, func(x, y *row) int {
+	slices.SortFunc(rows, func(x, y *topRow) int {
 		order := cmp.Compare(values[y], values[x])
 		if by == byName {
 			order = strings.Compare(x.name, y.name)
@@ -297,8 +297,8 @@ func (b *board) sorted(rows []*row, by column, reverse bool) []*row {
 }
 
 // all returns the rows of the units, in no order.
-func (b *board) all() []*row {
-	rows := make([]*row, 0, len(b.rows))
+func (b *board) all() []*topRow {
+	rows := make([]*topRow, 0, len(b.rows))
 	for _, r := range b.rows {
 		rows = append(rows, r)
 	}

@@ -78,6 +78,9 @@ func stateOf(cfg config.Config, u receiver.Unit) unitState {
 		}
 	case "off":
 		s.Reason, s.Mend = "IPAccounting=no", "unitmeter enable "+u.Name
+		if !carriesTraffic(u.Name) {
+			s.Reason, s.Mend = "IPAccounting=no; a mount has traffic only where a program serves it", ""
+		}
 	case "lost":
 		s.Reason, s.Mend = "systemd has no counters for it although it runs", "unitmeter enable --runtime "+u.Name
 	case "no_data":
@@ -88,6 +91,13 @@ func stateOf(cfg config.Config, u receiver.Unit) unitState {
 		s.Reason, s.Mend = "it has not been read", "unitmeter units "+u.Name
 	}
 	return s
+}
+
+// carriesTraffic is false for the types of unit that hardly ever have anything
+// to count: most mounts and swaps are served by the kernel, which is not.
+func carriesTraffic(name string) bool {
+	kind := path.Ext(name)
+	return kind != ".mount" && kind != ".swap"
 }
 
 // whyExcluded says which setting keeps a unit from being metered, or "".

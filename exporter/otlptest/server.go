@@ -82,6 +82,9 @@ type Config struct {
 	HTTP bool
 	// Address is where to listen. Default: a free port of 127.0.0.1.
 	Address string
+	// Listener is used instead of Address; it may be of another network
+	// namespace.
+	Listener net.Listener
 	// TLS makes it a TLS server; see CA.Server.
 	TLS *tls.Config
 	// MaxBytes refuses larger requests, as a server's message limit does.
@@ -116,9 +119,12 @@ func Start(tb testing.TB, cfg Config) *Server {
 	if cfg.Address == "" {
 		cfg.Address = "127.0.0.1:0"
 	}
-	ln, err := net.Listen("tcp", cfg.Address)
-	if err != nil {
-		tb.Fatalf("start OTLP server: %v", err)
+	ln := cfg.Listener
+	if ln == nil {
+		var err error
+		if ln, err = net.Listen("tcp", cfg.Address); err != nil {
+			tb.Fatalf("start OTLP server: %v", err)
+		}
 	}
 	s := &Server{
 		cfg: cfg, ln: ln, address: ln.Addr().String(), script: slices.Clone(cfg.Script),

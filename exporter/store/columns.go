@@ -1,6 +1,9 @@
 package store
 
-import "math/bits"
+import (
+	"math"
+	"math/bits"
+)
 
 // A column is a list of numbers whose count the reader knows. It is a mode byte
 // and then, for each value, an exponential Golomb code of order k, padded to a
@@ -49,11 +52,17 @@ func appendColumn(b []byte, values []uint64) []byte {
 // bestOrder returns the k for which a column with the given histogram of bit
 // lengths becomes shortest, and about how many bits that is.
 func bestOrder(histogram *[65]int) (k, size int) {
-	size = int(^uint(0) >> 1)
-	for order := range 63 {
-		sum := 0
-		for n, count := range histogram {
-			sum += count * (1 + order + 2*max(0, n-order))
+	longest, count := 0, 0
+	for n, c := range histogram {
+		if c > 0 {
+			longest, count = n, count+c
+		}
+	}
+	size = math.MaxInt
+	for order := 0; order <= min(longest, columnOrder); order++ {
+		sum := count * (1 + order)
+		for n := order + 1; n <= longest; n++ {
+			sum += histogram[n] * 2 * (n - order)
 		}
 		if sum < size {
 			k, size = order, sum
@@ -165,15 +174,22 @@ func (r *bitReader) get(n int) uint64 {
 	return v
 }
 
-// ones counts one bits up to and with the zero bit that ends them; the answer
-// is 65 when there are more than 64.
-func (r *bitReader) ones() int {
-	for n := range 65 {
-		if r.get(1) == 0 {
-			return n
+// ones counts one bits up to the zero bit that ends them, and skips that too.
+// Any answer above 64 means that there are too many.
+func (r *bitReader) ones() (count int) {
+	for count <= 64 {
+		r.fill(1)
+		// The bits of acc above n are zero, so at most n are counted.
+		n := bits.TrailingZeros64(^r.acc)
+		count += n
+		if n < r.n {
+			r.acc >>= n + 1
+			r.n -= n + 1
+			return count
 		}
+		r.acc, r.n = 0, 0
 	}
-	return 65
+	return count
 }
 
 // close skips the padding and returns the rest of the input. fill takes whole

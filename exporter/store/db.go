@@ -25,7 +25,7 @@ const (
 const schema = `
 CREATE TABLE ledger (
   seq  INTEGER PRIMARY KEY AUTOINCREMENT,
-  base INTEGER NOT NULL,             -- 1 = holds every row, the records before it are void
+  base INTEGER NOT NULL,             -- 1 = holds every row: only the first record
   body BLOB NOT NULL
 );
 CREATE TABLE frame (
@@ -57,6 +57,10 @@ CREATE TABLE recent (                -- cycles of the hours that are not in hour
   id   INTEGER PRIMARY KEY AUTOINCREMENT,
   hour INTEGER NOT NULL,
   body BLOB NOT NULL
+);
+CREATE TABLE rolling (               -- one row while the oldest cycles of recent go to hour:
+  last INTEGER NOT NULL,             -- of those up to this id
+  unit INTEGER NOT NULL              -- the units up to this id have gone
 );
 CREATE TABLE hour (
   hour             INTEGER NOT NULL, -- hours since 1970
@@ -139,6 +143,10 @@ func makeFile(path string) error {
 	}
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s: %w: it is not a regular file", path, errForeign)
+	}
+	if info.Size() > 0 && info.Size() < 512 {
+		// SQLite takes so short a file for a new one.
+		return fmt.Errorf("%s: %w: it has %d bytes", path, errForeign, info.Size())
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		return os.Chmod(path, 0o600)

@@ -31,6 +31,9 @@ func lockDir(dir string) (*os.File, error) {
 	if errors.Is(err, fs.ErrPermission) {
 		return nil, refusal{fmt.Errorf("open store: %w: uid %d needs a state directory of its own", err, os.Geteuid())}
 	}
+	if errors.Is(err, syscall.ENOTDIR) {
+		return nil, refusal{fmt.Errorf("open store: %w: choose another state directory", err)}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -55,9 +58,6 @@ func checkDir(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {
 		return err
-	}
-	if !info.IsDir() {
-		return refusal{fmt.Errorf("open store: %s is not a directory: choose another state directory", f.Name())}
 	}
 	if owner := info.Sys().(*syscall.Stat_t).Uid; int(owner) != os.Geteuid() {
 		return refusal{fmt.Errorf("open store: %s belongs to uid %d but this process is uid %d: run as that user, or chown -R %d %[1]s, or choose another state directory",

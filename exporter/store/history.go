@@ -28,7 +28,7 @@ type Sample struct {
 //
 //   - a cycle as one row of recent, to the millisecond;
 //   - an hour that is over as one row of hour for each unit, in minutes, with
-//     times to a tenth of a second; its cycles go in the same transaction;
+//     times to a tenth of a second; then its cycles are deleted;
 //   - the sums of that row as plain columns, for people with sqlite3.
 //
 // A sample belongs to the hour of its cycle. Rounding of times does not add up,
@@ -38,6 +38,8 @@ type history struct {
 	oldest int64              // hour of the oldest row of recent
 	newest int64              // hour of the newest
 	any    bool               // recent has rows
+
+	roll *rollUp // nil = none under way
 }
 
 type unitRow struct {
@@ -75,6 +77,7 @@ func (h *history) load(db *database) error {
 	var oldest, newest sql.NullInt64
 	err := db.row("SELECT (SELECT hour FROM recent ORDER BY id LIMIT 1), (SELECT hour FROM recent ORDER BY id DESC LIMIT 1)", nil, &oldest, &newest)
 	h.oldest, h.newest, h.any = oldest.Int64, newest.Int64, oldest.Valid
+	h.roll = nil
 	return err
 }
 
@@ -139,59 +142,128 @@ func (h *history) unit(db *database, name string, hour int64) (int64, error) {
 	return row.id, nil
 }
 
-// rollUp turns the cycles of the oldest hour into one row for each unit, once a
-// cycle of another hour has come. It does one hour at most.
-func (h *history) rollUp(db *database) error {
-	if !h.any || h.oldest == h.newest {
-		return nil
+// rollUp is the work of turning the cycles of an hour into a row for each unit.
+// It takes eight Commits or so, since all at once it would hold up one of them
+// for 40 ms with 1,000 units: first the cycles are read, then units are written.
+type rollUp struct {
+	hour    int64
+	next    int64 // id of the next cycle to read
+	last    int64 // id of the last cycle of the hour
+	cycles  int64 // to read for each Commit
+	minutes map[int64][]span
+	units   []int64 // to write, in ascending order; nil while cycles are read
+	after   int64   // units up to this id were written before a restart
+	merge   bool    // the hour has rows from before the clock was set back
+}
+
+// advance does a step of the roll-up of the oldest hour, once a cycle of another
+// hour has come. If two hours wait, cycles are rare, and it does one wholly.
+func (h *history) advance(db *database) error {
+	for h.any && h.oldest != h.newest {
+		if err := h.step(db); err != nil {
+			return err
+		}
+		if h.newest-h.oldest < 2 && h.newest > h.oldest {
+			break
+		}
 	}
-	hour := h.oldest
-	minutes := map[int64][]span{} // by unit
-	var last int64
-	err := db.tx(func() error {
-		// The clock may have been set back: only rows up to the first of
-		// another hour are meant.
-		err := db.each("SELECT id, body FROM recent WHERE id < (SELECT min(id) FROM recent WHERE hour <> ?) ORDER BY id", []any{hour},
-			func(scan func(...any) error) error {
-				var body []byte
-				if err := scan(&last, &body); err != nil {
-					return err
-				}
-				units, spans, err := decodeCycle(body)
-				if err != nil {
-					return nil // one cycle less, not a wrong one
-				}
-				for i, s := range spans {
-					s.begin, s.end = floorDiv(s.begin+tick/2, tick), floorDiv(s.end+tick/2, tick)
-					minutes[units[i]] = addMinute(minutes[units[i]], s)
-				}
-				return nil
-			})
+	return nil
+}
+
+const minSteps = 4 // for each of the two parts of a roll-up
+
+func (h *history) step(db *database) error {
+	r := h.roll
+	switch {
+	case r == nil:
+		r = &rollUp{hour: h.oldest, minutes: map[int64][]span{}}
+		// After the clock was set back the same hour may come again later.
+		err := db.row("SELECT min(id), max(id) FROM recent WHERE id < (SELECT min(id) FROM recent WHERE hour <> ?)", []any{r.hour}, &r.next, &r.last)
 		if err != nil {
 			return err
 		}
-		// After the clock was set back the hour may be there already.
-		var again bool
-		if err := db.row("SELECT EXISTS (SELECT 1 FROM hour WHERE hour = ?)", []any{hour}, &again); err != nil {
+		r.cycles = max(4, (r.last-r.next)/minSteps+1)
+		if err := db.row("SELECT coalesce(max(unit), 0) FROM rolling WHERE last = ?", []any{r.last}, &r.after); err != nil {
 			return err
 		}
-		for _, unit := range slices.Sorted(maps.Keys(minutes)) {
-			spans := minutes[unit]
-			if again {
-				if spans, err = mergeHour(db, hour, unit, spans); err != nil {
+		if err := db.row("SELECT EXISTS (SELECT 1 FROM hour WHERE hour = ? AND unit > ?)", []any{r.hour, r.after}, &r.merge); err != nil {
+			return err
+		}
+		h.roll = r
+		fallthrough
+	case r.units == nil:
+		return r.read(db)
+	case len(r.units) > 0:
+		return r.write(db)
+	}
+	return h.finish(db)
+}
+
+// read takes some cycles into memory.
+func (r *rollUp) read(db *database) error {
+	to := min(r.last, r.next+r.cycles-1)
+	err := db.each("SELECT body FROM recent WHERE id BETWEEN ? AND ? ORDER BY id", []any{r.next, to}, func(scan func(...any) error) error {
+		var body []byte
+		if err := scan(&body); err != nil {
+			return err
+		}
+		units, spans, err := decodeCycle(body)
+		if err != nil {
+			return nil // a cycle less is told; a wrong one would not be
+		}
+		for i, s := range spans {
+			if unit := units[i]; unit > r.after {
+				s.begin, s.end = floorDiv(s.begin+tick/2, tick), floorDiv(s.end+tick/2, tick)
+				r.minutes[unit] = addMinute(r.minutes[unit], s)
+			}
+		}
+		return nil
+	})
+	if r.next = to + 1; r.next > r.last {
+		r.units = append([]int64{}, slices.Sorted(maps.Keys(r.minutes))...)
+	}
+	return err
+}
+
+// write writes the rows of some units, and notes up to where.
+func (r *rollUp) write(db *database) error {
+	n := min(len(r.units), max(64, len(r.minutes)/minSteps+1))
+	err := db.tx(func() error {
+		for _, unit := range r.units[:n] {
+			spans := r.minutes[unit]
+			if r.merge {
+				var err error
+				if spans, err = mergeHour(db, r.hour, unit, spans); err != nil {
 					return err
 				}
 			}
-			if err := writeHour(db, hour, unit, spans); err != nil {
+			if err := writeHour(db, r.hour, unit, spans); err != nil {
 				return err
 			}
 		}
-		_, err = db.exec("DELETE FROM recent WHERE id <= ?", last)
+		if _, err := db.exec("DELETE FROM rolling"); err != nil {
+			return err
+		}
+		_, err := db.exec("INSERT INTO rolling(last, unit) VALUES(?, ?)", r.last, r.units[n-1])
+		return err
+	})
+	r.units = r.units[n:]
+	return err
+}
+
+// finish deletes the cycles that are in hour by now.
+func (h *history) finish(db *database) error {
+	err := db.tx(func() error {
+		if _, err := db.exec("DELETE FROM recent WHERE id <= ?", h.roll.last); err != nil {
+			return err
+		}
+		_, err := db.exec("DELETE FROM rolling")
 		return err
 	})
 	if err != nil {
 		return err
 	}
+	h.roll = nil
 	for name, row := range h.ids {
 		if !row.used {
 			delete(h.ids, name)
@@ -269,10 +341,17 @@ func writeHour(db *database, hour, unit int64, spans []span) error {
 // jumps for a moment costs little.
 func (h *history) expire(db *database, now time.Time, keep time.Duration) error {
 	if keep <= 0 && h.any { // no cycle will come that would roll these up
-		if _, err := db.exec("DELETE FROM recent"); err != nil {
+		err := db.tx(func() error {
+			_, err := db.exec("DELETE FROM recent")
+			if err == nil {
+				_, err = db.exec("DELETE FROM rolling")
+			}
+			return err
+		})
+		if err != nil {
 			return err
 		}
-		h.any = false
+		h.any, h.roll = false, nil
 	}
 	var oldest sql.NullInt64
 	if err := db.row("SELECT min(hour) FROM hour", nil, &oldest); err != nil {

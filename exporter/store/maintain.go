@@ -6,7 +6,7 @@ func (s *Store) maintain() error {
 	if err := s.bound(); err != nil {
 		return err
 	}
-	if err := s.history.rollUp(s.db); err != nil {
+	if err := s.history.advance(s.db); err != nil {
 		return err
 	}
 	if err := s.history.expire(s.db, s.cfg.Now(), max(0, s.cfg.History)); err != nil {

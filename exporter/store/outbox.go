@@ -341,7 +341,7 @@ func (s *Store) noteDrained() {
 	o := &s.outbox
 	if o.entries == 0 && (o.thinning || o.dropping) {
 		o.thinning, o.dropping = false, false
-		s.cfg.Logger.Info("outbox is empty again", "thinned_cycles", o.counts.thinned, "dropped_cycles", o.counts.dropped)
+		s.cfg.Logger.Info("outbox is empty again", "thinned_requests", o.counts.thinned, "dropped_cycles", o.counts.dropped)
 	}
 }
 
@@ -586,7 +586,7 @@ func (s *Store) merge(older, newer int64) (bool, error) {
 			return false, err
 		}
 	}
-	o.counts.thinned += a.cycles
+	o.counts.thinned++
 	o.counts.thinnedPoints += a.points
 	return true, nil
 }
@@ -619,8 +619,8 @@ type Stats struct {
 	OutboxBytes   int64     // compressed, on disk
 	OldestTime    time.Time // of the oldest request not delivered; zero if there is none
 
-	Thinned, ThinnedPoints int64 // cycles and points merged into a newer one
-	Dropped, DroppedPoints int64 // cycles and points given up undelivered
+	Thinned, ThinnedPoints int64 // requests, and their points, merged into a newer one
+	Dropped, DroppedPoints int64 // cycles, and points, given up undelivered
 	Quarantined            int64 // requests now in quarantine
 
 	HistoryBytes int64 // on disk, with what little the ledger and the quarantine need

@@ -52,7 +52,7 @@ func mergeNumbered(older, newer []byte) ([]byte, error) {
 // cycle is delivered once and in order, or is counted as dropped or in
 // quarantine; and the ledger and the history are what was committed.
 func TestRandomCalls(t *testing.T) {
-	for _, seed := range []uint64{1, 2, 3, 4, 5, 6} {
+	for _, seed := range []uint64{1, 2, 3} {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) { randomCalls(t, seed) })
 	}
 }
@@ -61,7 +61,7 @@ func randomCalls(t *testing.T, seed uint64) {
 	ctx, r := t.Context(), rand.New(rand.NewPCG(seed, 0))
 	now := time.Date(2026, 11, 1, 22, 0, 0, 0, time.UTC)
 	cfg := Config{
-		Dir: filepath.Join(t.TempDir(), "state"), OutboxMaxBytes: 60 << 10, OutboxMaxAge: 20 * time.Hour,
+		Dir: filepath.Join(t.TempDir(), "state"), OutboxMaxBytes: 40 << 10, OutboxMaxAge: 20 * time.Hour,
 		Merge: mergeNumbered, Now: func() time.Time { return now }, SeriesMaxAge: 100 * 365 * 24 * time.Hour,
 	}
 	switch seed % 3 {
@@ -85,7 +85,7 @@ func randomCalls(t *testing.T, seed uint64) {
 			delivered++
 		}
 	}
-	for range 1500 {
+	for range 700 {
 		now = now.Add(time.Duration(r.IntN(120)) * time.Second)
 		switch r.IntN(12) {
 		default:

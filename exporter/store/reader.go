@@ -190,10 +190,15 @@ func (r *Reader) history(ctx context.Context, q Query) (Usage, error) {
 			return Usage{}, err
 		}
 	}
-	err = r.db.each("SELECT hour, body FROM recent WHERE hour BETWEEN ? AND ? ORDER BY id", []any{from, to}, func(scan func(...any) error) error {
-		var hour int64
+	// While an hour is rolled up, some of its units are in both tables.
+	var rolling, gone int64
+	if err := r.db.row("SELECT coalesce(max(last), 0), coalesce(max(unit), 0) FROM rolling", nil, &rolling, &gone); err != nil {
+		return Usage{}, err
+	}
+	err = r.db.each("SELECT id, hour, body FROM recent WHERE hour BETWEEN ? AND ? ORDER BY id", []any{from, to}, func(scan func(...any) error) error {
+		var id, hour int64
 		var body []byte
-		if err := scan(&hour, &body); err != nil {
+		if err := scan(&id, &hour, &body); err != nil {
 			return err
 		}
 		units, spans, err := decodeCycle(body)
@@ -202,6 +207,9 @@ func (r *Reader) history(ctx context.Context, q Query) (Usage, error) {
 			return ctx.Err()
 		}
 		for i, s := range spans {
+			if id <= rolling && units[i] <= gone {
+				continue
+			}
 			if err := c.add(units[i], span{hour*3600_000 + s.begin, hour*3600_000 + s.end, s.delta}); err != nil {
 				return err
 			}

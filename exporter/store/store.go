@@ -405,15 +405,23 @@ func (s *Store) note(r Recovered) {
 func (s *Store) load() error {
 	s.stale = false
 	s.ledger = newLedgerState()
-	err := s.db.each("SELECT base, body FROM ledger WHERE seq >= (SELECT max(seq) FROM ledger WHERE base = 1) ORDER BY seq", nil,
-		func(scan func(...any) error) error {
-			var base bool
-			var body []byte
-			if err := scan(&base, &body); err != nil {
-				return err
-			}
-			return s.ledger.replay(body, base)
-		})
+	last := int64(0)
+	err := s.db.each("SELECT seq, base, body FROM ledger ORDER BY seq", nil, func(scan func(...any) error) error {
+		var seq int64
+		var base bool
+		var body []byte
+		if err := scan(&seq, &base, &body); err != nil {
+			return err
+		}
+		if base != (last == 0) || last != 0 && seq != last+1 {
+			return fmt.Errorf("ledger record %d follows record %d: %w", seq, last, errDamaged)
+		}
+		last = seq
+		if err := s.ledger.replay(body, base); err != nil {
+			return fmt.Errorf("ledger record %d: %w", seq, err)
+		}
+		return nil
+	})
 	s.ledger.endReplay()
 	if err == nil {
 		err = s.outbox.load(s.db)
@@ -441,9 +449,9 @@ func (s *Store) failed(op string, err error) error {
 	if isCorrupt(err) {
 		// Loading may not meet the damage, so it must be noted here.
 		s.condemn(err)
-	} else if s.failures > 1 {
-		// Perhaps it is the connection: its file may be on a disk that has
-		// been mounted anew.
+	} else if s.failures > 1 || sqliteCode(err) == sqlite3.SQLITE_READONLY {
+		// Perhaps it is the connection: a file that was opened on a read-only
+		// disk stays read-only.
 		s.leave()
 	}
 	return fmt.Errorf("%s: %w: %w", op, ErrUnavailable, err)

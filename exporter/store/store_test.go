@@ -1,10 +1,14 @@
 package store
 
 import (
+	"io"
+	"log/slog"
 	"path/filepath"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // openTest opens a store that ends with the test.
@@ -56,16 +60,17 @@ func BenchmarkCommit4000Points(b *testing.B) {
 			h := newHost(1000, active, 10*time.Second)
 			s := openTest(b, Config{Now: func() time.Time { return h.now }})
 			var took []time.Duration
+			var cpu time.Duration
 			b.ReportAllocs()
 			for b.Loop() {
 				b.StopTimer()
 				c := h.cycle()
 				b.StartTimer()
-				began := time.Now()
+				began, used := time.Now(), cpuTime(b)
 				if err := s.Commit(b.Context(), c); err != nil {
 					b.Fatal(err)
 				}
-				took = append(took, time.Since(began))
+				took, cpu = append(took, time.Since(began)), cpu+cpuTime(b)-used
 				b.StopTimer()
 				// The Collector is up: each request is delivered at once.
 				entries, err := s.Next(b.Context(), 4<<20)
@@ -80,6 +85,20 @@ func BenchmarkCommit4000Points(b *testing.B) {
 			slices.Sort(took)
 			b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
 			b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+			b.ReportMetric(cpu.Seconds()*1000/float64(len(took)), "cpu-ms/commit")
 		})
 	}
+}
+
+func testLogger(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, nil))
+}
+
+// cpuTime returns the CPU time that the process has used.
+func cpuTime(b *testing.B) time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"reflect"
 	"strings"
 
 	"github.com/unitmeter/unitmeter/config"
@@ -51,11 +52,13 @@ func environmentFile() string {
 	return b.String()
 }
 
-// literal reports whether the default could be set as it is: some only describe
-// what happens without a value.
+// literal reports whether setting the default is the same as setting nothing:
+// some defaults only describe what happens without a value.
 func literal(v config.Variable) bool {
-	_, err := config.Load([]string{v.Name + "=" + v.Default})
-	return v.Default != "" && err == nil
+	const state = "STATE_DIRECTORY=/var/lib/unitmeter"
+	set, err := config.Load([]string{state, v.Name + "=" + v.Default})
+	unset, _ := config.Load([]string{state}) // nothing is wrong with nothing
+	return v.Default != "" && err == nil && reflect.DeepEqual(set, unset)
 }
 
 // comment writes text as lines of at most 80 characters.

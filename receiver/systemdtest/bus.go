@@ -2,13 +2,16 @@ package systemdtest
 
 import (
 	"bufio"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -35,11 +38,11 @@ const busConfig = `<busconfig>
 
 // Bus is a real dbus-daemon with its default limits, on a socket of its own.
 type Bus struct {
-	dir string
+	dir string // exists while the daemon runs
 
 	mu       sync.Mutex
-	daemon   *exec.Cmd
-	lifeline io.Closer
+	daemon   *exec.Cmd // the shell around it; nil while it is killed
+	lifeline io.Closer // standard input of the shell
 }
 
 // StartBus starts a bus, which ends with the test or with this process. Without
@@ -54,23 +57,8 @@ func StartBus(t testing.TB) *Bus {
 		t.Skip(reason)
 	}
 	// Not t.TempDir: a socket's path has at most 107 bytes.
-	dir, err := os.MkdirTemp("", "unitmeter-bus-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := os.Chmod(dir, 0o755); err != nil { // clients may be other users
-		t.Fatal(err)
-	}
+	dir := filepath.Join(os.TempDir(), "unitmeter-bus-"+strings.ToLower(rand.Text()[:10]))
 	b := &Bus{dir: dir}
-	config := fmt.Sprintf(busConfig, b.socket())
-	if err := os.WriteFile(b.config(), []byte(config), 0o644); err != nil {
-		t.Fatal(err)
-	}
 	if err := b.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +67,6 @@ func StartBus(t testing.TB) *Bus {
 }
 
 func (b *Bus) socket() string { return filepath.Join(b.dir, "bus") }
-func (b *Bus) config() string { return filepath.Join(b.dir, "bus.conf") }
 
 // Address returns the D-Bus address. It stays the same over Kill and Start.
 func (b *Bus) Address() string { return "unix:path=" + b.socket() }
@@ -108,11 +95,21 @@ func (b *Bus) start() error {
 	if b.daemon != nil {
 		return errors.New("start dbus-daemon: it runs already; kill it first")
 	}
-	// As with a rig, the end of the pipe is the end of the daemon, also when
-	// this process is killed.
-	const script = `dbus-daemon --config-file="$1" --nofork --nopidfile --nosyslog --print-address=1 & exec >/dev/null; read -r _; kill -9 $!`
-	cmd := exec.Command("sh", "-c", script, "bus", b.config())
-	cmd.Stderr = os.Stderr
+	if err := os.Mkdir(b.dir, 0o755); err != nil { // clients may be other users
+		return fmt.Errorf("start dbus-daemon: %w", err)
+	}
+	config := filepath.Join(b.dir, "bus.conf")
+	if err := os.WriteFile(config, fmt.Appendf(nil, busConfig, b.socket()), 0o644); err != nil {
+		return fmt.Errorf("start dbus-daemon: %w", err)
+	}
+	log := filepath.Join(b.dir, "bus.log")
+	// As with a rig, the end of the pipe is the end of the daemon and its files,
+	// also when this process is killed.
+	const script = `dbus-daemon --config-file="$1" --nofork --nopidfile --nosyslog --print-address=1 2>"$2" &
+exec >/dev/null; read -r _; kill -9 $!; rm -rf "$3"`
+	cmd := exec.Command("sh", "-c", script, "bus", config, log, b.dir)
+	// Of its own session, so that an interrupt leaves it time to clean up.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	lifeline, err := cmd.StdinPipe()
 	if err != nil {
 		return fmt.Errorf("start dbus-daemon: %w", err)
@@ -125,8 +122,9 @@ func (b *Bus) start() error {
 		return fmt.Errorf("start dbus-daemon: %w", err)
 	}
 	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil { // the address, when it listens
+		said, _ := os.ReadFile(log) // a help only
 		lifeline.Close()
-		return fmt.Errorf("start dbus-daemon: %w", errors.Join(err, cmd.Wait()))
+		return fmt.Errorf("start dbus-daemon: %w\n%s", errors.Join(err, cmd.Wait()), said)
 	}
 	b.daemon, b.lifeline = cmd, lifeline
 	return nil

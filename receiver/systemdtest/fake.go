@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"net"
 	"path"
 	"slices"
 	"strings"
@@ -70,6 +71,7 @@ type Fake struct {
 
 	mu          sync.Mutex
 	conn        *dbus.Conn // nil while the bus is killed
+	socket      net.Conn   // beneath conn
 	served      chan struct{}
 	units       map[string]Unit
 	subscribers map[string]bool
@@ -217,9 +219,16 @@ func (f *Fake) StartBus() {
 // connect returns when the name is owned and calls are answered.
 func (f *Fake) connect() {
 	f.t.Helper()
-	conn, err := dbus.Connect(f.bus.Address())
+	socket, err := net.Dial("unix", f.bus.socket())
 	if err != nil {
 		f.t.Fatalf("fake systemd: %v", err)
+	}
+	conn, err := dbus.NewConn(socket)
+	if err != nil {
+		f.t.Fatalf("fake systemd: %v", err)
+	}
+	if err := cmp.Or(conn.Auth(nil), conn.Hello()); err != nil {
+		f.t.Fatalf("fake systemd: connect: %v", err)
 	}
 	err = conn.AddMatchSignal(dbus.WithMatchInterface("org.freedesktop.DBus"), dbus.WithMatchMember("NameOwnerChanged"))
 	if err != nil {
@@ -241,7 +250,7 @@ func (f *Fake) connect() {
 	}, nil)
 	served := make(chan struct{})
 	f.mu.Lock()
-	f.conn, f.served = conn, served
+	f.conn, f.socket, f.served = conn, socket, served
 	f.mu.Unlock()
 	acquired := make(chan struct{})
 	go func() { // until the connection ends
@@ -264,13 +273,14 @@ func (f *Fake) connect() {
 // disconnect returns when no call is handled any more.
 func (f *Fake) disconnect() {
 	f.mu.Lock()
-	conn, served := f.conn, f.served
+	conn, socket, served := f.conn, f.socket, f.served
 	f.conn = nil
 	clear(f.subscribers)
 	clear(f.refs)
 	f.mu.Unlock()
 	if conn != nil {
-		conn.Close() // it is closed already when the bus was killed
+		// Not conn.Close: it closes the channel that godbus may be sending to.
+		socket.Close()
 		<-served
 	}
 }
@@ -301,7 +311,7 @@ func (f *Fake) handle(conn *dbus.Conn, msg *dbus.Message) {
 	defer f.mu.Unlock()
 	member := header(msg, dbus.FieldMember)
 	if msg.Type == dbus.TypeSignal && member == "NameOwnerChanged" {
-		if len(msg.Body) == 3 && msg.Body[2] == "" {
+		if len(msg.Body) == 3 && msg.Body[2] == "" { // name, old owner, new owner
 			f.forget(msg.Body[0].(string))
 		}
 		return
@@ -324,10 +334,16 @@ func (f *Fake) handle(conn *dbus.Conn, msg *dbus.Message) {
 	if msg.Flags&dbus.FlagNoReplyExpected != 0 {
 		return
 	}
+	// Below 0 is NoReply.
 	switch {
 	case a.delay > 0:
-		// A reply to a connection that has ended meanwhile is lost, as it would be.
-		time.AfterFunc(a.delay, func() { f.reply(conn, msg, a) })
+		time.AfterFunc(a.delay, func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if f.conn == conn { // else it is lost, as it would be
+				f.reply(conn, msg, a)
+			}
+		})
 	case a.delay == 0:
 		f.reply(conn, msg, a)
 	}
@@ -357,6 +373,7 @@ func (f *Fake) reply(conn *dbus.Conn, msg *dbus.Message, a answer) {
 }
 
 func (f *Fake) emit(path dbus.ObjectPath, name string, values ...any) {
+	// systemd broadcasts as soon as anybody at all has subscribed.
 	if f.conn == nil || len(f.subscribers) == 0 {
 		return
 	}
@@ -398,6 +415,7 @@ func (f *Fake) list(states, patterns []string) answer {
 	for _, name := range slices.Sorted(maps.Keys(f.units)) {
 		u := f.units[name]
 		load, active, sub := u.states()
+		// Empty lists match everything, and a state is of any of the three kinds.
 		if len(states) > 0 && !slices.Contains(states, load) && !slices.Contains(states, active) && !slices.Contains(states, sub) {
 			continue
 		}
@@ -462,7 +480,7 @@ func (f *Fake) manager(client, member string, args []any) answer {
 }
 
 func (f *Fake) reference(client, name string, take bool) answer {
-	clients := f.refs[name]
+	clients := f.refs[name] // counted for each client, as systemd does
 	if clients == nil {
 		clients = map[string]int{}
 		f.refs[name] = clients
@@ -508,6 +526,8 @@ func (f *Fake) property(object dbus.ObjectPath, member string, args []any) answe
 			return answer{[]any{v}, err, delay}
 		}
 	}
+	// An unknown interface is an unknown property to Get, and its own error to
+	// GetAll: so it is in sd-bus.
 	var all map[string]map[string]dbus.Variant
 	if object == managerPath {
 		all = map[string]map[string]dbus.Variant{managerInterface: {"Version": dbus.MakeVariant("252 (fake)")}}
@@ -518,14 +538,14 @@ func (f *Fake) property(object dbus.ObjectPath, member string, args []any) answe
 		}
 		all = u.properties()
 	}
-	properties, ok := all[iface]
-	if !ok {
-		return failed("org.freedesktop.DBus.Error.UnknownInterface", "Unknown interface '%s'.", iface)
-	}
 	if member == "GetAll" {
+		properties, ok := all[iface]
+		if !ok {
+			return failed("org.freedesktop.DBus.Error.UnknownInterface", "Unknown interface '%s'.", iface)
+		}
 		return answer{body: []any{properties}}
 	}
-	v, ok := properties[prop]
+	v, ok := all[iface][prop]
 	if !ok {
 		return failed("org.freedesktop.DBus.Error.UnknownProperty", "Unknown property '%s'.", prop)
 	}
@@ -551,6 +571,8 @@ func (f *Fake) lookup(object dbus.ObjectPath) (Unit, answer) {
 			return u, answer{}
 		}
 	}
+	// systemd does not refuse a name that it does not know: it loads a unit for it
+	// that is not found, answers, and drops it.
 	name := unescape(last)
 	f.stub(name)
 	return Unit{

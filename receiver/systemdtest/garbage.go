@@ -75,7 +75,7 @@ func serveGarbage(c net.Conn, parts [][]byte) error {
 		if err != nil {
 			return err
 		}
-		answer := "ERROR\r\n"
+		answer := "ERROR\r\n" // as the specification wants it for what is not known
 		switch {
 		case strings.HasPrefix(line, "AUTH EXTERNAL"), strings.HasPrefix(line, "DATA"):
 			answer = "OK 0123456789abcdef0123456789abcdef\r\n"
@@ -91,6 +91,7 @@ func serveGarbage(c net.Conn, parts [][]byte) error {
 		}
 	}
 	for i, part := range parts {
+		// Whole messages, not reads: a client may write a message in pieces.
 		if i > 0 {
 			if _, err := dbus.DecodeMessage(in); err != nil {
 				return err
@@ -100,6 +101,6 @@ func serveGarbage(c net.Conn, parts [][]byte) error {
 			return err
 		}
 	}
-	_, err := io.Copy(io.Discard, in)
+	_, err := io.Copy(io.Discard, in) // until the client has had enough
 	return err
 }

@@ -25,6 +25,20 @@ func (r *Rig) Listen(ctx context.Context, network, addr string) (net.Listener, e
 	return l, nil
 }
 
+// Dial connects from inside the rig's network on behalf of this process. The
+// host in addr must be an IP address: for a name, net dials from other threads.
+func (r *Rig) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	var c net.Conn
+	err := r.inNetwork(func() (err error) {
+		c, err = new(net.Dialer).DialContext(ctx, network, addr)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("dial %s in the rig: %w", addr, err)
+	}
+	return c, nil
+}
+
 // inNetwork runs f on a thread in the rig's network namespace. A socket stays in
 // the namespace in which it was made.
 func (r *Rig) inNetwork(f func() error) error {

@@ -12,3 +12,8 @@ import (
 func (r *Rig) Listen(context.Context, string, string) (net.Listener, error) {
 	return nil, errors.ErrUnsupported
 }
+
+// Dial is for Linux, as Listen is.
+func (r *Rig) Dial(context.Context, string, string) (net.Conn, error) {
+	return nil, errors.ErrUnsupported
+}

@@ -117,33 +117,25 @@ func boot(ctx context.Context, cfg Config) (*Rig, error) {
 		return nil, err
 	}
 
-	type build struct {
-		program []byte
-		err     error
-	}
-	built := make(chan build, 1) // so that the builder can always end
-	if !cfg.NoTraffic {
-		go func() {
-			program, err := buildTraffic()
-			built <- build{program, err}
-		}()
-	}
-
 	began := time.Now()
 	rig, err := supervise(ctx, cfg, id, binds)
 	if err != nil {
 		return nil, err
 	}
 	rig.tools = tools
+	var program []byte
+	var buildErr error
+	var builder sync.WaitGroup
+	if !cfg.NoTraffic {
+		builder.Go(func() { program, buildErr = buildTraffic(cfg.Dir) })
+	}
 	if err = rig.awaitBus(ctx); err != nil {
 		log, _ := os.ReadFile(filepath.Join(cfg.Dir, "boot.log")) // a help only
 		err = fmt.Errorf("%w\n%s", err, log)
 	}
-	if err == nil && !cfg.NoTraffic {
-		b := <-built
-		if err = b.err; err == nil {
-			err = rig.writeFile(trafficPath, b.program, 0o755)
-		}
+	builder.Wait() // also after an error: Close removes the directory it works in
+	if err = errors.Join(err, buildErr); err == nil && !cfg.NoTraffic {
+		err = rig.writeFile(trafficPath, program, 0o755)
 	}
 	if err != nil {
 		return nil, errors.Join(err, rig.Close())
@@ -191,7 +183,7 @@ func anyExists(root string, paths ...string) bool {
 // show.
 func hidden(cfg Config, tools string) ([]string, error) {
 	wanted := append([]string{}, cfg.Binds...)
-	if exe, err := os.Executable(); err == nil {
+	if exe, err := os.Executable(); err == nil && anyExists("/", exe) { // go run may have removed it
 		wanted = append(wanted, filepath.Dir(exe))
 	}
 	if tools != "" {

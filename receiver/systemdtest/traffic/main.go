@@ -138,6 +138,7 @@ func udpSend(addr string, size int64, count int, rate int64) error {
 		return err
 	}
 	defer c.Close()
+	// A connected socket, so that a missing receiver is an error of the next write.
 	payload := make([]byte, size)
 	began := time.Now()
 	for i := range count {
@@ -184,7 +185,7 @@ func serve(addr string, conns int, handle func(net.Conn) error) error {
 	if err := ready(); err != nil {
 		return err
 	}
-	results := make(chan error)
+	results := make(chan error) // of counted connections only
 	for i := 0; conns == 0 || i < conns; i++ {
 		c, err := l.Accept()
 		if err != nil {
@@ -225,6 +226,7 @@ func send(c net.Conn, size int64) error {
 			return fmt.Errorf("after %d of %d bytes: %w", size-left, size, err)
 		}
 	}
+	// The peer's end of file tells it to close, and its close tells us.
 	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
 		return err
 	}
@@ -238,6 +240,8 @@ func discard(c net.Conn, rate int64) error {
 		_, err := io.Copy(io.Discard, c)
 		return err
 	}
+	// A slow reader fills the sender's buffers: what it has not read is still on
+	// the sender's side when that one is killed.
 	for tick := time.NewTicker(100 * time.Millisecond); ; <-tick.C {
 		if _, err := io.CopyN(io.Discard, c, max(rate/10, 1)); err != nil {
 			if errors.Is(err, io.EOF) {

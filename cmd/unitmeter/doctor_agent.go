@@ -1,0 +1,158 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/config"
+)
+
+// agentUnit is the unit that the packages install.
+const agentUnit = "unitmeter.service"
+
+// agentService is what decides how the agent's unit runs.
+type agentService struct {
+	user, state string // ActiveState
+	// properties are those that a transient unit needs to run alike, as
+	// systemd-run takes them.
+	properties []string
+}
+
+// findAgent reads the agent's unit; nil if there is none.
+func findAgent(ctx context.Context, m *manager) (*agentService, error) {
+	var p dbus.ObjectPath
+	if err := m.call(ctx, "LoadUnit", agentUnit).Store(&p); err != nil {
+		return nil, err
+	}
+	var a agentService
+	var load, group string
+	var groups, environment, stateDirectory []string
+	var stateMode uint32
+	var files []struct {
+		Path     string
+		Optional bool
+	}
+	var credentials []struct{ Name, Path string }
+	const service = systemdName + ".Service"
+	for _, property := range []struct {
+		iface, name string
+		to          any
+	}{
+		{unitInterface, "LoadState", &load},
+		{unitInterface, "ActiveState", &a.state},
+		{service, "User", &a.user},
+		{service, "Group", &group},
+		{service, "SupplementaryGroups", &groups},
+		{service, "Environment", &environment},
+		{service, "EnvironmentFiles", &files},
+		{service, "StateDirectory", &stateDirectory},
+		{service, "StateDirectoryMode", &stateMode},
+		{service, "LoadCredential", &credentials},
+	} {
+		err := m.get(ctx, p, property.iface, property.name, property.to)
+		if err != nil && !dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") { // an older systemd
+			return nil, err
+		}
+	}
+	if load != "loaded" {
+		return nil, nil
+	}
+	set := func(name, value string) {
+		if value != "" {
+			a.properties = append(a.properties, "--property="+name+"="+value)
+		}
+	}
+	set("User", a.user)
+	set("Group", group)
+	set("SupplementaryGroups", strings.Join(groups, " "))
+	for _, kv := range environment {
+		a.properties = append(a.properties, "--setenv="+kv)
+	}
+	for _, f := range files {
+		set("EnvironmentFile", strings.Repeat("-", count(f.Optional))+f.Path)
+	}
+	if len(stateDirectory) > 0 {
+		set("StateDirectory", strings.Join(stateDirectory, " "))
+		set("StateDirectoryMode", fmt.Sprintf("%04o", stateMode)) // or systemd would open it to all
+	}
+	for _, c := range credentials {
+		set("LoadCredential", c.Name+":"+c.Path)
+	}
+	set("IPAccounting", "yes")
+	return &a, nil
+}
+
+// examineAsAgent makes the checks as the agent's unit would, in a transient
+// unit of the same user, settings and credentials. ok is false where there is
+// no such unit, or no right to do so.
+func examineAsAgent(ctx context.Context, environ []string) (findings []finding, note string, ok bool) {
+	own := func(kv string) bool { return strings.HasPrefix(kv, "OTEL_") || strings.HasPrefix(kv, "UNITMETER_") }
+	if os.Geteuid() != 0 || slices.ContainsFunc(environ, own) {
+		return nil, "", false
+	}
+	ask, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	m, err := openManager(ask, busAddresses(config.Config{})...)
+	if err != nil {
+		return nil, "", false // the checks will tell
+	}
+	defer m.close()
+	a, err := findAgent(ask, m)
+	if err != nil || a == nil {
+		return nil, "", false
+	}
+	findings, err = a.examine(ctx)
+	if err != nil {
+		return nil, fmt.Sprintf("cannot check as %s does (%s); these are the settings of this shell", agentUnit, oneLine(err)), false
+	}
+	return findings, fmt.Sprintf("checked as %s would: its user (%s), its environment, its credentials; --here is for those of this shell", agentUnit, a.user), true
+}
+
+// examine runs the doctor in a transient unit.
+func (a *agentService) examine(ctx context.Context) ([]finding, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	args := append([]string{"--pipe", "--wait", "--quiet", "--collect", fmt.Sprintf("--unit=unitmeter-doctor-%d", os.Getpid())}, a.properties...)
+	cmd := exec.CommandContext(ctx, "systemd-run", append(args, self, "doctor", "--here", "--json")...)
+	cmd.WaitDelay = time.Second
+	out, err := cmd.Output()
+	var report struct{ Checks []finding }
+	if bad := json.Unmarshal(out, &report); bad == nil && len(report.Checks) > 0 {
+		return report.Checks, nil // a failure of the doctor is that of a check
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && len(exit.Stderr) > 0 {
+		err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
+	}
+	return nil, fmt.Errorf("run systemd-run: %w", err)
+}
+
+// checkAgent tells whether the installed agent runs.
+func (d *doctor) checkAgent(ctx context.Context) finding {
+	if d.m == nil {
+		return noBus()
+	}
+	a, err := findAgent(ctx, d.m)
+	switch {
+	case err != nil:
+		return skipped("%s cannot be read: %v", agentUnit, err)
+	case a == nil:
+		return skipped("there is no %s; these checks are about this shell", agentUnit)
+	case a.state == "active":
+		return good("%s runs", agentUnit)
+	case a.state == "failed", a.state == "activating":
+		return failure("journalctl -u "+agentUnit+" -n 20", "%s does not come up (%s): its log says why", agentUnit, a.state)
+	}
+	return warning("systemctl enable --now "+agentUnit, "%s does not run (%s)", agentUnit, a.state)
+}

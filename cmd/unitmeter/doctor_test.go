@@ -1,0 +1,537 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/exporter/otlptest"
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
+)
+
+// runCommand runs the program in this process.
+func runCommand(t *testing.T, environ []string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = dispatch(t.Context(), &terminal{args: args, environ: environ, stdout: &out, stderr: &errs})
+	return code, out.String(), errs.String()
+}
+
+// examined makes all checks in this process, with nothing in the environment
+// but the given variables.
+func examined(t *testing.T, environ ...string) map[string]finding {
+	t.Helper()
+	if !slices.ContainsFunc(environ, func(kv string) bool { return strings.HasPrefix(kv, "UNITMETER_STATE_DIR=") }) {
+		environ = append(environ, "UNITMETER_STATE_DIR="+filepath.Join(t.TempDir(), "state"))
+	}
+	findings := map[string]finding{}
+	for _, f := range examine(t.Context(), environ, func(finding) {}) {
+		findings[f.Name] = f
+	}
+	return findings
+}
+
+// want fails unless a check has a status and its mend has a text.
+func want(t *testing.T, findings map[string]finding, name, status, mend string) {
+	t.Helper()
+	f, ok := findings[name]
+	if !ok || f.Status != status || !strings.Contains(f.Mend, mend) || (f.Mend == "") != (mend == "") {
+		t.Errorf("check %q = %+v, want status %q and a mend with %q", name, f, status, mend)
+	}
+}
+
+// noSystemd keeps these tests away from the systemd of the machine.
+const noSystemd = "UNITMETER_BUS=unix:path=/nonexistent/bus"
+
+func TestDoctorEndpoint(t *testing.T) {
+	ca, other := otlptest.NewCA(t), otlptest.NewCA(t)
+	cert, key := ca.Client(t, "agent")
+	wrongCert, wrongKey := other.Client(t, "stranger")
+	plain := otlptest.Start(t, otlptest.Config{})
+	secure := otlptest.Start(t, otlptest.Config{TLS: ca.Server(t, false)})
+	mutual := otlptest.Start(t, otlptest.Config{TLS: ca.Server(t, true)})
+	misnamed := otlptest.Start(t, otlptest.Config{TLS: ca.Server(t, false), Address: "127.0.0.2:0"})
+	plainHTTP := otlptest.Start(t, otlptest.Config{HTTP: true})
+	secureHTTP := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: ca.Server(t, false)})
+	mutualHTTP := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: ca.Server(t, true)})
+	token := func(r otlptest.Request) otlptest.Answer {
+		if r.Header["authorization"] == "Bearer right" {
+			return otlptest.Answer{}
+		}
+		return otlptest.Answer{Code: codes.Unauthenticated, Message: "who are you?"}
+	}
+	guarded := otlptest.Start(t, otlptest.Config{Decide: token})
+	guardedHTTP := otlptest.Start(t, otlptest.Config{HTTP: true, Decide: token})
+	forbidding := otlptest.Start(t, otlptest.Config{Decide: func(otlptest.Request) otlptest.Answer { return otlptest.Answer{Code: codes.PermissionDenied} }})
+	overloaded := otlptest.Start(t, otlptest.Config{HTTP: true, Decide: func(otlptest.Request) otlptest.Answer { return otlptest.Answer{Code: codes.Unavailable} }})
+	web := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(web.Close)
+	redirect := httptest.NewServer(http.RedirectHandler("/elsewhere", http.StatusFound))
+	t.Cleanup(redirect.Close)
+	noMetrics := listenAndServe(t, func(l net.Listener) { _ = grpc.NewServer().Serve(l) })
+	echo := listenAndServe(t, func(l net.Listener) {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
+		}
+	})
+	closed := closedPort(t)
+
+	const (
+		endpoint = "OTEL_EXPORTER_OTLP_ENDPOINT="
+		protocol = "OTEL_EXPORTER_OTLP_PROTOCOL="
+		roots    = "OTEL_EXPORTER_OTLP_CERTIFICATE="
+		headers  = "OTEL_EXPORTER_OTLP_HEADERS="
+	)
+	client := func(cert, key string) []string {
+		return []string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE=" + cert, "OTEL_EXPORTER_OTLP_CLIENT_KEY=" + key}
+	}
+	for _, test := range []struct {
+		name   string
+		env    []string
+		check  string // which finds it
+		mend   string // what its mend must say
+		mended []string
+	}{
+		{"nobody listens", []string{endpoint + "http://" + closed}, "endpoint-connection", "set OTEL_EXPORTER_OTLP_ENDPOINT",
+			[]string{endpoint + plain.URL()}},
+		{"no such name", []string{endpoint + "http://nosuch.invalid:4317"}, "endpoint-name", "set OTEL_EXPORTER_OTLP_ENDPOINT",
+			[]string{endpoint + plain.URL()}},
+		{"no socket", []string{endpoint + "unix:/nonexistent/otel.sock"}, "endpoint-connection", "set OTEL_EXPORTER_OTLP_ENDPOINT",
+			[]string{endpoint + plain.URL()}},
+		{"no authority", []string{endpoint + secure.URL()}, "endpoint-tls", "set OTEL_EXPORTER_OTLP_CERTIFICATE",
+			[]string{endpoint + secure.URL(), roots + ca.File}},
+		{"wrong authority", []string{endpoint + secure.URL(), roots + other.File}, "endpoint-tls", "set OTEL_EXPORTER_OTLP_CERTIFICATE",
+			[]string{endpoint + secure.URL(), roots + ca.File}},
+		{"wrong name", []string{endpoint + misnamed.URL(), roots + ca.File}, "endpoint-tls", "localhost, 127.0.0.1",
+			[]string{endpoint + secure.URL(), roots + ca.File}},
+		{"no client certificate", []string{endpoint + mutual.URL(), roots + ca.File}, "endpoint-tls", "set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+			append(client(cert, key), endpoint+mutual.URL(), roots+ca.File)},
+		{"no client certificate, HTTP", []string{endpoint + mutualHTTP.URL(), protocol + "http/protobuf", roots + ca.File}, "endpoint-tls", "set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+			append(client(cert, key), endpoint+mutualHTTP.URL(), protocol+"http/protobuf", roots+ca.File)},
+		{"strange client certificate", append(client(wrongCert, wrongKey), endpoint+mutual.URL(), roots+ca.File), "endpoint-tls", "an authority that the Collector trusts",
+			append(client(cert, key), endpoint+mutual.URL(), roots+ca.File)},
+		{"TLS to a plain server", []string{endpoint + "https://" + plain.Address(), roots + ca.File}, "endpoint-tls", "set OTEL_EXPORTER_OTLP_ENDPOINT=http://" + plain.Address(),
+			[]string{endpoint + "http://" + plain.Address()}},
+		{"TLS to a plain web server", []string{endpoint + "https://" + plainHTTP.Address(), roots + ca.File}, "endpoint-tls", "set OTEL_EXPORTER_OTLP_ENDPOINT=http://" + plainHTTP.Address(),
+			[]string{endpoint + "http://" + plainHTTP.Address(), protocol + "http/protobuf"}},
+		{"no TLS to a TLS server", []string{endpoint + "http://" + secure.Address()}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT=https://" + secure.Address(),
+			[]string{endpoint + "https://" + secure.Address(), roots + ca.File}},
+		{"no TLS to a TLS server, HTTP", []string{endpoint + "http://" + secureHTTP.Address(), protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT=https://" + secureHTTP.Address(),
+			[]string{endpoint + "https://" + secureHTTP.Address(), protocol + "http/protobuf", roots + ca.File}},
+		{"gRPC to HTTP", []string{endpoint + plainHTTP.URL()}, "collector", "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf",
+			[]string{endpoint + plainHTTP.URL(), protocol + "http/protobuf"}},
+		{"HTTP to gRPC", []string{endpoint + plain.URL(), protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_PROTOCOL=grpc",
+			[]string{endpoint + plain.URL(), protocol + "grpc"}},
+		{"HTTP to gRPC, TLS", []string{endpoint + secure.URL(), protocol + "http/protobuf", roots + ca.File}, "collector", "set OTEL_EXPORTER_OTLP_PROTOCOL=grpc",
+			[]string{endpoint + secure.URL(), protocol + "grpc", roots + ca.File}},
+		{"no header", []string{endpoint + guarded.URL()}, "collector", "UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS",
+			[]string{endpoint + guarded.URL(), headers + "authorization=Bearer right"}},
+		{"wrong header, HTTP", []string{endpoint + guardedHTTP.URL(), protocol + "http/protobuf", headers + "authorization=Bearer wrong"}, "collector", "UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS",
+			[]string{endpoint + guardedHTTP.URL(), protocol + "http/protobuf", headers + "authorization=Bearer right"}},
+		{"no permission", []string{endpoint + forbidding.URL()}, "collector", "UNITMETER_OTLP_HEADERS_FILE", []string{endpoint + plain.URL()}},
+		{"overloaded", []string{endpoint + overloaded.URL(), protocol + "http/protobuf"}, "collector", "look at the log of the Collector", []string{endpoint + plain.URL()}},
+		{"wrong path", []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=" + plainHTTP.URL() + "/v2/metrics", protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT",
+			[]string{endpoint + plainHTTP.URL(), protocol + "http/protobuf"}},
+		{"a web server", []string{endpoint + web.URL, protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT", []string{endpoint + plain.URL()}},
+		{"a redirect", []string{endpoint + redirect.URL, protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT", []string{endpoint + plain.URL()}},
+		{"gRPC without metrics", []string{endpoint + "http://" + noMetrics}, "collector", "add the otlp receiver", []string{endpoint + plain.URL()}},
+		{"neither", []string{endpoint + "http://" + echo}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT", []string{endpoint + plain.URL()}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			findings := examined(t, append(test.env, noSystemd)...)
+			want(t, findings, test.check, statusFail, test.mend)
+			for name, f := range findings {
+				// No other check may cry before it: the first mend is the right one.
+				if f.Status == statusFail && name != test.check && strings.HasPrefix(name, "endpoint") {
+					t.Errorf("check %q fails too: %+v", name, f)
+				}
+			}
+			findings = examined(t, append(test.mended, noSystemd)...)
+			for _, name := range []string{"endpoint-name", "endpoint-connection", "endpoint-tls", "collector"} {
+				want(t, findings, name, statusOK, "")
+			}
+		})
+	}
+}
+
+// listenAndServe returns the address of a listener that ends with the test.
+func listenAndServe(t *testing.T, serve func(net.Listener)) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); serve(l) }()
+	t.Cleanup(func() { l.Close(); <-done })
+	return l.Addr().String()
+}
+
+// closedPort returns an address that nobody listens at.
+func closedPort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func TestDoctorEnvironment(t *testing.T) {
+	for _, test := range []struct {
+		name, env, mend, mended string
+		status                  string
+	}{
+		{"bad value", "OTEL_METRIC_EXPORT_INTERVAL=soon", "OTEL_METRIC_EXPORT_INTERVAL: ", "OTEL_METRIC_EXPORT_INTERVAL=5000", statusFail},
+		{"unknown variable", "UNITMETER_INCLUDES=a*", "UNITMETER_INCLUDES: did you mean UNITMETER_INCLUDE?", "UNITMETER_INCLUDE=a*", statusFail},
+		{"disabled", "OTEL_SDK_DISABLED=true", "unset OTEL_SDK_DISABLED", "OTEL_SDK_DISABLED=false", statusFail},
+		{"nothing exported", "OTEL_METRICS_EXPORTER=none", "unset OTEL_METRICS_EXPORTER", "OTEL_METRICS_EXPORTER=otlp", statusFail},
+		{"not read", "OTEL_EXPORTER_OTLP_METRICS_ENDPONT=x", "unitmeter help environment", "OTEL_TRACES_EXPORTER=none", statusWarn},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			want(t, examined(t, test.env, noSystemd), "environment", test.status, test.mend)
+			want(t, examined(t, test.mended, noSystemd), "environment", statusOK, "")
+		})
+	}
+	// A secret must not get into a report that people post.
+	f := examined(t, "OTEL_EXPORTER_OTLP_HEADERS=authorization=sesame", "OTEL_METRIC_EXPORT_INTERVAL=soon", noSystemd)
+	if text := fmt.Sprint(f); strings.Contains(text, "sesame") {
+		t.Errorf("the report has the secret: %s", text)
+	}
+}
+
+func TestDoctorState(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to make directories of other users; run as root")
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		name  string
+		setUp func(dir string) error
+		mend  string // a shell command with DIR for the directory
+	}{
+		{"wrong owner", func(dir string) error { return os.Chown(dir, 65534, 65534) }, "chown -R 0 DIR"},
+		{"writable by others", func(dir string) error { return os.Chmod(dir, 0o777) }, "chmod 0700 DIR"},
+		{"a file", func(dir string) error { return errors.Join(os.Remove(dir), os.WriteFile(dir, nil, 0o600)) },
+			"mv DIR DIR.old"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "state")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := test.setUp(dir); err != nil {
+				t.Fatal(err)
+			}
+			mend := strings.ReplaceAll(test.mend, "DIR", dir)
+			want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "state-directory", statusFail, mend)
+			if out, err := exec.Command("sh", "-c", mend).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v: %s", mend, err, out)
+			}
+			want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "state-directory", statusOK, "")
+		})
+	}
+	want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR=none"), "state-directory", statusWarn, "set UNITMETER_STATE_DIR=")
+
+	// What looks must not disturb: the directory is as empty as before.
+	dir := t.TempDir()
+	want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "state-directory", statusOK, "")
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("the doctor left %v, %v", left, err)
+	}
+	want(t, map[string]finding{"state-directory": stateFinding(dir, 1<<62)}, "state-directory", statusWarn, "set UNITMETER_OUTBOX_MAX_BYTES")
+}
+
+func TestLockHolder(t *testing.T) {
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	info, err := dir.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := lockHolder(info); got != "" {
+		t.Errorf("without a lock: %q", got)
+	}
+	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := lockHolder(info), fmt.Sprintf("process %d (", os.Getpid()); !strings.HasPrefix(got, want) {
+		t.Errorf("with a lock of this process: %q, want %q", got, want)
+	}
+}
+
+func TestParseSystemdVersion(t *testing.T) {
+	for text, want := range map[string]systemdVersion{
+		"252.38-1~deb12u1": {252, 38}, "252": {252, 0}, "v258": {258, 0}, "v258.1": {258, 1}, "256~rc3-1": {256, 0},
+		"257.13-1~deb13u1": {257, 13}, "239 (239-82.el8)": {239, 0}, " 249.11-0ubuntu3 ": {249, 11}, "249.x": {249, 0},
+	} {
+		if got, err := parseSystemdVersion(text); err != nil || got != want {
+			t.Errorf("parseSystemdVersion(%q) = %v, %v, want %v", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "systemd", "-1", "v", "0"} {
+		if got, err := parseSystemdVersion(text); err == nil {
+			t.Errorf("parseSystemdVersion(%q) = %v, want an error", text, got)
+		}
+	}
+}
+
+func TestVersionFinding(t *testing.T) {
+	for _, test := range []struct{ version, status, mend string }{
+		{"219", statusFail, "upgrade to systemd 249"},
+		{"247.3-7+deb11u4", statusWarn, "upgrade to systemd 249"},
+		{"249.11", statusOK, ""},
+		{"252.38-1~deb12u1", statusOK, ""},
+		{"255.4-1ubuntu8", statusOK, ""},
+		{"256.2", statusWarn, "upgrade to systemd 258.1"},
+		{"256.9", statusWarn, "unitmeter enable --lost"},
+		{"257.13-1~deb13u1", statusWarn, "unitmeter enable --lost"},
+		{"258", statusWarn, "upgrade to systemd 258.1"},
+		{"258.1", statusOK, ""},
+		{"262", statusOK, ""},
+	} {
+		v, err := parseSystemdVersion(test.version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, map[string]finding{test.version: versionFinding(v, test.version)}, test.version, test.status, test.mend)
+	}
+}
+
+func TestBusFailure(t *testing.T) {
+	at := func(address string, err error) error { return errors.Join(&busError{address, err}) }
+	missing, refused, forbidden := fs.ErrNotExist, syscall.ECONNREFUSED, fs.ErrPermission
+	for _, test := range []struct {
+		name              string
+		err               error
+		booted            bool
+		container, aaprof string
+		mend              string
+	}{
+		{"not systemd", at(usualSystemBus, missing), false, "", "", "a host whose init is systemd"},
+		{"no dbus", at(usualSystemBus, missing), true, "", "", "systemctl start dbus.socket dbus.service"},
+		{"dead dbus", at(usualSystemBus, refused), true, "", "", "systemctl start dbus.socket dbus.service"},
+		{"docker", at(usualSystemBus, missing), false, "docker", "", "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket"},
+		{"kubernetes", at(usualSystemBus, missing), false, "kubernetes", "", "a hostPath volume of /run/dbus/system_bus_socket"},
+		{"wrong address", at("unix:path=/x", missing), true, "", "", "unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS"},
+		{"private as nobody", at(privateBus, forbidden), true, "", "", "UNITMETER_BUS=system"},
+		{"socket mode", at(usualSystemBus, forbidden), true, "", "", "chmod 0666 /run/dbus/system_bus_socket"},
+		{"socket AppArmor", at(usualSystemBus, forbidden), false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
+		{"message AppArmor", at(usualSystemBus, dbus.Error{Name: "org.freedesktop.DBus.Error.AccessDenied", Body: []any{"An AppArmor policy prevents this sender from sending"}}),
+			false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
+		{"dynamic user", at(usualSystemBus, errors.New("dbus: authentication failed")), true, "", "", "use a static user"},
+		{"silence", at(usualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
+		{"session bus", at("unix:path=/run/user/1000/bus", dbus.Error{Name: "org.freedesktop.DBus.Error.ServiceUnknown"}), true, "", "", "set DBUS_SYSTEM_BUS_ADDRESS"},
+		{"the last of two counts", errors.Join(&busError{privateBus, missing}, &busError{usualSystemBus, forbidden}), true, "", "", "chmod 0666 /run/dbus"},
+		{"anything", at(usualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
+	} {
+		want(t, map[string]finding{test.name: busFailure(test.err, test.booted, test.container, test.aaprof)}, test.name, statusFail, test.mend)
+	}
+}
+
+func TestCountersFinding(t *testing.T) {
+	for _, test := range []struct {
+		name             string
+		on, lost, failed []string
+		virtualization   string
+		version          systemdVersion
+		status, mend     string
+	}{
+		{"all well", []string{"a"}, nil, nil, "", systemdVersion{252, 0}, statusOK, ""},
+		{"nothing on", nil, nil, nil, "", systemdVersion{252, 0}, statusSkip, ""},
+		{"one lost", []string{"a"}, []string{"b"}, nil, "", systemdVersion{252, 0}, statusWarn, "unitmeter enable --lost"},
+		{"all lost after a reload", nil, []string{"a", "b"}, nil, "", systemdVersion{257, 13}, statusWarn, "unitmeter enable --lost"},
+		{"no BPF", nil, []string{"a", "b"}, nil, "", systemdVersion{252, 0}, statusFail, "CONFIG_CGROUP_BPF"},
+		{"no BPF in a container", nil, []string{"a"}, nil, "lxc", systemdVersion{255, 4}, statusFail, "on the host of this container"},
+		{"nonsense", []string{"a"}, nil, []string{"x.service"}, "", systemdVersion{252, 0}, statusWarn, "systemctl show x.service"},
+	} {
+		f := countersFinding(test.on, test.lost, test.failed, test.virtualization, test.version)
+		want(t, map[string]finding{test.name: f}, test.name, test.status, test.mend)
+	}
+}
+
+func TestStopEdgeFinding(t *testing.T) {
+	no := errors.New("no")
+	for _, test := range []struct {
+		mode               string
+		reference, journal error
+		status, mend       string
+	}{
+		{"auto", nil, nil, statusOK, ""},
+		{"auto", nil, no, statusOK, ""},
+		{"auto", no, nil, statusOK, ""},
+		{"auto", no, no, statusWarn, "usermod -aG systemd-journal"},
+		{"auto", no, exec.ErrNotFound, statusWarn, "journalctl"},
+		{"journal", no, nil, statusOK, ""},
+		{"journal", no, no, statusWarn, "usermod -aG systemd-journal"},
+		{"ref", nil, no, statusOK, ""},
+		{"ref", no, no, statusFail, "unset UNITMETER_STOP_EDGE"},
+	} {
+		f := stopEdgeFinding(test.mode, test.reference, test.journal)
+		want(t, map[string]finding{test.mode: f}, test.mode, test.status, test.mend)
+	}
+}
+
+func TestTLSFailureExpired(t *testing.T) {
+	err := fmt.Errorf("tls: %w", x509.CertificateInvalidError{Reason: x509.Expired})
+	f := tlsFailure(err, endpoint{address: "c:4317"}, config.OTLP{})
+	want(t, map[string]finding{"tls": f}, "tls", statusFail, "renew the certificate")
+}
+
+func TestParseEndpoint(t *testing.T) {
+	for _, test := range []struct{ protocol, text, network, address, host string }{
+		{"grpc", "localhost:4317", "tcp", "localhost:4317", "localhost"},
+		{"grpc", "[::1]:4317", "tcp", "[::1]:4317", "::1"},
+		{"grpc", "dns:///c.example:4317", "tcp", "c.example:4317", "c.example"},
+		{"grpc", "dns://1.1.1.1/c.example:4317", "tcp", "c.example:4317", "c.example"},
+		{"grpc", "dns:c.example:4317", "tcp", "c.example:4317", "c.example"},
+		{"grpc", "unix:/run/otel.sock", "unix", "/run/otel.sock", ""},
+		{"grpc", "unix-abstract:otel", "unix", "@otel", ""},
+		{"http/protobuf", "http://c.example:4318/v1/metrics", "tcp", "c.example:4318", "c.example"},
+		{"http/protobuf", "https://c.example/v1/metrics", "tcp", "c.example:443", "c.example"},
+		{"http/protobuf", "http://[::1]/v1/metrics", "tcp", "[::1]:80", "::1"},
+	} {
+		got, err := parseEndpoint(config.OTLP{Protocol: test.protocol, Endpoint: test.text})
+		if err != nil || got.network != test.network || got.address != test.address || got.host != test.host {
+			t.Errorf("parseEndpoint(%q) = %+v, %v, want %+v", test.text, got, err, test)
+		}
+	}
+	if got, err := parseEndpoint(config.OTLP{Protocol: "grpc", Endpoint: "nothing"}); err == nil {
+		t.Errorf("an endpoint without a port is taken: %+v", got)
+	}
+}
+
+// fakeUnit is a service of the fake.
+func fakeUnit(name string, accounting bool, bytes uint64) systemdtest.Unit {
+	return systemdtest.Unit{
+		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: accounting,
+		IngressBytes: bytes, IngressPackets: bytes, EgressBytes: bytes, EgressPackets: bytes,
+	}
+}
+
+// TestDoctorLost plants the fault of systemd 256 and 257, which no systemd of
+// this machine has: running units without data.
+func TestDoctorLost(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(fakeUnit("fine.service", true, 7))
+	fake.SetUnit(fakeUnit("gone.service", true, systemdtest.NoData))
+	fake.OnGet(func(path dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
+		switch {
+		case path == managerPath && property == "Version":
+			return dbus.MakeVariant("257.13-1~deb13u1"), nil, 0, true
+		case property == "Transient":
+			return dbus.MakeVariant(false), nil, 0, true
+		}
+		return dbus.Variant{}, nil, 0, false
+	})
+	fake.OnCall(func(member string, args []any) ([]any, *dbus.Error, time.Duration, bool) {
+		if member != "SetUnitProperties" {
+			return nil, nil, 0, false
+		}
+		if name, runtime := args[0], args[1]; name != "gone.service" || runtime != true {
+			t.Errorf("SetUnitProperties(%v, %v), want gone.service at run time", name, runtime)
+		}
+		go fake.SetUnit(fakeUnit("gone.service", true, 0)) // the fake is locked now
+		return []any{}, nil, 0, true
+	})
+	environ := []string{"UNITMETER_BUS=" + fake.Address()}
+	findings := examined(t, environ...)
+	want(t, findings, "systemd", statusWarn, "unitmeter enable --lost")
+	want(t, findings, "counters", statusWarn, "unitmeter enable --lost")
+	code, out, errs := runCommand(t, environ, "enable", "--lost")
+	if code != exitOK || out != "gone.service: counting again, from 0\n" {
+		t.Fatalf("enable --lost = %d, %q, %q", code, out, errs)
+	}
+	want(t, examined(t, environ...), "counters", statusOK, "")
+}
+
+// TestDoctorBadBus plants peers that are no D-Bus at all.
+func TestDoctorBadBus(t *testing.T) {
+	for name, first := range map[string][]byte{
+		"rejects": []byte("REJECTED EXTERNAL\r\n"),
+		"garbage": bytes.Repeat([]byte{0xff}, 64),
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := examined(t, "UNITMETER_BUS="+systemdtest.StartGarbage(t, first))["bus"]
+			if f.Status != statusFail || f.Mend == "" {
+				t.Errorf("bus = %+v, want a failure with a mend", f)
+			}
+		})
+	}
+}
+
+func TestDoctorOutput(t *testing.T) {
+	env := []string{noSystemd, "UNITMETER_STATE_DIR=none", "OTEL_METRICS_EXPORTER=console"}
+	code, out, errs := runCommand(t, env, "doctor", "--here")
+	if code != exitFailure || !strings.Contains(errs, "checks failed") {
+		t.Errorf("doctor = %d, %q, want 1 for a bus that is not there", code, errs)
+	}
+	for _, line := range strings.Split(out, "\n") {
+		if !strings.HasPrefix(line, "      mend: ") && len(line) > 79 {
+			t.Errorf("a line of %d characters: %q", len(line), line)
+		}
+	}
+	code, out, _ = runCommand(t, env, "doctor", "--here", "--json")
+	var report struct {
+		Worst  string
+		Checks []finding
+	}
+	if err := json.Unmarshal([]byte(out), &report); err != nil || code != exitFailure {
+		t.Fatalf("doctor --json = %d, %v:\n%s", code, err, out)
+	}
+	if report.Worst != statusFail || len(report.Checks) != len((&doctor{}).checks()) {
+		t.Errorf("report = %+v", report)
+	}
+	for _, f := range report.Checks {
+		if f.Name == "" || f.Found == "" || (f.Status == statusWarn || f.Status == statusFail) && f.Mend == "" {
+			t.Errorf("incomplete: %+v", f)
+		}
+	}
+}
+
+func TestWorst(t *testing.T) {
+	for _, test := range []struct{ statuses, want string }{
+		{"", statusOK}, {"ok ok", statusOK}, {"ok skip", statusOK}, {"skip warn ok", statusWarn}, {"ok fail warn", statusFail},
+	} {
+		var findings []finding
+		for _, s := range strings.Fields(test.statuses) {
+			findings = append(findings, finding{Status: s})
+		}
+		if got := worst(findings); got != test.want {
+			t.Errorf("worst(%s) = %s, want %s", test.statuses, got, test.want)
+		}
+	}
+}

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"bytes"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/unitmeter/unitmeter/exporter/store"
+)
+
+func TestParseMoment(t *testing.T) {
+	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.Local)
+	for text, want := range map[string]time.Time{
+		"90m":                  now.Add(-90 * time.Minute),
+		"7d":                   now.Add(-7 * 24 * time.Hour),
+		"0.5d":                 now.Add(-12 * time.Hour),
+		"0s":                   now,
+		"2026-11-20":           time.Date(2026, 11, 20, 0, 0, 0, 0, time.Local),
+		"2026-11-20T14:30":     time.Date(2026, 11, 20, 14, 30, 0, 0, time.Local),
+		"2026-11-20 14:30:05":  time.Date(2026, 11, 20, 14, 30, 5, 0, time.Local),
+		"2026-11-20T14:30:05Z": time.Date(2026, 11, 20, 14, 30, 5, 0, time.UTC),
+	} {
+		got, err := parseMoment("since", text, now)
+		if err != nil || !got.Equal(want) {
+			t.Errorf("%s: got %v, %v, want %v", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "yesterday", "-1h", "-1d", "NaNd", "1e9d", "2026-13-01", "5"} {
+		_, err := parseMoment("since", text, now)
+		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), `--since "`+text+`" is no length of time; use one such as`) {
+			t.Errorf("%q: got error %v", text, err)
+		}
+	}
+}
+
+func someUsage() store.Usage {
+	at := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	step := func(minute int, n uint64) store.Step {
+		return store.Step{Time: at.Add(time.Duration(minute) * time.Minute), Total: [4]uint64{n, 2, 3 * n, 4}, Measured: 30 * time.Second}
+	}
+	return store.Usage{Units: []store.UnitUsage{
+		{Unit: "quiet.service", Steps: []store.Step{{Time: at, Measured: 0}}},
+		{Unit: "busy.service", Steps: []store.Step{step(0, 300), step(1, 600), step(5, 1200)}},
+	}}
+}
+
+func TestHistoryOutputs(t *testing.T) {
+	var out bytes.Buffer
+	if err := historyJSON(&out, someUsage()); err != nil {
+		t.Fatal(err)
+	}
+	var rows []historyRow
+	if err := json.Unmarshal(out.Bytes(), &rows); err != nil {
+		t.Fatal(err)
+	}
+	if len(rows) != 4 || rows[1].IngressBytesPerSec != 10 || rows[1].EgressBytesPerSec != 30 || rows[1].MeasuredSeconds != 30 {
+		t.Errorf("JSON has %+v", rows)
+	}
+	if rows[0].IngressBytesPerSec != 0 {
+		t.Error("a step that covers no time has no speed")
+	}
+
+	out.Reset()
+	if err := historyCSV(&out, someUsage()); err != nil {
+		t.Fatal(err)
+	}
+	records, err := csv.NewReader(&out).ReadAll()
+	if err != nil || len(records) != 5 || records[4][2] != "1200" || records[4][8] != "120.000" {
+		t.Errorf("CSV has %v, %v", records, err)
+	}
+
+	out.Reset()
+	if err := historyTable(&out, someUsage()); err != nil {
+		t.Fatal(err)
+	}
+	if busy, quiet := strings.Index(out.String(), "busy"), strings.Index(out.String(), "quiet"); busy < 0 || quiet < busy {
+		t.Errorf("the busiest unit comes first:\n%s", &out)
+	}
+
+	out.Reset()
+	if err := historyCharts(&out, someUsage(), store.Query{Step: time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Count(out.String(), "no data") != 1 {
+		t.Errorf("a gap must show as one:\n%s", &out)
+	}
+	if !strings.Contains(out.String(), strings.Repeat("▒", 6)+strings.Repeat("█", 18)) {
+		t.Errorf("the largest step fills the width:\n%s", &out)
+	}
+}

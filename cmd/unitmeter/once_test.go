@@ -1,0 +1,124 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/unitmeter/unitmeter/receiver"
+)
+
+func someUnits() []reading {
+	at := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	on := func(name string, n uint64) receiver.Unit {
+		return receiver.Unit{
+			Name: name, Accounting: "on", Start: at, Time: at.Add(time.Hour), Invocation: strings.Repeat("a", 32),
+			Counters: receiver.Counters{IngressBytes: n, IngressPackets: 2, EgressBytes: 1<<63 - 1 - n, EgressPackets: 4},
+		}
+	}
+	return []reading{
+		{Unit: on("a.service", 1)},
+		{Unit: on("b.service", 1000), speed: &[4]float64{1.5, 2, 3, 4}},
+		{Unit: receiver.Unit{Name: "off.service", Accounting: "off"}},
+		{Unit: receiver.Unit{Name: "lost.service", Accounting: "lost"}},
+		{Unit: receiver.Unit{Name: "tmp.mount", Accounting: "no_data"}},
+	}
+}
+
+func TestSelectUnits(t *testing.T) {
+	for _, test := range []struct {
+		patterns []string
+		want     string // names, or the error
+		usage    bool
+	}{
+		{nil, "a.service b.service off.service lost.service tmp.mount", false},
+		{[]string{"a"}, "a.service", false},
+		{[]string{"b.service", "tmp.mount"}, "b.service tmp.mount", false},
+		{[]string{"*.service"}, "a.service b.service off.service lost.service", false},
+		{[]string{"[ab].service"}, "a.service b.service", false},
+		{[]string{"a", "nope"}, `find unit "nope": it is not running, or not among the metered units; see "systemctl status nope.service", UNITMETER_INCLUDE and UNITMETER_UNIT_TYPES`, false},
+		{[]string{"[a"}, `"[a" is no unit name and no pattern; use a name such as nats.service or a pattern such as nats*`, true},
+	} {
+		units, err := selectUnits(someUnits(), test.patterns)
+		var names []string
+		for _, u := range units {
+			names = append(names, u.Name)
+		}
+		got := strings.Join(names, " ")
+		if err != nil {
+			got = err.Error()
+		}
+		if got != test.want || errors.As(err, new(usageError)) != test.usage {
+			t.Errorf("%q: got %s, want %s", test.patterns, got, test.want)
+		}
+	}
+}
+
+func TestOnceJSON(t *testing.T) {
+	var out bytes.Buffer
+	if err := printJSON(&out, someUnits()); err != nil {
+		t.Fatal(err)
+	}
+	var units []map[string]any
+	decoder := json.NewDecoder(&out)
+	decoder.UseNumber()
+	if err := decoder.Decode(&units); err != nil {
+		t.Fatal(err)
+	}
+	if got := units[0]["egress_bytes"]; got != json.Number("9223372036854775806") {
+		t.Errorf("egress_bytes is %v: large counters must be exact", got)
+	}
+	if units[0]["start"] != "2026-11-23T12:00:00Z" || units[0]["time"] != "2026-11-23T13:00:00Z" {
+		t.Errorf("times are %v and %v", units[0]["start"], units[0]["time"])
+	}
+	if v, ok := units[2]["ingress_bytes"]; !ok || v != nil || units[2]["state"] != "off" {
+		t.Errorf("a unit without accounting must have null counters: %v", units[2])
+	}
+	if units[4]["state"] != "no-data" {
+		t.Errorf("state is %v", units[4]["state"])
+	}
+	if _, ok := units[0]["ingress_bytes_per_second"]; ok || units[1]["ingress_bytes_per_second"] != json.Number("1.5") {
+		t.Error("speeds belong to the units that have them, and to no other")
+	}
+}
+
+func TestOnceTable(t *testing.T) {
+	var out bytes.Buffer
+	if err := printTable(&out, someUnits(), true, true); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"IN B/S", "9223372036854774807", "b.service",
+		"off.service (IP accounting is off)", "lost.service (systemd lost its counters)",
+		"systemctl set-property UNIT IPAccounting=yes", "systemctl set-property --runtime UNIT IPAccounting=yes",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the table lacks %q:\n%s", want, &out)
+		}
+	}
+	out.Reset()
+	if err := printTable(&out, someUnits(), false, false); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(out.String(), "off.service") || strings.Contains(out.String(), "B/S") {
+		t.Errorf("the short table has too much:\n%s", &out)
+	}
+}
+
+func TestSpeed(t *testing.T) {
+	at := time.Unix(1000, 0)
+	before := receiver.Unit{Time: at, Counters: receiver.Counters{IngressBytes: 100, IngressPackets: 10, EgressBytes: 5, EgressPackets: 1}}
+	now := receiver.Unit{Time: at.Add(2 * time.Second), Counters: receiver.Counters{IngressBytes: 300, IngressPackets: 11, EgressBytes: 5, EgressPackets: 1}}
+	if got := speed(before, now); got == nil || *got != [4]float64{100, 0.5, 0, 0} {
+		t.Errorf("speed is %v", got)
+	}
+	if speed(now, before) != nil {
+		t.Error("counters that fell have no speed")
+	}
+	if speed(before, before) != nil {
+		t.Error("without time there is no speed")
+	}
+}

@@ -1,0 +1,452 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// Styles. Bubble Tea takes the colours out for NO_COLOR and for terminals
+// without.
+const (
+	styleTitle    = "\x1b[1m"
+	styleSelected = "\x1b[7m"
+	styleFaint    = "\x1b[2m"
+	styleGraph    = "\x1b[36m"
+	styleNotice   = "\x1b[33m"
+	styleEnd      = "\x1b[m"
+)
+
+// A shownColumn is a column of a list with its place on the screen.
+type shownColumn struct {
+	column
+	title string
+	width int
+}
+
+// nameWidth is the least that a name gets.
+const nameWidth = 24
+
+// columns are those that there is room for, from left to right.
+func (m *topModel) columns() []shownColumn {
+	number := 11
+	if m.exact {
+		number = 15
+	}
+	total := shownColumn{byTotal, "TOTAL", number}
+	graph := shownColumn{byRecent, "LAST MINUTE", 16}
+	all := []shownColumn{{byName, "UNIT", 0}, {byIn, "IN/s", number}, {byOut, "OUT/s", number}}
+	if m.list == sliceScreen {
+		all[0].title = "SLICE"
+	}
+	used := 2*number + 2
+	for _, optional := range [][]shownColumn{{graph}, {total}, {{byPacketsIn, "IN pkt/s", 10}, {byPacketsOut, "OUT pkt/s", 10}}} {
+		width := 0
+		for _, c := range optional {
+			width += c.width + 1
+		}
+		if used+width+nameWidth > m.width {
+			continue
+		}
+		used += width
+		if optional[0].column == graph.column {
+			all = append(all, optional...)
+		} else { // the graph stays the last
+			all = append(all[:len(all)-1:len(all)-1], append(optional, all[len(all)-1])...)
+		}
+	}
+	all[0].width = max(1, m.width-used-1)
+	if most := 60; all[0].width > most {
+		all[len(all)-1].width += min(all[0].width-most, 44) // a longer graph, rather than a gap
+		all[0].width = most
+	}
+	return all
+}
+
+// listHeight is how many rows there is room for: without the title, the totals,
+// the header and the keys.
+func (m *topModel) listHeight() int { return max(1, m.height-4) }
+
+// lines makes the screen, as many lines as it is high.
+func (m *topModel) lines() []string {
+	var lines []string
+	switch m.screen {
+	case detailScreen:
+		lines = m.detail()
+	case helpScreen:
+		lines = m.help()
+	default:
+		lines = m.table()
+	}
+	for len(lines) < m.height-1 {
+		lines = append(lines, "")
+	}
+	lines = append(lines[:max(0, min(len(lines), m.height-1))], m.footer())
+	return lines
+}
+
+// title is the first line.
+func (m *topModel) title(text string) string {
+	clock := ""
+	if !m.board.last.IsZero() {
+		clock = m.board.last.Local().Format("15:04:05")
+	}
+	if m.paused {
+		clock = "paused at " + clock
+	}
+	return styleTitle + fit(text, m.width-len(clock)-1, false) + " " + clock + styleEnd
+}
+
+// table is a list of units or slices.
+func (m *topModel) table() []string {
+	sums := m.board.sums()
+	lines := []string{
+		m.title(fmt.Sprintf("unitmeter top   in %s   out %s", m.rate(sums), m.rate(speeds{in: sums.out, known: sums.known}))),
+		m.status(),
+	}
+	shown := m.columns()
+	var header strings.Builder
+	for _, c := range shown {
+		title := c.title
+		if c.column == m.sort {
+			title += map[bool]string{false: "▼", true: "▲"}[m.back != (c.column == byName)]
+		}
+		header.WriteString(fit(title, c.width, c.column != byName && c.column != byRecent) + " ")
+	}
+	lines = append(lines, styleTitle+fit(header.String(), m.width, false)+styleEnd)
+	height := m.listHeight()
+	for i := m.top; i < len(m.rows) && i < m.top+height; i++ {
+		lines = append(lines, m.line(m.rows[i], shown, i == m.position()))
+	}
+	if len(m.rows) == 0 {
+		lines = append(lines, "", m.emptiness())
+	}
+	return lines
+}
+
+// status is the second line: what is filtered, and what has no numbers.
+func (m *topModel) status() string {
+	switch {
+	case m.typing:
+		return fit("filter: "+m.filter+"_", m.width, false)
+	case m.notice != "":
+		return styleNotice + fit(m.notice, m.width, false) + styleEnd
+	}
+	text := fmt.Sprintf("%d units", len(m.board.rows))
+	if m.filter != "" {
+		text = fmt.Sprintf("%d of %d with %q (esc: all)", len(m.rows), len(m.board.rows), m.filter)
+	}
+	if n := m.board.others["off"]; n > 0 {
+		text += fmt.Sprintf("; %d with accounting off (unitmeter enable --all)", n)
+	}
+	if n := m.board.others["lost"]; n > 0 {
+		text += fmt.Sprintf("; %d lost (unitmeter enable --lost)", n)
+	}
+	return fit(text, m.width, false)
+}
+
+// emptiness says why there are no rows.
+func (m *topModel) emptiness() string {
+	switch {
+	case m.board.last.IsZero():
+		return ""
+	case m.filter != "":
+		return fit("no unit has "+m.filter+" in its name; esc shows all", m.width, false)
+	case len(m.board.wanted) > 0:
+		return fit("no metered unit matches "+strings.Join(m.board.wanted, " ")+" yet", m.width, false)
+	}
+	return fit("no unit has IP accounting on: unitmeter enable --all", m.width, false)
+}
+
+// line is one row of a list.
+func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
+	var b strings.Builder
+	graph := ""
+	for _, c := range shown {
+		switch c.column {
+		case byName:
+			name := r.name
+			if !r.ended.IsZero() {
+				name += " (ended)"
+			}
+			b.WriteString(fit(name, c.width, false))
+		case byIn:
+			b.WriteString(fit(m.rate(r.now), c.width, true))
+		case byOut:
+			b.WriteString(fit(m.rate(speeds{in: r.now.out, known: r.now.known}), c.width, true))
+		case byPacketsIn:
+			b.WriteString(fit(m.packets(r.now.packetsIn, r.now.known), c.width, true))
+		case byPacketsOut:
+			b.WriteString(fit(m.packets(r.now.packetsOut, r.now.known), c.width, true))
+		case byTotal:
+			b.WriteString(fit(m.volume(r.total.IngressBytes+r.total.EgressBytes), c.width, true))
+		case byRecent:
+			graph = sparkline(bothWays(r.history), m.board.intervals(recent), c.width)
+			continue // the last, with a style of its own
+		}
+		b.WriteByte(' ')
+	}
+	text := b.String()
+	switch {
+	case selected:
+		return styleSelected + text + graph + styleEnd
+	case !r.ended.IsZero() || r.now.sum() == 0 && r.mean(m.board.intervals(recent)).sum() == 0:
+		return styleFaint + text + graph + styleEnd
+	}
+	return text + styleGraph + graph + styleEnd
+}
+
+// detail is the screen of one unit or slice.
+func (m *topModel) detail() []string {
+	r := m.selected()
+	if r == nil {
+		return []string{m.title(m.cursor), "", "it has gone; esc goes back"}
+	}
+	lines := []string{m.title(r.name), ""}
+	field := func(name, value string) {
+		lines = append(lines, fit(fmt.Sprintf("%-11s%s", name, value), m.width, false))
+	}
+	if r.units > 0 || m.list == sliceScreen {
+		field("units", strconv.Itoa(r.units))
+	} else {
+		field("slice", r.unit.Slice)
+		field("run", r.unit.Invocation)
+		if r.unit.Accounting == "on" {
+			since := m.board.last.Sub(r.unit.Start).Round(time.Second)
+			field("counts", "since "+r.unit.Start.Local().Format("2006-01-02 15:04:05")+" ("+since.String()+")")
+		}
+	}
+	if !r.ended.IsZero() {
+		field("ended", r.ended.Local().Format("15:04:05"))
+	}
+	mean := r.mean(len(r.history))
+	lines = append(lines, "", styleTitle+fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", "", "now", "mean", "peak", "total"), m.width, false)+styleEnd)
+	number := func(name string, now, mean, peak string, total string) {
+		lines = append(lines, fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", name, now, mean, peak, total), m.width, false))
+	}
+	both := func(now, mean, peak float64) (string, string, string) {
+		rate := func(v float64, known bool) string { return m.rate(speeds{in: v, known: known}) }
+		return rate(now, r.now.known), rate(mean, len(r.history) > 0), rate(peak, len(r.history) > 0)
+	}
+	now, average, peak := both(r.now.in, mean.in, r.peak.in)
+	number("received", now, average, peak, m.volume(r.total.IngressBytes))
+	now, average, peak = both(r.now.out, mean.out, r.peak.out)
+	number("sent", now, average, peak, m.volume(r.total.EgressBytes))
+	number("packets in", m.packets(r.now.packetsIn, r.now.known)+"/s", m.packets(mean.packetsIn, true)+"/s", m.packets(r.peak.packetsIn, true)+"/s", grouped(r.total.IngressPackets))
+	number("packets out", m.packets(r.now.packetsOut, r.now.known)+"/s", m.packets(mean.packetsOut, true)+"/s", m.packets(r.peak.packetsOut, true)+"/s", grouped(r.total.EgressPackets))
+	lines = append(lines, fmt.Sprintf("since %s: received %s, sent %s", m.board.began.Local().Format("15:04:05"), m.volume(r.session.IngressBytes), m.volume(r.session.EgressBytes)))
+
+	// What is left of the screen is for the two graphs.
+	room := m.height - 1 - len(lines)
+	high := min(max((room-4)/2, 1), 6)
+	n := min(m.board.intervals(keepHistory), max(m.board.intervals(recent), len(r.history)))
+	span := (time.Duration(n) * m.board.interval).Round(time.Second)
+	for _, g := range []struct {
+		title string
+		value func(speeds) float64
+	}{
+		{"received", func(s speeds) float64 { return s.in }},
+		{"sent", func(s speeds) float64 { return s.out }},
+	} {
+		buckets := resample(r.history, g.value, n, m.width)
+		most := highest(buckets)
+		lines = append(lines, "", fit(fmt.Sprintf("%s, the last %s, up to %s", g.title, span, m.rate(speeds{in: most, known: true})), m.width, false))
+		for _, l := range chart(buckets, most, high) {
+			lines = append(lines, styleGraph+l+styleEnd)
+		}
+	}
+	return lines
+}
+
+// help is the screen of the keys.
+func (m *topModel) help() []string {
+	lines := []string{m.title("unitmeter top: keys"), ""}
+	for _, l := range []string{
+		"up down j k        move; also pgup, pgdn, home, end",
+		"enter              one unit or slice: speeds, peaks, totals, history",
+		"left right         sort by the next column; n i o t m: by name, in, out,",
+		"                   total, last minute; once more, or r: the other way round",
+		"/                  filter by a part of the name; esc: all again",
+		"s tab              totals by slice, and back",
+		"b                  exact bytes, and back",
+		"space p            stop the screen, and go on",
+		"esc q              back; q in a list, or ctrl+c: end",
+		"",
+		"IN and OUT are IP bytes with headers. Traffic between two units of this",
+		"host is on both of them. TOTAL is what systemd has counted in the present",
+		"run of the unit. - stands for an interval that cannot be told.",
+	} {
+		lines = append(lines, fit(l, m.width, false))
+	}
+	return lines
+}
+
+func (m *topModel) footer() string {
+	text := "q end  enter one unit  / filter  < > sort  r reverse  s slices  b bytes  ? help"
+	switch {
+	case m.typing:
+		text = "enter keep  esc all"
+	case m.screen == detailScreen, m.screen == helpScreen:
+		text = "esc back  b bytes  space stop"
+	}
+	return styleFaint + fit(text, m.width, false) + styleEnd
+}
+
+// rate writes s.in as a speed.
+func (m *topModel) rate(s speeds) string { return rateText(s.in, s.known, m.exact) }
+
+func rateText(v float64, known, exact bool) string {
+	switch {
+	case !known:
+		return "-"
+	case exact:
+		return grouped(uint64(math.Round(v))) + " B/s"
+	}
+	return humanBytes(v) + "/s"
+}
+
+func (m *topModel) packets(v float64, known bool) string {
+	if !known {
+		return "-"
+	}
+	return grouped(uint64(math.Round(v)))
+}
+
+func (m *topModel) volume(n uint64) string { return volumeText(n, m.exact) }
+
+func volumeText(n uint64, exact bool) string {
+	if exact {
+		return grouped(n) + " B"
+	}
+	return humanBytes(float64(n))
+}
+
+// humanBytes writes a number of bytes with three digits and a decimal unit, as
+// in 1.23 MB. Below 1 kB it is exact.
+func humanBytes(v float64) string {
+	units := []string{"B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB"}
+	i := 0
+	for v >= 999.5 && i < len(units)-1 {
+		v /= 1000
+		i++
+	}
+	decimals := 0
+	switch {
+	case i == 0:
+	case v < 9.995:
+		decimals = 2
+	case v < 99.95:
+		decimals = 1
+	}
+	return strconv.FormatFloat(v, 'f', decimals, 64) + " " + units[i]
+}
+
+// grouped writes a whole number in groups of three digits.
+func grouped(n uint64) string {
+	text := strconv.FormatUint(n, 10)
+	for i := len(text) - 3; i > 0; i -= 3 {
+		text = text[:i] + "," + text[i:]
+	}
+	return text
+}
+
+// fit makes text exactly so many characters wide. All text here is made of
+// characters of width one.
+func fit(text string, width int, right bool) string {
+	width = max(width, 0)
+	runes := []rune(text)
+	switch missing := width - len(runes); {
+	case missing < 0 && width > 1:
+		return string(runes[:width-1]) + "…"
+	case missing < 0:
+		return string(runes[:width])
+	case right:
+		return strings.Repeat(" ", missing) + text
+	default:
+		return text + strings.Repeat(" ", missing)
+	}
+}
+
+func bothWays(history []speeds) []speeds {
+	sums := make([]speeds, len(history))
+	for i, s := range history {
+		sums[i] = speeds{in: s.sum(), known: s.known}
+	}
+	return sums
+}
+
+// resample makes so many values of the last n speeds, the newest last. Each is
+// the largest of its part: a peak must not vanish in a mean. NaN is a gap.
+func resample(history []speeds, value func(speeds) float64, n, width int) []float64 {
+	out := make([]float64, width)
+	for i := range out {
+		out[i] = math.NaN()
+		// Positions count back from the newest.
+		from, to := len(history)-n+i*n/width, len(history)-n+max((i+1)*n/width, i*n/width+1)
+		for _, s := range history[min(max(from, 0), len(history)):min(max(to, 0), len(history))] {
+			if s.known && !(value(s) < out[i]) {
+				out[i] = value(s)
+			}
+		}
+	}
+	return out
+}
+
+// sparkline draws the last n speeds in one line. Its scale is that of the unit
+// alone.
+func sparkline(history []speeds, n, width int) string {
+	buckets := resample(history, func(s speeds) float64 { return s.in }, n, width)
+	return chart(buckets, highest(buckets), 1)[0]
+}
+
+// highest is the largest value; gaps do not count.
+func highest(values []float64) float64 {
+	most := 0.0
+	for _, v := range values {
+		if v > most { // max would answer NaN
+			most = v
+		}
+	}
+	return most
+}
+
+// chart draws values as columns, so many lines high. Anything above 0 is seen.
+func chart(values []float64, most float64, high int) []string {
+	eighths := []rune(" ▁▂▃▄▅▆▇█")
+	lines := make([]string, high)
+	for l := range lines {
+		var b strings.Builder
+		base := (high - 1 - l) * 8
+		for _, v := range values {
+			level := 0
+			if v > 0 && most > 0 {
+				level = max(1, int(math.Round(v/most*float64(high*8))))
+			}
+			b.WriteRune(eighths[min(max(level-base, 0), 8)])
+		}
+		lines[l] = b.String()
+	}
+	return lines
+}
+
+// printTop prints the table of --once, the busiest unit first.
+func printTop(w io.Writer, b *board, exact bool) error {
+	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(tab, "IN/s\tOUT/s\tIN pkt/s\tOUT pkt/s\tTOTAL IN\tTOTAL OUT\t UNIT")
+	for _, r := range b.sorted(b.all(), byRecent, false) {
+		packets := [2]string{"-", "-"}
+		if r.now.known {
+			packets = [2]string{strconv.FormatFloat(r.now.packetsIn, 'f', 0, 64), strconv.FormatFloat(r.now.packetsOut, 'f', 0, 64)}
+		}
+		fmt.Fprintf(tab, "%s\t%s\t%s\t%s\t%s\t%s\t %s\n", rateText(r.now.in, r.now.known, exact), rateText(r.now.out, r.now.known, exact),
+			packets[0], packets[1], volumeText(r.total.IngressBytes, exact), volumeText(r.total.EgressBytes, exact), r.name)
+	}
+	if err := tab.Flush(); err != nil {
+		return err
+	}
+	return printHints(w, b.others)
+}

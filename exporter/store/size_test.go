@@ -1,0 +1,188 @@
+package store
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+)
+
+var full = flag.Bool("full", false, "run the size tests over their whole time: a day of outage, three weeks of history")
+
+// A day of a Collector's absence at 10 s and 1,000 units, one in ten active,
+// must fit in 400 MB. Without -full an hour and a half is extrapolated.
+func TestOutageSize(t *testing.T) {
+	const day = 24 * 360
+	cycles := day / 16
+	if *full {
+		cycles = day
+	}
+	h := newHost(1000, 100, 10*time.Second)
+	dir := filepath.Join(t.TempDir(), "state")
+	s := openTest(t, Config{Dir: dir, OutboxMaxBytes: 1 << 40, Now: func() time.Time { return h.now }})
+	for range cycles {
+		if err := s.Commit(t.Context(), h.cycle()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	st := s.Stats()
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	perDay := st.FileBytes * day / int64(cycles)
+	t.Logf("%d cycles: outbox %d bytes, file %d, history %d, a day %d MB; heap in use %d MB",
+		cycles, st.OutboxBytes, st.FileBytes, st.HistoryBytes, perDay>>20, m.HeapInuse>>20)
+	if perDay > 400e6 {
+		t.Errorf("a day of outage needs %d bytes on disk, want at most 400 MB", perDay)
+	}
+	// Drained in pieces of the size that a server takes; then the file shrinks.
+	began, points := time.Now(), 0
+	for {
+		entries, err := s.Next(t.Context(), 3<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(entries) == 0 {
+			break
+		}
+		for _, e := range entries {
+			points += e.Points
+		}
+		if err := s.Ack(t.Context(), entries[len(entries)-1].ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("drained %d points in %v", points, time.Since(began).Round(time.Millisecond))
+	if points != cycles*4000 {
+		t.Errorf("%d points came out of %d cycles", points, cycles)
+	}
+	for range 200 {
+		c := h.cycle()
+		c.Request = nil
+		if err := s.Commit(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	info, err := os.Stat(filepath.Join(dir, fileName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	st = s.Stats()
+	t.Logf("after the drain: file %d bytes, of that free %d, history %d", info.Size(), st.FreeBytes, st.HistoryBytes)
+	if !*full && st.FreeBytes > 6<<20 {
+		t.Errorf("%d bytes of the file are still free", st.FreeBytes)
+	}
+}
+
+// An outbox that is full stays within its bound on disk, also the file itself.
+func TestFullOutboxOnDisk(t *testing.T) {
+	h := newHost(300, 300, 10*time.Second)
+	dir := filepath.Join(t.TempDir(), "state")
+	const bound = 3 << 20
+	s := openTest(t, Config{Dir: dir, OutboxMaxBytes: bound, History: -1, Now: func() time.Time { return h.now }})
+	for range 2000 {
+		if err := s.Commit(t.Context(), h.cycle()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	st := s.Stats()
+	if st.OutboxBytes > bound+64<<10 || st.FileBytes > bound+6<<20 || st.Thinned == 0 || st.Dropped != 0 {
+		t.Errorf("%+v", st)
+	}
+	wal, err := os.Stat(filepath.Join(dir, fileName+"-wal"))
+	if err != nil || wal.Size() > 8<<20 {
+		t.Errorf("log has %d bytes, %v", wal.Size(), err)
+	}
+	t.Logf("%+v, log %d bytes", st, wal.Size())
+}
+
+// Three weeks of minutes of 1,000 units. Without -full a day is extrapolated.
+func TestHistorySize(t *testing.T) {
+	for _, test := range []struct {
+		active int
+		want   int64
+	}{{1000, 300e6}, {100, 60e6}} {
+		t.Run(fmt.Sprint("active=", test.active), func(t *testing.T) {
+			days := 1
+			if *full {
+				days = 21
+			}
+			_, s, took := historyOf(t, days, test.active)
+			st := s.Stats()
+			size := st.HistoryBytes * 21 / int64(days)
+			slices.Sort(took)
+			t.Logf("%d days: %d bytes, three weeks %d MB; append p50 %v p99 %v max %v", days, st.HistoryBytes, size/1e6,
+				took[len(took)/2], took[len(took)*99/100], took[len(took)-1])
+			if size > test.want {
+				t.Errorf("three weeks need %d bytes, want at most %d", size, test.want)
+			}
+		})
+	}
+}
+
+// historyOf makes a store with days of minutes of 1,000 units, of which the
+// given number, always the same, have traffic.
+func historyOf(t testing.TB, days, active int) (dir string, s *Store, took []time.Duration) {
+	h := newHost(1000, 0, time.Minute)
+	dir = filepath.Join(t.TempDir(), "state")
+	s = openTest(t, Config{Dir: dir, Now: func() time.Time { return h.now }})
+	last := make([]time.Time, len(h.units))
+	samples := make([]Sample, len(h.units))
+	for range days * 24 * 60 {
+		// A sweep begins within some ms of its time and takes 110 ms.
+		h.now = h.now.Add(time.Minute)
+		begin := h.now.Add(time.Duration(h.rand.Int64N(int64(8 * time.Millisecond))))
+		for i, unit := range h.units {
+			at := begin.Add(time.Duration(i) * 110 * time.Microsecond)
+			samples[i] = Sample{Unit: unit, Time: at, Interval: time.Minute}
+			if !last[i].IsZero() {
+				samples[i].Interval = at.Sub(last[i])
+			}
+			last[i] = at
+			if i < active {
+				samples[i].Delta = h.traffic(i)
+			}
+		}
+		began := time.Now()
+		commitSamples(t, s, h.now, samples...)
+		took = append(took, time.Since(began))
+	}
+	return dir, s, took
+}
+
+func BenchmarkHistoryAppend(b *testing.B) {
+	// Each op is a day, so that roll-ups are in it.
+	for b.Loop() {
+		_, _, took := historyOf(b, 1, 1000)
+		slices.Sort(took)
+		b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
+		b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+		b.ReportMetric(float64(took[len(took)-1].Microseconds())/1000, "max-ms")
+	}
+}
+
+func BenchmarkHistoryQuery(b *testing.B) {
+	dir, _, _ := historyOf(b, 3, 1000)
+	r, err := OpenReader(b.Context(), dir)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	for name, q := range map[string]Query{
+		"unit,minutes": {Units: []string{"worker-1.service"}, Step: time.Minute},
+		"all,one sum":  {},
+		"all,hours":    {Step: time.Hour},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if u, err := r.History(b.Context(), q); err != nil || len(u.Units) == 0 {
+					b.Fatal(len(u.Units), err)
+				}
+			}
+		})
+	}
+}
