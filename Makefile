@@ -14,7 +14,7 @@ TESTENV = $(if $(CAN_RUN_ALL),UNITMETER_TEST_NO_SKIP=1)
 .PHONY: build test demo lint fmt bench tools clean help
 
 build: ## build bin/unitmeter, a static binary
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/unitmeter ./cmd/unitmeter
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)' -o bin/unitmeter ./cmd/unitmeter
 
 # The race detector needs cgo. `make lint` has vetted already. The timeout is for
 # each package.

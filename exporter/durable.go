@@ -177,50 +177,55 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 	return nil
 }
 
-// Register makes the instruments unitmeter.outbox.* on the meter, without
-// attributes: the gauges bytes (By, on disk), requests ({request}) and age (s,
-// of the oldest request), and the observable counters thinned and dropped
-// ({data_point}).
-func (d *Durable) Register(meter metric.Meter) error {
-	var asked []metric.Observable
-	var tell []func(metric.Observer, store.Stats)
-	add := func(name string, o metric.Int64Observable, err error, value func(store.Stats) int64) error {
-		if err != nil {
-			return fmt.Errorf("register instrument %s: %w", name, err)
-		}
-		asked = append(asked, o)
-		tell = append(tell, func(observer metric.Observer, s store.Stats) { observer.ObserveInt64(o, value(s)) })
-		return nil
+// outboxInstrument is an instrument with what it shows.
+type outboxInstrument struct {
+	receiver.Instrument
+	value func(store.Stats) int64
+}
+
+func outboxInstruments() []outboxInstrument {
+	const gauge, counter = "observable gauge", "observable counter"
+	instrument := func(name, kind, unit, description string, value func(store.Stats) int64) outboxInstrument {
+		return outboxInstrument{receiver.Instrument{Name: name, Kind: kind, Unit: unit, Description: description}, value}
 	}
-	gauge := func(name, unit, description string, value func(store.Stats) int64) error {
-		o, err := meter.Int64ObservableGauge(name, metric.WithUnit(unit), metric.WithDescription(description))
-		return add(name, o, err, value)
-	}
-	counter := func(name, description string, value func(store.Stats) int64) error {
-		o, err := meter.Int64ObservableCounter(name, metric.WithUnit("{data_point}"), metric.WithDescription(description))
-		return add(name, o, err, value)
-	}
-	err := errors.Join(
-		gauge("unitmeter.outbox.bytes", "By", "Size on disk of the requests that are not delivered yet.",
+	return []outboxInstrument{
+		instrument("unitmeter.outbox.bytes", gauge, "By", "Size on disk of the requests that are not delivered yet.",
 			func(s store.Stats) int64 { return s.OutboxBytes }),
-		gauge("unitmeter.outbox.requests", "{request}", "Requests that are not delivered yet.",
+		instrument("unitmeter.outbox.requests", gauge, "{request}", "Requests that are not delivered yet.",
 			func(s store.Stats) int64 { return s.OutboxEntries }),
-		gauge("unitmeter.outbox.age", "s", "Age of the oldest request that is not delivered yet; 0 without one.", age),
-		counter("unitmeter.outbox.thinned", "Data points merged into later ones because the outbox was full. Totals stay exact.",
+		instrument("unitmeter.outbox.age", gauge, "s", "Age of the oldest request that is not delivered yet; 0 without one.", age),
+		instrument("unitmeter.outbox.thinned", counter, "{data_point}", "Data points merged into later ones because the outbox was full. Totals stay exact.",
 			func(s store.Stats) int64 { return s.ThinnedPoints }),
-		counter("unitmeter.outbox.dropped", "Data points given up undelivered because the outbox was full or they were too old.",
+		instrument("unitmeter.outbox.dropped", counter, "{data_point}", "Data points given up undelivered because the outbox was full or they were too old.",
 			func(s store.Stats) int64 { return s.DroppedPoints }),
-	)
-	if err != nil {
-		return err
 	}
-	_, err = meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+}
+
+// Register makes the instruments unitmeter.outbox.* on the meter, without
+// attributes.
+func (d *Durable) Register(meter metric.Meter) error {
+	instruments := outboxInstruments()
+	observables := make([]metric.Int64Observable, len(instruments))
+	all := make([]metric.Observable, len(instruments))
+	for i, instrument := range instruments {
+		var err error
+		if instrument.Kind == "observable gauge" {
+			observables[i], err = meter.Int64ObservableGauge(instrument.Name, metric.WithUnit(instrument.Unit), metric.WithDescription(instrument.Description))
+		} else {
+			observables[i], err = meter.Int64ObservableCounter(instrument.Name, metric.WithUnit(instrument.Unit), metric.WithDescription(instrument.Description))
+		}
+		if err != nil {
+			return fmt.Errorf("register instrument %s: %w", instrument.Name, err)
+		}
+		all[i] = observables[i]
+	}
+	_, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		stats := d.store.Stats() // reads the file: once for all instruments
-		for _, f := range tell {
-			f(o, stats)
+		for i, instrument := range instruments {
+			o.ObserveInt64(observables[i], instrument.value(stats))
 		}
 		return nil
-	}, asked...)
+	}, all...)
 	if err != nil {
 		return fmt.Errorf("register instruments unitmeter.outbox.*: %w", err)
 	}

@@ -160,8 +160,18 @@ func TestDurableOutcomes(t *testing.T) {
 	if entries, err = d.Next(t.Context(), 1<<20); err != nil || len(entries) != 1 || entries[0].ID != ids[5] {
 		t.Errorf("left: %v, %v", entries, err)
 	}
-	if got := s.Stats().Quarantined; got != 2 {
-		t.Errorf("%d requests in quarantine, want 2", got)
+	if err := d.Commit(t.Context(), Cycle{Request: requestOf(t, 0, 6), Points: 1}); err != nil {
+		t.Fatal(err)
+	}
+	entries, err = d.Next(t.Context(), 1<<20)
+	if err != nil || len(entries) != 2 {
+		t.Fatalf("%d entries, %v", len(entries), err)
+	}
+	if err := d.Done(t.Context(), Outcome{ID: entries[0].ID}, Outcome{ID: entries[1].ID, Poison: "bad"}); err != nil {
+		t.Fatal(err)
+	}
+	if stats := s.Stats(); stats.Quarantined != 3 || stats.OutboxEntries != 0 {
+		t.Errorf("%d requests in quarantine, want 3; %d left, want 0", stats.Quarantined, stats.OutboxEntries)
 	}
 }
 

@@ -42,7 +42,7 @@ func readOTLPEnv() (otlpEnv, error) {
 		}
 		env.timeout = time.Duration(ms) * time.Millisecond
 	}
-	switch v, variable := otlpVar("COMPRESSION"); v {
+	switch v, variable := otlpVar("COMPRESSION"); strings.ToLower(v) {
 	case "", "none":
 	case "gzip":
 		env.gzip = true

@@ -22,13 +22,19 @@ type Source interface {
 }
 
 // Config tells an Exporter what to send and how. Its zero value sends cumulative
-// points over gRPC, without an outbox. Where to send it, with which TLS files,
-// compression and time limit, the official exporters read from
-// OTEL_EXPORTER_OTLP_*.
+// points over gRPC, without an outbox. TLS files, compression and time limit,
+// and the endpoint where Config has none, are read from OTEL_EXPORTER_OTLP_*.
 type Config struct {
 	// Protocol is "grpc", "http/protobuf", or "none" for an exporter that
 	// sends nothing and only commits the ledger. Default: grpc.
 	Protocol string
+	// Endpoint is a gRPC target ("host:port", "unix:/path") or, for HTTP, the
+	// whole URL. Default: what the official exporters make of the variables,
+	// which is not all that the specification allows.
+	Endpoint string
+	// Insecure says that the connection to Endpoint has no TLS. HTTP has it in
+	// the URL.
+	Insecure bool
 	// Headers go with each request. Not nil, they replace those of
 	// OTEL_EXPORTER_OTLP_HEADERS.
 	Headers map[string]string
@@ -107,9 +113,9 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 	e.timeout = env.timeout
 	switch cfg.Protocol {
 	case "", "grpc":
-		e.official, err = newGRPC(ctx, cfg.Headers)
+		e.official, err = newGRPC(ctx, cfg, env)
 	case "http/protobuf":
-		e.official, e.transport, err = newHTTP(ctx, cfg.Headers, env)
+		e.official, e.transport, err = newHTTP(ctx, cfg, env)
 	default:
 		return nil, fmt.Errorf("make exporter: unknown protocol %q; set OTEL_EXPORTER_OTLP_PROTOCOL to grpc or http/protobuf", cfg.Protocol)
 	}

@@ -556,6 +556,30 @@ func TestShutdownDuringACall(t *testing.T) {
 	})
 }
 
+func TestDirectExportIsCancelled(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		cfg.Script = []otlptest.Answer{{Delay: time.Minute}}
+		server := otlptest.Start(t, cfg)
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Temporality: "delta"})
+		a.see(unit("a.service", at(0), at(100), 5))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- a.Export(ctx, collected(a.Last().State.Series...)) }()
+		server.Wait(t, func(r []otlptest.Request) bool { return len(r) == 1 })
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if err := a.cycle(unit("a.service", at(0), at(110), 7)); err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive")); !strings.HasSuffix(got, "7]") {
+			t.Errorf("deltas %s; the last must cover the cancelled one", got)
+		}
+		a.log.want(t, "", 0)
+	})
+}
+
 func TestProtocolNoneOnlyCommits(t *testing.T) {
 	box := &memory{}
 	a := newAgent(t, "", Config{Protocol: "none", Outbox: box})

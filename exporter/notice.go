@@ -47,10 +47,10 @@ func (e *episode) over(msg string, args ...any) {
 	}
 }
 
-// current returns the latest failure, and since when there are failures; nil
-// outside an episode.
-func (e *episode) current() (error, time.Time) {
+// current returns since when there are failures, and the latest; nil outside an
+// episode.
+func (e *episode) current() (since time.Time, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.err, e.since
+	return e.since, e.err
 }

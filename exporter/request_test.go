@@ -21,7 +21,7 @@ import (
 // encoded is the official exporter's request for rm.
 func encoded(t testing.TB, rm *metricdata.ResourceMetrics) []byte {
 	t.Helper()
-	official, err := newGRPC(t.Context(), nil)
+	official, err := newGRPC(t.Context(), Config{}, otlpEnv{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -177,13 +177,8 @@ func (s *sender) sleep(ctx context.Context, d time.Duration) {
 // step makes at most one call. It returns how long to wait before the next step,
 // and without a wait whether there is more to do.
 func (s *sender) step(ctx context.Context) (wait time.Duration, more bool) {
-	// What is delivered must be out of the outbox before anything else, or it
-	// would be sent again.
-	if len(s.acked) > 0 {
-		if err := s.outbox.Done(context.WithoutCancel(ctx), s.acked...); err != nil {
-			return s.stuck("record deliveries in the outbox", err), true
-		}
-		s.acked = nil
+	if wait := s.record(ctx); wait > 0 {
+		return wait, true
 	}
 	batch, err := s.outbox.Next(ctx, s.limit)
 	if ctx.Err() != nil {
@@ -199,7 +194,24 @@ func (s *sender) step(ctx context.Context) (wait time.Duration, more bool) {
 	if batch[0].ID <= s.alone {
 		batch = batch[:1]
 	}
-	return s.deliver(ctx, batch), true
+	if wait = s.deliver(ctx, batch); wait == 0 {
+		wait = s.record(ctx) // at once, for ctx may have ended
+	}
+	return wait, true
+}
+
+// record tells the outbox which deliveries are over. Until it knows them nothing
+// else is done: it would give them out again. It returns how long to wait before
+// the next try, 0 after success.
+func (s *sender) record(ctx context.Context) (wait time.Duration) {
+	if len(s.acked) == 0 {
+		return 0
+	}
+	if err := s.outbox.Done(context.WithoutCancel(ctx), s.acked...); err != nil {
+		return s.stuck("record deliveries in the outbox", err)
+	}
+	s.acked = nil
+	return 0
 }
 
 // stuck logs an outbox that fails and returns the delay before the next try.

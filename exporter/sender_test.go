@@ -222,6 +222,50 @@ func TestSenderLogsChangesOnly(t *testing.T) {
 	})
 }
 
+// lateBox gets an entry just after Next has found none.
+type lateBox struct {
+	memory
+	late func()
+}
+
+func (b *lateBox) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
+	entries, err := b.memory.Next(ctx, maxBytes)
+	if len(entries) == 0 && b.late != nil {
+		late := b.late
+		b.late = nil
+		late()
+	}
+	return entries, err
+}
+
+func TestFlushWaitsForAnEntryThatCameLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box lateBox
+		var log logged
+		var s *sender
+		idle := true
+		l := &line{t: t, answer: func([]int64, int) answer {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			idle = s.idle
+			return answer{}
+		}}
+		box.late = func() {
+			box.set(func(m *memory) { m.add(1, requestOf(t, 0, 1)) })
+			s.kick()
+		}
+		s = newSender(&box, newTally(log.logger()), log.logger(), l.call)
+		go s.run(t.Context())
+		synctest.Wait()
+		l.want(1)
+		if idle {
+			t.Error("flush would not have waited for the entry")
+		}
+		close(s.drain)
+		<-s.done
+	})
+}
+
 func TestSenderJoinsSmallRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var box memory
@@ -479,6 +523,26 @@ func TestSenderDrain(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What was accepted in the last moment is not sent again after the next start.
+func TestSenderRecordsTheLastAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		ctx, cancel := context.WithCancel(t.Context())
+		l := &line{t: t, answer: func([]int64, int) answer {
+			cancel()
+			return answer{}
+		}}
+		fill(t, &box, 0, 2)
+		s := newSender(&box, newTally(log.logger()), log.logger(), l.call)
+		go s.run(ctx)
+		<-s.done
+		if box.pending() != 0 {
+			t.Errorf("%d accepted entries are left", box.pending())
+		}
+	})
 }
 
 func TestBackoffGrowsAndIsBounded(t *testing.T) {

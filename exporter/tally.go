@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/metric"
+
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // Health is how the delivery of metrics goes.
@@ -104,31 +106,43 @@ func (t *tally) hourly(level slog.Level, msg string, args ...any) {
 
 func (t *tally) health() Health {
 	h := Health{Sent: t.sent.Load(), Rejected: t.rejected.Load(), Dropped: t.dropped.Load()}
-	if h.Err, h.Since = t.delivery.current(); h.Err == nil {
-		h.Err, h.Since = t.commit.current()
+	if h.Since, h.Err = t.delivery.current(); h.Err == nil {
+		h.Since, h.Err = t.commit.current()
 	}
 	return h
 }
 
-// Register makes the exporter's own instruments on the meter: the observable
-// counters unitmeter.export.sent, unitmeter.export.rejected and
-// unitmeter.export.dropped, in data points, without attributes (see Health).
+// Instruments lists the instruments of Exporter.Register and Durable.Register.
+func Instruments() []receiver.Instrument {
+	list := deliveryInstruments()
+	for _, i := range outboxInstruments() {
+		list = append(list, i.Instrument)
+	}
+	return list
+}
+
+func deliveryInstruments() []receiver.Instrument {
+	instrument := func(name, description string) receiver.Instrument {
+		return receiver.Instrument{Name: name, Kind: "observable counter", Unit: "{data_point}", Description: description}
+	}
+	return []receiver.Instrument{
+		instrument("unitmeter.export.sent", "Data points that the receiver of the metrics accepted."),
+		instrument("unitmeter.export.rejected", "Data points that the receiver of the metrics refused for good: partial successes and quarantined requests."),
+		instrument("unitmeter.export.dropped", "Data points that were not fit to be sent, because they had no series in the sweep."),
+	}
+}
+
+// Register makes the exporter's own instruments on the meter (see Health).
 func (e *Exporter) Register(meter metric.Meter) error {
-	for _, i := range []struct {
-		name, description string
-		value             *atomic.Int64
-	}{
-		{"unitmeter.export.sent", "Data points that the receiver accepted.", &e.tally.sent},
-		{"unitmeter.export.rejected", "Data points that the receiver refused for good: partial successes and quarantined requests.", &e.tally.rejected},
-		{"unitmeter.export.dropped", "Data points that were not fit to be sent, because they had no series in the sweep.", &e.tally.dropped},
-	} {
-		_, err := meter.Int64ObservableCounter(i.name, metric.WithUnit("{data_point}"), metric.WithDescription(i.description),
+	values := []*atomic.Int64{&e.tally.sent, &e.tally.rejected, &e.tally.dropped}
+	for i, instrument := range deliveryInstruments() {
+		_, err := meter.Int64ObservableCounter(instrument.Name, metric.WithUnit(instrument.Unit), metric.WithDescription(instrument.Description),
 			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-				o.Observe(i.value.Load())
+				o.Observe(values[i].Load())
 				return nil
 			}))
 		if err != nil {
-			return fmt.Errorf("register instrument %s: %w", i.name, err)
+			return fmt.Errorf("register instrument %s: %w", instrument.Name, err)
 		}
 	}
 	return nil

@@ -13,6 +13,7 @@ import (
 	grpcbackoff "google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -30,7 +31,7 @@ type grpcWire struct {
 
 // newGRPC makes the official gRPC exporter with a connection that stops requests
 // made under withCapture.
-func newGRPC(ctx context.Context, headers map[string]string) (sdkmetric.Exporter, error) {
+func newGRPC(ctx context.Context, cfg Config, env otlpEnv) (sdkmetric.Exporter, error) {
 	// gRPC's default is up to 120 s between attempts to connect: too long
 	// after an outage that ended.
 	dial := grpcbackoff.DefaultConfig
@@ -42,8 +43,16 @@ func newGRPC(ctx context.Context, headers map[string]string) (sdkmetric.Exporter
 			grpc.WithConnectParams(grpc.ConnectParams{Backoff: dial, MinConnectTimeout: 20 * time.Second}),
 		),
 	}
-	if headers != nil {
-		opts = append(opts, otlpmetricgrpc.WithHeaders(headers))
+	if cfg.Headers != nil {
+		opts = append(opts, otlpmetricgrpc.WithHeaders(cfg.Headers))
+	}
+	if cfg.Endpoint != "" {
+		opts = append(opts, otlpmetricgrpc.WithEndpoint(cfg.Endpoint))
+		if cfg.Insecure {
+			opts = append(opts, otlpmetricgrpc.WithInsecure())
+		} else {
+			opts = append(opts, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(env.tls)))
+		}
 	}
 	return otlpmetricgrpc.New(ctx, opts...)
 }

@@ -36,7 +36,7 @@ type httpWire struct {
 // made under withCapture. An exporter that is given a client leaves TLS, proxy
 // and time limits to it, so they are set here, from the same variables. It also
 // leaves compression to the wire: the outbox wants the plain bytes.
-func newHTTP(ctx context.Context, headers map[string]string, env otlpEnv) (sdkmetric.Exporter, *http.Transport, error) {
+func newHTTP(ctx context.Context, cfg Config, env otlpEnv) (sdkmetric.Exporter, *http.Transport, error) {
 	// As in otlpmetrichttp, which does not use the changeable
 	// http.DefaultTransport either.
 	transport := &http.Transport{
@@ -60,8 +60,11 @@ func newHTTP(ctx context.Context, headers map[string]string, env otlpEnv) (sdkme
 		otlpmetrichttp.WithCompression(otlpmetrichttp.NoCompression),
 		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, gzip: env.gzip}}),
 	}
-	if headers != nil {
-		opts = append(opts, otlpmetrichttp.WithHeaders(headers))
+	if cfg.Headers != nil {
+		opts = append(opts, otlpmetrichttp.WithHeaders(cfg.Headers))
+	}
+	if cfg.Endpoint != "" {
+		opts = append(opts, otlpmetrichttp.WithEndpointURL(cfg.Endpoint))
 	}
 	exp, err := otlpmetrichttp.New(ctx, opts...)
 	return exp, transport, err

@@ -146,6 +146,12 @@ func (r *Receiver) connect(ctx context.Context) (*bus, error) {
 
 // open connects to one address and asks for the signals of the inventory.
 func open(ctx context.Context, address string, private bool) (*bus, error) {
+	return openFor(ctx, address, private, true)
+}
+
+// openFor is open. Without signals, nobody need read them: what is not read
+// would pile up without a bound.
+func openFor(ctx context.Context, address string, private, signals bool) (*bus, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	w, err := dial(ctx, address)
@@ -157,8 +163,13 @@ func open(ctx context.Context, address string, private bool) (*bus, error) {
 		return nil, errors.Join(fmt.Errorf("connect to systemd at %s: %w", address, err), w.Close())
 	}
 	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), private: private}
-	conn.Signal(b.signals)
-	if err := b.subscribe(ctx); err != nil {
+	if signals {
+		conn.Signal(b.signals)
+	}
+	if err = b.hello(ctx); err == nil && signals {
+		err = b.subscribe(ctx)
+	}
+	if err != nil {
 		if errors.Is(err, dbus.ErrClosed) {
 			err = w.failure() // which says why
 		}
@@ -167,18 +178,20 @@ func open(ctx context.Context, address string, private bool) (*bus, error) {
 	return b, nil
 }
 
+// hello makes the connection one that calls can be made on.
+func (b *bus) hello(ctx context.Context) error {
+	if err := b.conn.Auth([]dbus.Auth{external{}}); err != nil || b.private {
+		return err
+	}
+	var name string
+	return b.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.Hello", 0).Store(&name)
+}
+
 // subscribe asks for signals. PID 1 sends them to each client of its private
 // socket, unasked and unfiltered.
 func (b *bus) subscribe(ctx context.Context) error {
-	if err := b.conn.Auth([]dbus.Auth{external{}}); err != nil {
-		return err
-	}
 	if b.private {
 		return nil
-	}
-	var name string
-	if err := b.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.Hello", 0).Store(&name); err != nil {
-		return err
 	}
 	const fromSystemd = "type='signal',sender='" + systemdName + "',"
 	for _, rule := range []string{
@@ -350,6 +363,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 			f.removed(name)
 		}
 	case managerInterface + ".Reloading":
+		f.kernel.afterReload()
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
 		} else if ok {
@@ -427,6 +441,7 @@ func (r *Receiver) metered(name string) bool {
 
 // relist brings the inventory in line with what systemd has loaded.
 func (r *Receiver) relist(ctx context.Context, b *bus) error {
+	r.kernel.afterReload()
 	patterns := make([]string, len(r.cfg.Types))
 	for i, t := range r.cfg.Types {
 		patterns[i] = "*." + t
@@ -609,9 +624,9 @@ func (s *status) change(property string, value any) error {
 	var ok bool
 	switch property {
 	case "ActiveState":
-		s.active, ok = value.(string)
+		s.active, ok = kept(value)
 	case "SubState":
-		s.sub, ok = value.(string)
+		s.sub, ok = kept(value)
 	case "InactiveExitTimestamp", "ActiveEnterTimestamp", "ActiveExitTimestamp", "InactiveEnterTimestamp":
 		var usec uint64
 		usec, ok = value.(uint64)
@@ -628,6 +643,13 @@ func (s *status) change(property string, value any) error {
 		return fmt.Errorf("systemd signalled %s as a %T", property, value)
 	}
 	return nil
+}
+
+// kept returns a string of a D-Bus message as a copy: the strings of godbus keep
+// the 4 KiB alive in which all those of their message are.
+func kept(value any) (text string, ok bool) {
+	text, ok = value.(string)
+	return strings.Clone(text), ok
 }
 
 // update takes the state of one unit. The caller holds mu.

@@ -22,7 +22,8 @@ import (
 const insideMode = "UNITMETER_TEST_INSIDE"
 
 // booted is the one rig that all tests and benchmarks of this package share:
-// booted by the first that asks, closed by TestMain.
+// booted by the first that asks, from the tree in UNITMETER_TEST_ROOT if that is
+// set, and closed by TestMain.
 var booted rigOnce
 
 type rigOnce struct {
@@ -32,7 +33,9 @@ type rigOnce struct {
 }
 
 func (r *rigOnce) boot() (*systemdtest.Rig, error) {
-	r.once.Do(func() { r.rig, r.err = systemdtest.Boot(context.Background(), systemdtest.Config{}) })
+	r.once.Do(func() {
+		r.rig, r.err = systemdtest.Boot(context.Background(), systemdtest.Config{Root: os.Getenv("UNITMETER_TEST_ROOT")})
+	})
 	return r.rig, r.err
 }
 

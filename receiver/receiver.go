@@ -51,6 +51,11 @@ type Config struct {
 	// PID 1 logs when a unit stops (root, or the systemd-journal group); "off"
 	// does neither; "auto" does what the privileges allow. Default: auto.
 	StopEdge string
+	// Source is "dbus" to ask systemd for all counters; "kernel" to read them in
+	// the BPF maps where systemd counts, which costs less, and is right where
+	// systemd is not (needs CAP_SYS_ADMIN); "auto" to do what the privileges
+	// allow. Default: dbus.
+	Source string
 	// SweepTimeout bounds one reading of all units. Default: 10 s.
 	SweepTimeout time.Duration
 	// State continues the series of an earlier Receiver.
@@ -59,6 +64,10 @@ type Config struct {
 	BootID string
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
+
+	// Where the kernel source finds the cgroup tree and the names of the
+	// invocations. Tests set them.
+	cgroups, invocations string
 }
 
 // A Receiver follows systemd's units and reads their IP accounting. Run keeps
@@ -85,10 +94,12 @@ type Receiver struct {
 	order  []*series                  // all of series, in the order of their creation
 	index  map[attribute.Distinct]int // into order; made anew when order changes
 	health health
+	said   map[string]int // what the sweep in progress has logged, see say
 	// balances are by the name of a top-level slice.
 	balances map[string]*balance
 	// unplaced is the growth of units whose slice nobody could find out.
 	unplaced Counters
+	kernel   *kernelSource // nil with Source dbus
 	// journalctl is the command and its first arguments; tests set it.
 	journalctl []string
 }
@@ -116,6 +127,7 @@ func New(cfg Config) (*Receiver, error) {
 		units:    map[string]*unit{},
 		runs:     map[string]*run{},
 		series:   map[string]*series{},
+		said:     map[string]int{},
 		balances: map[string]*balance{},
 	}
 	if r.log == nil {
@@ -168,13 +180,26 @@ func New(cfg Config) (*Receiver, error) {
 		}
 		r.cfg.BootID = strings.TrimSpace(string(id))
 	}
+	if err := r.chooseSource(); err != nil {
+		return nil, err
+	}
 	r.restore(cfg.State)
 	return r, nil
 }
 
 // restore takes over the series and runs of an earlier Receiver. The run of an
 // earlier boot can never be read again, but for its series that is no loss.
+//
+// A time after now is one of a clock that was stepped back since. It becomes
+// now: else no reading would count until the clock is there again.
 func (r *Receiver) restore(state State) {
+	now := time.Now()
+	past := func(t time.Time) time.Time {
+		if t.After(now) {
+			return now
+		}
+		return t
+	}
 	for _, s := range state.Series {
 		if _, ok := r.series[s.Name]; ok || !s.Total.valid() {
 			continue
@@ -184,7 +209,8 @@ func (r *Receiver) restore(state State) {
 			continue
 		}
 		if top, ok := strings.CutPrefix(s.Name, waitingPrefix); ok {
-			r.balanceOf(top).waiting = s.Total
+			b := r.balanceOf(top)
+			b.waiting, b.turned, b.read = s.Total, now, now // the journal has yet to be read
 			continue
 		}
 		var restored *series
@@ -194,7 +220,7 @@ func (r *Receiver) restore(state State) {
 		} else {
 			restored = r.newSeries(s.Name, "", s.Start)
 		}
-		restored.total, restored.start, restored.time, restored.fresh = s.Total, s.Start, s.Time, false
+		restored.total, restored.start, restored.time, restored.fresh = s.Total, s.Start, past(s.Time), false
 	}
 	for _, saved := range state.Runs {
 		if saved.Boot != r.cfg.BootID {
@@ -204,7 +230,7 @@ func (r *Receiver) restore(state State) {
 		// begins with what the run grows by from here.
 		r.runs[r.runKey(saved.Unit, saved.Epoch)] = &run{
 			unit: saved.Unit, epoch: saved.Epoch, series: r.series[saved.Series], closed: time.Now(), restored: true,
-			odometer: odometer{last: saved.Last, time: saved.Time},
+			odometer: odometer{last: saved.Last, time: past(saved.Time)},
 		}
 	}
 }
@@ -222,6 +248,7 @@ func (r *Receiver) Run(ctx context.Context) error {
 		journal.Go(func() { r.followJournal(ctx, since) })
 		defer journal.Wait()
 	}
+	defer r.startKernel(ctx)()
 	const shortest, longest = 250 * time.Millisecond, 15 * time.Second
 	pause := shortest
 	for {

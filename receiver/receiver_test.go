@@ -119,6 +119,33 @@ func TestLostAndFound(t *testing.T) {
 	}
 }
 
+// TestLogOfMany: what befalls all units at once is told of a few and counted.
+func TestLogOfMany(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	const units = 50
+	set := func(c Counters) {
+		for i := range units {
+			fake.SetUnit(accounted(fmt.Sprintf("u%d.service", i), i+1, c))
+		}
+	}
+	set(all(10))
+	r, l := start(t, Config{Bus: fake.Address()})
+	r.Sweep(t.Context())
+	for i := 1; i <= 2; i++ {
+		set(all(systemdtest.NoData))
+		r.Sweep(t.Context())
+		r.Sweep(t.Context())
+		l.only(t, 5*i, "WARN", "systemd lost the counters")
+		l.only(t, i, "INFO", "the same of more units: systemd lost the counters")
+		set(all(10))
+		r.Sweep(t.Context())
+		l.only(t, 6*i, "can be read again")
+	}
+	if !strings.Contains(l.String(), fmt.Sprintf(`"units":%d`, units-5)) {
+		t.Errorf("the rest is not counted:\n%s", l)
+	}
+}
+
 func TestFallingCounters(t *testing.T) {
 	for name, fallen := range map[string]Counters{
 		"all": all(40), "to zero": {}, "ingress bytes": {99, 200, 200, 200}, "ingress packets": {200, 99, 200, 200},
@@ -250,7 +277,7 @@ func TestBadStates(t *testing.T) {
 	}{
 		"InvocationID of 15 bytes":        {"InvocationID", make([]byte, 15), true},
 		"InvocationID of 17 bytes":        {"InvocationID", make([]byte, 17), true},
-		"InvocationID of 1 MiB":           {"InvocationID", make([]byte, 1<<20), true},
+		"InvocationID of 64 KiB":          {"InvocationID", make([]byte, 1<<16), true},
 		"InvocationID as text":            {"InvocationID", id(1), true},
 		"no InvocationID":                 {"InvocationID", nil, true},
 		"ActiveState as a number":         {"ActiveState", uint64(1), true},

@@ -35,12 +35,13 @@ func sink(t testing.TB, rig *systemdtest.Rig) {
 Type=notify
 ExecStart=`+rig.Traffic()+` udp-sink `+sinkAddress+`
 `)
-	rig.Run(t, "systemctl", "daemon-reload")
 	rig.Run(t, "systemctl", "start", "sink.service")
 }
 
 // talker starts a service that sends datagrams when it is told to. It is
 // stopped at the end of the test. settings are more lines of its [Service].
+// systemd finds a new unit file without a reload, which takes seconds with a
+// thousand units and loses their counters on systemd 257.
 func talker(t testing.TB, rig *systemdtest.Rig, name string, settings ...string) {
 	t.Helper()
 	sink(t, rig)
@@ -54,7 +55,6 @@ IPAccounting=yes
 ExecStart=/usr/local/bin/talker `+name+`
 `+strings.Join(settings, "\n")+"\n")
 	rig.Run(t, "sh", "-c", `for f in in out; do [ -p /run/$1.$f ] || mkfifo /run/$1.$f; done`, "sh", name)
-	rig.Run(t, "systemctl", "daemon-reload")
 	rig.Run(t, "systemctl", "start", name)
 	t.Cleanup(func() {
 		rig.Run(t, "systemctl", "stop", name)
@@ -326,7 +326,6 @@ ExecStartPre=/bin/sh -c 'date +%%s%%N >/run/pre.began; exec `+send+`4'
 ExecStartPre=/bin/sleep 0.2
 ExecStart=/bin/sleep infinity
 `)
-		rig.Run(t, "systemctl", "daemon-reload")
 		before := time.Now()
 		rig.Run(t, "systemctl", "start", "pre.service")
 		t.Cleanup(func() { rig.Run(t, "systemctl", "stop", "pre.service") })
@@ -396,7 +395,6 @@ func TestRigUnitTypes(t *testing.T) {
 		// The traffic of a socket-activated connection belongs to the socket.
 		rig.WriteFile(t, "/etc/systemd/system/act.socket", "[Socket]\nListenStream=127.0.0.1:9100\nIPAccounting=yes\n")
 		rig.WriteFile(t, "/etc/systemd/system/act.service", "[Service]\nIPAccounting=yes\nExecStart="+rig.Traffic()+" tcp-sink -\n")
-		rig.Run(t, "systemctl", "daemon-reload")
 		rig.Run(t, "systemctl", "start", "act.socket")
 		t.Cleanup(func() { rig.Run(t, "systemctl", "stop", "act.socket", "act.service") })
 		rig.Run(t, rig.Traffic(), "tcp-send", "127.0.0.1:9100", "-bytes", "50000")
@@ -443,7 +441,6 @@ func TestRigUnitTypes(t *testing.T) {
 	})
 	t.Run("mount without data", func(t *testing.T) {
 		rig.WriteFile(t, "/etc/systemd/system/mnt-nothing.mount", "[Mount]\nWhat=tmpfs\nWhere=/mnt/nothing\nType=tmpfs\nIPAccounting=yes\n")
-		rig.Run(t, "systemctl", "daemon-reload")
 		rig.Run(t, "systemctl", "start", "mnt-nothing.mount")
 		t.Cleanup(func() { rig.Run(t, "systemctl", "stop", "mnt-nothing.mount") })
 		rig.Run(t, "systemctl", "set-property", "--runtime", "tmp.mount", "IPAccounting=yes")
@@ -476,6 +473,8 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 	talker(t, rig, "calm.service")
 	talker(t, rig, "idle.service")
 	r, l := start(t, Config{Bus: bus})
+	v := systemdVersion(t, rig)
+	forgetful := v == 256 || v == 257 // systemd#38112
 	talk(t, rig, "idle.service", 3)
 	total := 0
 	for i, operation := range []string{"daemon-reload", "daemon-reexec", "daemon-reload", "daemon-reexec"} {
@@ -483,15 +482,15 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 		total += 10
 		first := want(t, r.Sweep(t.Context()), "calm.service", sent(total))
 		// Sweep all through it: nothing may fall, jump or double.
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			rig.Run(t, "systemctl", operation)
-		}()
-		for swept := false; !swept; {
+		done := make(chan error, 1)
+		go func() { done <- rig.Command(t.Context(), "systemctl", operation).Run() }()
+		for over := false; !over; {
 			select {
-			case <-done:
-				swept = true
+			case err := <-done:
+				if err != nil {
+					t.Fatalf("systemctl %s: %v", operation, err)
+				}
+				over = true
 			default:
 			}
 			if s, ok := r.Sweep(t.Context()).seriesOf("calm.service"); ok && s.Total != sent(total) {
@@ -502,6 +501,15 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 			h := r.healthNow()
 			return h.reloads+h.reexecs > int64(i)
 		})
+		if forgetful {
+			// The gap is a gap, and setting the property again ends it.
+			s := sweepUntil(t, r, "the loss is noticed", func(*Sweep) bool {
+				return r.unitNamed("calm.service").Accounting == "lost" && r.unitNamed("idle.service").Accounting == "lost"
+			})
+			none(t, s, "calm.service")
+			rig.Run(t, "systemctl", "set-property", "--runtime", "calm.service", "IPAccounting=yes")
+			rig.Run(t, "systemctl", "set-property", "--runtime", "idle.service", "IPAccounting=yes")
+		}
 		s := sweepUntil(t, r, "all is read again", func(s *Sweep) bool {
 			_, calm := s.seriesOf("calm.service")
 			_, idle := s.seriesOf("idle.service")
@@ -574,7 +582,6 @@ IPAccounting=yes
 Slice=thousand.slice
 ExecStart=/bin/bash -c 'printf x >/dev/udp/%s; exec sleep infinity'
 `, strings.Replace(sinkAddress, ":", "/", 1)))
-	rig.Run(t, "systemctl", "daemon-reload")
 	rig.Run(t, "bash", "-c", fmt.Sprintf("systemctl start thousand@{0..%d}.service", thousandUnits-1))
 	eventually(t, "all have sent", func() bool { return shown(t, rig, "thousand.slice").EgressPackets == thousandUnits })
 }
@@ -606,7 +613,7 @@ func TestRigReferences(t *testing.T) {
 	talker(t, rig, "young.service")
 	talk(t, rig, "young.service", 2)
 	sweepUntil(t, r, "a young unit is read", func(s *Sweep) bool { got, _ := s.seriesOf("young.service"); return got.Total == sent(2) })
-	if n := rules() - before; n > maxHeld || maxHeld > 200 {
+	if n := rules() - before; n > 200 {
 		t.Errorf("the receiver takes %d of PID 1's 512 match rules", n)
 	}
 	if h := r.healthNow(); h.dbusErrors != 0 || h.partial != 0 || h.reconnects != 0 {

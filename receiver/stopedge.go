@@ -41,6 +41,11 @@ type references struct {
 	// suppressed are names that were gone before the reference came. Asking
 	// loads such a name, which announces it as new, which would ask again.
 	suppressed map[string]bool
+	// any says that the operator wants references on all services. Otherwise
+	// only names that systemd-run makes up are referenced: nobody starts such a
+	// unit again, and under load the reference on another does get in the way
+	// of that (6 of 100 tries). The journal has the end of the others.
+	any bool
 }
 
 // holdReferences prepares for references, where they are wanted and allowed.
@@ -51,7 +56,7 @@ func (f *follower) holdReferences(ctx context.Context) {
 	}
 	conn := f.bus.conn
 	if f.bus.private {
-		b, err := f.openSystem(ctx)
+		b, err := openFor(ctx, f.cfg.SystemBus, false, false)
 		if err != nil {
 			f.log.Warn("no references on running services; the last bytes of short ones come from the journal only", "err", err)
 			return
@@ -60,7 +65,7 @@ func (f *follower) holdReferences(ctx context.Context) {
 	}
 	f.references = references{
 		refs: conn, refReplies: make(chan *dbus.Call, maxAsked),
-		held: map[string]bool{}, suppressed: map[string]bool{},
+		held: map[string]bool{}, suppressed: map[string]bool{}, any: mode == "ref",
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -80,7 +85,7 @@ func (f *follower) releaseReferences() {
 
 // reference asks for a reference on a service that has just come up.
 func (f *follower) reference(name string) {
-	if f.refs == nil || f.suppressed[name] || typeOf(name) != "service" {
+	if f.refs == nil || f.suppressed[name] || typeOf(name) != "service" || !f.any && !madeUp(name) {
 		return
 	}
 	if _, ok := f.held[name]; ok || len(f.held) >= maxHeld {
@@ -89,6 +94,14 @@ func (f *follower) reference(name string) {
 	f.held[name] = false
 	f.wanted = append(f.wanted, name)
 	f.askReferences()
+}
+
+// madeUp reports whether a service has a name as systemd-run makes them up:
+// run-u123, run-r5a0... and, from systemd 256 on, run-p123-i456.
+func madeUp(service string) bool {
+	id, ok := strings.CutPrefix(strings.TrimSuffix(service, ".service"), "run-")
+	return ok && len(id) > 1 && strings.ContainsRune("urp", rune(id[0])) &&
+		strings.Trim(id[1:], "0123456789abcdef-i") == "" && strings.ContainsAny(id, "0123456789")
 }
 
 // askReferences makes the calls that there is room for.
@@ -242,7 +255,7 @@ func (f *follower) placed(call *dbus.Call) {
 	if call.Err != nil || call.Store(&v) != nil {
 		return
 	}
-	name, _ := v.Value().(string)
+	name, _ := kept(v.Value())
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if run, ok := f.runs[strings.TrimPrefix(string(call.Path), unitPathPrefix)]; ok {

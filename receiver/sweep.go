@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"log/slog"
 	"maps"
 	"os"
 	"slices"
@@ -54,6 +55,9 @@ type target struct {
 	missed bool // the bus, not systemd, answered; the next sweep has a better chance
 	err    error
 	time   time.Time // of the last reply
+
+	stream *stream  // the maps that are read instead; nil for none
+	held   Counters // their value
 }
 
 // Sweep reads the counters of all metered units and returns the result. It
@@ -83,6 +87,7 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	if b != nil {
 		err = r.readAll(ctx, b, targets)
 	}
+	r.readRests()
 	sweep := r.finish(began, err)
 	r.last.Store(sweep)
 	return sweep
@@ -152,8 +157,8 @@ func (u *unit) target(now time.Time) target {
 	}
 }
 
-// read fills in the targets.
-func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
+// readBus fills in the targets over D-Bus.
+func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error {
 	type call struct{ target, property int }
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
@@ -278,7 +283,7 @@ func (r *Receiver) applyOne(t *target) {
 		r.health.dbusErrors++
 		if current && u.state != accountingFailed {
 			u.state = accountingFailed
-			r.log.Warn("cannot read the counters of a unit; it has no points until this ends", "unit", u.name, "err", t.err)
+			r.say(slog.LevelWarn, "cannot read the counters of a unit; it has no points until this ends", "unit", u.name, "err", t.err)
 		}
 		return
 	case t.noData:
@@ -296,7 +301,7 @@ func (r *Receiver) applyOne(t *target) {
 		return
 	}
 	if current && (u.state == accountingFailed || u.state == accountingLost) {
-		r.log.Info("the counters of a unit can be read again", "unit", u.name)
+		r.say(slog.LevelInfo, "the counters of a unit can be read again", "unit", u.name)
 	}
 	start := t.startOf()
 	if t.run.start.IsZero() {
@@ -307,11 +312,11 @@ func (r *Receiver) applyOne(t *target) {
 	}
 	before := t.run.time
 	t.run.quiet = !before.IsZero() && !t.moved()
-	delta, reset := t.run.advance(raw, t.time)
+	delta, reset := t.advance(raw)
 	if reset {
 		r.health.resets++
 		t.run.start = before
-		r.log.Info("systemd's counters of a unit fell; counting on from there", "unit", u.name)
+		r.say(slog.LevelInfo, "systemd's counters of a unit fell; counting on from there", "unit", u.name)
 	}
 	if !t.run.ended.IsZero() {
 		t.run.final = true
@@ -341,6 +346,19 @@ func (r *Receiver) applyOne(t *target) {
 	s.observed = true
 }
 
+// sayAtMost is how many lines with one message a sweep logs. A reload of
+// systemd 257 loses the counters of all units at once.
+const sayAtMost = 5
+
+// say logs a change of one unit. The end of the sweep counts what is over
+// sayAtMost. The caller holds mu.
+func (r *Receiver) say(level slog.Level, message string, args ...any) {
+	r.said[message]++
+	if r.said[message] <= sayAtMost {
+		r.log.Log(context.Background(), level, message, args...)
+	}
+}
+
 // executedNothing reports the one case in which a new invocation still shows
 // the counters of the one before: a oneshot service whose start runs no
 // command (ExecStop= only). They are reset when ExecStop runs.
@@ -359,11 +377,17 @@ func (r *Receiver) withoutData(u *unit, t *target) {
 		return
 	case t.value[ipAccounting] == 0:
 		u.state = accountingOff
-		t.run.last, t.run.start = Counters{}, time.Time{} // when it is switched on again, it counts from 0
+		t.run.start = time.Time{}
+		// When it is switched on again it counts from 0, if other units of its
+		// slice use BPF: always in system.slice, where journald does. Else
+		// systemd has kept the counters; that they fall is then the only sign.
+		if t.run.slice == "system.slice" {
+			t.run.last = Counters{}
+		}
 	case had, u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope"):
 		u.state = accountingLost
 		if was != accountingLost {
-			r.log.Warn("systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
+			r.say(slog.LevelWarn, "systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
 				"unit", u.name, "next", "systemctl set-property --runtime "+u.name+" IPAccounting=yes")
 		}
 	default:
@@ -464,6 +488,12 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 	if err != nil {
 		r.health.partial++
 	}
+	for message, n := range r.said {
+		if n > sayAtMost {
+			r.log.Info("the same of more units: "+message, "units", n-sayAtMost)
+		}
+	}
+	clear(r.said)
 	now := time.Now()
 	maps.DeleteFunc(r.runs, func(_ string, run *run) bool {
 		keep := keepClosed
@@ -500,8 +530,8 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 		// remembered, so that each of several readers gets it.
 		s.observed = s.observed || s.moved || s.shared && !s.time.IsZero() || over[s] && !live[s]
 		// What comes late, from the journal or of a member of a fold, must not
-		// change a point that has been shown.
-		if s.moved && !s.time.After(s.shown) {
+		// change a point that has been shown; and a delta needs an interval.
+		if s.moved && (!s.time.After(s.shown) || !s.time.After(s.start)) {
 			s.time = now
 		}
 		s.shown = s.time
@@ -527,9 +557,10 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 		if b.series == nil {
 			continue
 		}
+		waiting, _ := b.waiting.plus(b.recent)
 		sweep.State.Series = append(sweep.State.Series,
 			Series{Name: aheadPrefix + top, Total: b.ahead, Time: now},
-			Series{Name: waitingPrefix + top, Total: b.waiting, Time: now})
+			Series{Name: waitingPrefix + top, Total: waiting, Time: now})
 	}
 	if r.index == nil {
 		r.index = make(map[attribute.Distinct]int, 2*len(r.order))

@@ -4,6 +4,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"go.opentelemetry.io/otel/attribute"
 )
@@ -20,15 +21,21 @@ const (
 	waitingPrefix      = "waiting/"
 )
 
+// settleTime is how long the stop record of a unit may take through the journal.
+const settleTime = 10 * time.Second
+
 // balance compares one top-level slice with the units in it. What the slice
 // counted and no unit did is the traffic of units that are not metered, or
 // that ended before anyone could read them.
 type balance struct {
 	series *series // what was unattributed so far; nil before the first reading
-	// waiting is what the slice counted and no unit has shown yet. It becomes
-	// unattributed at the next reading of the slice: until then the last
-	// readings and stop records of units that have ended are still coming in.
-	waiting Counters
+	// waiting and recent are what the slice counted and no unit has shown yet.
+	// They become unattributed at a reading of the slice at least settleTime
+	// later: until then the last readings and stop records of units that have
+	// ended are still coming in.
+	waiting, recent Counters
+	turned          time.Time // when recent began
+	read            time.Time // when the slice was read last
 	// ahead is how far the units are in front of the slice, which is read
 	// before them.
 	ahead Counters
@@ -72,12 +79,33 @@ func (r *Receiver) sliceGrew(t *target, delta Counters, first bool) {
 		}
 	}
 	if first {
-		delta, b.ahead, b.waiting = Counters{}, Counters{}, Counters{}
+		delta, b.ahead, b.waiting, b.recent = Counters{}, Counters{}, Counters{}, Counters{}
 	}
 	b.series.observed = true
-	b.series.add(b.waiting, t.time)
+	b.series.add(b.settled(t.time), t.time)
 	delta, b.ahead = delta.settle(b.ahead)
-	b.waiting, r.unplaced = delta.settle(r.unplaced)
+	delta, r.unplaced = delta.settle(r.unplaced)
+	b.recent, _ = b.recent.plus(delta)
+}
+
+// settled takes out what has waited for long enough at a reading of the slice.
+func (b *balance) settled(at time.Time) (old Counters) {
+	switch {
+	case at.Sub(b.read) >= settleTime:
+		old, _ = b.waiting.plus(b.recent)
+		b.waiting, b.recent, b.turned = Counters{}, Counters{}, at
+	case at.Sub(b.turned) >= settleTime:
+		old, b.waiting, b.recent, b.turned = b.waiting, b.recent, Counters{}, at
+	}
+	b.read = at
+	return old
+}
+
+// take takes from what waits as much of delta as there is, and returns the rest.
+func (b *balance) take(delta Counters) (rest Counters) {
+	b.waiting, delta = b.waiting.settle(delta)
+	b.recent, delta = b.recent.settle(delta)
+	return delta
 }
 
 // unitGrew puts what a unit grew by on the balance of its top-level slice. The
@@ -86,16 +114,14 @@ func (r *Receiver) sliceGrew(t *target, delta Counters, first bool) {
 func (r *Receiver) unitGrew(slice string, delta Counters) {
 	if top := topOf(slice); top != "" {
 		b := r.balanceOf(top)
-		b.waiting, delta = b.waiting.settle(delta)
-		b.ahead, _ = b.ahead.plus(delta)
+		b.ahead, _ = b.ahead.plus(b.take(delta))
 		return
 	}
 	if slice != "" || delta == (Counters{}) {
 		return // the root slice has no balance
 	}
 	for _, top := range slices.Sorted(maps.Keys(r.balances)) {
-		b := r.balances[top]
-		b.waiting, delta = b.waiting.settle(delta)
+		delta = r.balances[top].take(delta)
 	}
 	r.unplaced, _ = r.unplaced.plus(delta)
 }

@@ -568,6 +568,7 @@ func TestWireIsShared(t *testing.T) {
 				if j%10 == 0 {
 					text += big
 				}
+				text += ".service"
 				var back string
 				if err := conn.Object("a.b", "/a").Call("a.b.Echo", 0, text).Store(&back); err != nil || back != text {
 					t.Errorf("%.20q came back as %.20q, %v", text, back, err)
@@ -577,8 +578,13 @@ func TestWireIsShared(t *testing.T) {
 	}
 	users.Wait()
 	for range 4 * echoes {
-		if s := <-signals; s.Name != managerInterface+".UnitNew" {
-			t.Errorf("signal %s", s.Name)
+		select {
+		case s := <-signals:
+			if s.Name != managerInterface+".UnitNew" {
+				t.Errorf("signal %s", s.Name)
+			}
+		case <-time.After(15 * time.Second):
+			t.Fatal("signals are missing")
 		}
 	}
 	if err := conn.Close(); err != nil {

@@ -55,22 +55,18 @@ type lab struct {
 	agent agent      // as it was started last
 }
 
-// newLab boots a rig, from UNITMETER_CONFORMANCE_ROOT or the host's own systemd,
-// and starts all of it but the agent. An OTLP receiver is made if none is given.
+// newLab boots a rig, from UNITMETER_TEST_ROOT or the host's own systemd, and
+// starts all of it but the agent. An OTLP receiver is made if none is given.
 func newLab(t *testing.T, r *recorder) *lab {
 	t.Helper()
 	binary, err := underTest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	root := os.Getenv("UNITMETER_CONFORMANCE_ROOT")
-	if root == "" {
-		root = "/"
-	}
 	if r == nil {
 		r = newRecorder()
 	}
-	l := &lab{Rig: systemdtest.StartRoot(t, root), recorder: r, t: t}
+	l := &lab{Rig: systemdtest.Start(t), recorder: r, t: t}
 	otlp, err := l.Listen(t.Context(), "tcp", otlpAddress)
 	if err != nil {
 		t.Fatal(err)
@@ -114,6 +110,10 @@ func (l *lab) startAgent(a agent) {
 	l.t.Cleanup(func() {
 		if l.t.Failed() {
 			l.t.Logf("the agent's log:\n%s", l.log())
+			if f := os.Getenv("CONF_DEBUG"); f != "" {
+				o, _ := l.Command(context.Background(), "bash", "-c", f).CombinedOutput()
+				l.t.Logf("debug:\n%s", o)
+			}
 		}
 	})
 	l.eventually("the agent exports", l.exports)
@@ -178,6 +178,11 @@ func (l *lab) systemd() (text string, number int) {
 		l.t.Fatalf("the version of systemd is %q", line)
 	}
 	return strings.Trim(fields[len(fields)-1], "()"), number
+}
+
+func (l *lab) version() int {
+	_, n := l.systemd()
+	return n
 }
 
 // transient starts a transient service with accounting, as systemd-run does, but

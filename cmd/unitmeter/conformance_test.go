@@ -298,7 +298,7 @@ counters. Any agent can be tried:
 UNITMETER_BINARY=/path/to/unitmeter make conformance
 ` + "```" + `
 
-` + "`UNITMETER_CONFORMANCE_LONG=1`" + ` makes the long variants, ` + "`UNITMETER_CONFORMANCE_ROOT=DIR`" + ` boots
+` + "`UNITMETER_CONFORMANCE_LONG=1`" + ` makes the long variants, ` + "`UNITMETER_TEST_ROOT=DIR`" + ` boots
 the systemd of another root tree. Needs root on Linux with cgroup v2.
 
 - "accounted" is what ` + "`systemctl show`" + ` says of the scenario's own slice, which holds

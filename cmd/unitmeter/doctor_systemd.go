@@ -129,8 +129,8 @@ func versionFinding(v systemdVersion, text string) finding {
 		return warning("upgrade to systemd 258.1 or later",
 			"systemd %s drops the counters of a unit when it stops (systemd#33149) and of all running units at a daemon-reload (systemd#38112)", text)
 	case v.before(258, 0):
-		return warning("unitmeter enable --lost   (after each daemon-reload; for good: upgrade to systemd 258.1 or later)",
-			"systemd %s loses the counters of running units at a daemon-reload (systemd#38112); unitmeter shows such units as lost, and never as 0", text)
+		return warning("unitmeter enable --lost",
+			"systemd %s loses the counters of running units at each daemon-reload (systemd#38112), until they are touched; 258.1 does not. Such units are lost, and never 0", text)
 	case v.before(258, 1):
 		return warning("upgrade to systemd 258.1 or later", "systemd %s begins to count from 0 at each daemon-reload (systemd#39130)", text)
 	}
@@ -193,32 +193,18 @@ func (d *doctor) inState(state string) []string {
 	return names
 }
 
-// checkDefault tells whether units to come are counted by themselves. systemd
-// says so since version 254; before, the running services tell.
+// checkDefault tells whether units to come are counted by themselves.
 func (d *doctor) checkDefault(ctx context.Context) finding {
-	const mend = "unitmeter enable --default"
 	if d.m == nil {
 		return noBus()
 	}
-	var on bool
-	err := d.m.get(ctx, managerPath, managerInterface, "DefaultIPAccounting", &on)
-	switch {
-	case err == nil && on:
-		return good("DefaultIPAccounting=yes: units to come are counted too")
-	case err == nil:
-		return warning(mend, "DefaultIPAccounting=no: units to come are not counted, unless they ask for it")
-	case !dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty"):
+	switch on, err := d.m.defaultAccounting(ctx); {
+	case err != nil:
 		return failure("systemctl show -p DefaultIPAccounting", "%v", err)
+	case !on:
+		return warning("unitmeter enable --default", "DefaultIPAccounting=no: units to come are not counted, unless they ask for it")
 	}
-	if err := d.readUnits(ctx); err != nil {
-		return failure("unitmeter once", "%s", oneLine(err))
-	}
-	off := len(d.inState("off"))
-	// Hardly anybody sets it for mounts and old one-shot services by hand.
-	if off*2 < len(d.units) {
-		return good("DefaultIPAccounting seems to be on (systemd %s does not tell): %d of %d units have accounting off", d.version, off, len(d.units))
-	}
-	return warning(mend, "DefaultIPAccounting seems to be off (systemd %s does not tell): %d of %d units have accounting off", d.version, off, len(d.units))
+	return good("DefaultIPAccounting=yes: units to come are counted too")
 }
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ": ") }

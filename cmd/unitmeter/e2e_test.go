@@ -105,7 +105,8 @@ func (h *host) start(unit string, env []string, command ...string) {
 	h.Run(h.t, "systemd-run", append(args, command...)...)
 }
 
-// startAgent starts the agent with an export each 500 ms.
+// startAgent starts the agent with an export each 500 ms, to where it sends when
+// nothing else is set.
 func (h *host) startAgent(env ...string) {
 	h.t.Helper()
 	binary, err := agentBinary()
@@ -113,7 +114,6 @@ func (h *host) startAgent(env ...string) {
 		h.t.Fatal(err)
 	}
 	h.start("unitmeter", append([]string{
-		"OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317",
 		"OTEL_METRIC_EXPORT_INTERVAL=500", "OTEL_METRIC_EXPORT_TIMEOUT=20000",
 		"UNITMETER_STATE_DIR=/var/lib/unitmeter",
 	}, env...), binary, "run")

@@ -327,11 +327,11 @@ func outcome(before, now accountedUnit, runtime, rearm bool) string {
 	if runtime {
 		until = "until the next boot"
 	}
-	switch {
-	case before.transient:
-		until = "until it ends, since it is a transient unit"
-	case rearm:
+	if rearm {
 		return "counting again, from 0"
+	}
+	if before.transient {
+		until = "until it ends, since it is a transient unit"
 	}
 	switch {
 	case !now.on:
@@ -352,6 +352,7 @@ func (w *switcher) describe(u accountedUnit, runtime, rearm bool) {
 	}
 	switch {
 	case u.transient:
+		dir = "/run/systemd/transient"
 		why = " (it is a transient unit)"
 	case rearm:
 		why = " (its counters are lost)"
@@ -420,8 +421,8 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	}
 	fmt.Fprintf(&b, "%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, managerInterface)
 	b.WriteString("No unit is restarted. A reload costs the units that are counted about 0.1 s of counting.\n")
-	if version, err := w.m.version(ctx); err == nil && !version.before(256, 0) && version.before(258, 0) {
-		fmt.Fprintf(&b, "systemd %s loses the counters of running units at a reload; they are made to count again at once.\n", version)
+	if w.reloadLoses(ctx) {
+		b.WriteString("This systemd loses the counters of running units at a reload; they are made to count again at once.\n")
 	}
 	return b.String()
 }
@@ -442,22 +443,30 @@ func (w *switcher) writeDefault(file string) error {
 	return nil
 }
 
-// restoreLost re-arms what the reload lost (systemd 256 and 257).
-func (w *switcher) restoreLost(ctx context.Context, before []accountedUnit) error {
+// reloadLoses reports whether this systemd makes units lose their counters at a
+// reload, and leaves units without that get accounting by it (systemd#38112).
+func (w *switcher) reloadLoses(ctx context.Context) bool {
+	v, err := w.m.version(ctx)
+	return err == nil && !v.before(256, 0) && v.before(258, 0)
+}
+
+// restoreLost makes what the reload has lost count again.
+func (w *switcher) restoreLost(ctx context.Context, units []accountedUnit) error {
+	if !w.reloadLoses(ctx) {
+		return nil
+	}
+	arm := *w
+	arm.on = true
 	var errs []error
-	for _, u := range before {
-		now, err := w.read(ctx, u.name, u.path)
-		if err == nil && u.hasData && now.lost() {
-			again := *w
-			again.on = true
-			errs = append(errs, again.setUnit(ctx, now))
+	for _, u := range units {
+		if now, err := w.read(ctx, u.name, u.path); err == nil && now.lost() {
+			errs = append(errs, arm.setUnit(ctx, now))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// verifyDefault compares the units before and after. systemd says what the
-// default is since version 254 only.
+// verifyDefault asks systemd what it has made of it.
 func (w *switcher) verifyDefault(ctx context.Context, before []accountedUnit) error {
 	changed, on := 0, 0
 	for _, u := range before {
@@ -469,18 +478,12 @@ func (w *switcher) verifyDefault(ctx context.Context, before []accountedUnit) er
 		on += count(now.on)
 	}
 	fmt.Fprintf(w.out, "%d running units have IP accounting on; it changed for %d\n", on, changed)
-	var now bool
-	switch err := w.m.get(ctx, managerPath, managerInterface, "DefaultIPAccounting", &now); {
-	case dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty"):
-		now = on > 0
-		if !w.on {
-			return nil // units may have accounting on by themselves
-		}
-	case err != nil:
+	now, err := w.m.defaultAccounting(ctx)
+	if err != nil {
 		return fmt.Errorf("check that systemd has read the new default: %w", err)
 	}
 	if now != w.on {
-		return fmt.Errorf("set DefaultIPAccounting: systemd was reloaded, and still has %s; a file that is read later overrides it: see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
+		return fmt.Errorf("set DefaultIPAccounting: systemd was reloaded, and still has %s; another file decides it: see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
 	}
 	return nil
 }

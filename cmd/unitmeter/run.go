@@ -27,7 +27,7 @@ const (
 	firstContact = 5 * time.Second
 	// stopTimeout bounds the last collection and its delivery. It is below
 	// the 10 s that container engines give, and systemd's 90 s.
-	stopTimeout = 8 * time.Second
+	stopTimeout = 5 * time.Second
 )
 
 // run is the agent. It reads as the data flows: from systemd through the
@@ -102,7 +102,7 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 		sdkmetric.WithCardinalityLimit(0),
 	)...)
 	scope := provider.Meter("github.com/unitmeter/unitmeter", metric.WithInstrumentationVersion(buildVersion()))
-	if err := errors.Join(rcv.Register(scope), out.main.Register(scope)); err != nil {
+	if err := errors.Join(rcv.Register(scope), out.main.Register(scope), state.register(scope)); err != nil {
 		return false, err
 	}
 
@@ -166,7 +166,7 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 		}
 	}
 	out.main, err = exporter.New(ctx, exporter.Config{
-		Protocol: protocol, Headers: cfg.OTLP.Headers, Temporality: cfg.OTLP.Temporality,
+		Protocol: protocol, Endpoint: cfg.OTLP.Endpoint, Insecure: cfg.OTLP.Insecure, Headers: cfg.OTLP.Headers, Temporality: cfg.OTLP.Temporality,
 		Source: rcv, Ledger: state.restored(), Outbox: state.outbox(), Logger: log,
 	})
 	if err != nil {

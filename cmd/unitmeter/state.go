@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"time"
 
+	"go.opentelemetry.io/otel/metric"
+
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
 	"github.com/unitmeter/unitmeter/exporter/store"
@@ -81,6 +83,14 @@ func (s *state) outbox() exporter.Outbox {
 		return nil
 	}
 	return s.durable
+}
+
+// register makes the instruments of the outbox, where there is one.
+func (s *state) register(meter metric.Meter) error {
+	if s.durable == nil {
+		return nil
+	}
+	return s.durable.Register(meter)
 }
 
 func (s *state) close() error {

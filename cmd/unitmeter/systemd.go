@@ -155,6 +155,23 @@ func (m *manager) get(ctx context.Context, path dbus.ObjectPath, iface, property
 	return nil
 }
 
+// defaultAccounting reads DefaultIPAccounting. systemd tells it since version
+// 254; before, a unit that does not exist has it: systemd makes one up for the
+// question, with the defaults, and forgets it.
+func (m *manager) defaultAccounting(ctx context.Context) (on bool, err error) {
+	err = m.get(ctx, managerPath, managerInterface, "DefaultIPAccounting", &on)
+	if !dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") {
+		return on, err
+	}
+	const nobody = "unitmeter-asks-for-the-defaults.service"
+	var p dbus.ObjectPath
+	if err := m.call(ctx, "LoadUnit", nobody).Store(&p); err != nil {
+		return false, err
+	}
+	err = m.get(ctx, p, counterInterface(nobody), "IPAccounting", &on)
+	return on, err
+}
+
 // dbusErrorIs reports whether err is one of the D-Bus errors of that name.
 func dbusErrorIs(err error, names ...string) bool {
 	var refused dbus.Error

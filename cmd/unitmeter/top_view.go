@@ -4,10 +4,12 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 )
 
 // Styles. Bubble Tea takes the colours out for NO_COLOR and for terminals
@@ -37,29 +39,27 @@ func (m *topModel) columns() []shownColumn {
 	if m.exact {
 		number = 15
 	}
-	total := shownColumn{byTotal, "TOTAL", number}
-	graph := shownColumn{byRecent, "LAST MINUTE", 16}
-	all := []shownColumn{{byName, "UNIT", 0}, {byIn, "IN/s", number}, {byOut, "OUT/s", number}}
+	name := shownColumn{byName, "UNIT", 0}
 	if m.list == sliceScreen {
-		all[0].title = "SLICE"
+		name.title = "SLICE"
 	}
+	all := []shownColumn{name, {byIn, "IN/s", number}, {byOut, "OUT/s", number},
+		{byPacketsIn, "IN pkt/s", 10}, {byPacketsOut, "OUT pkt/s", 10}, {byTotal, "TOTAL", number}, {byRecent, "LAST MINUTE", 16}}
 	used := 2*number + 2
-	for _, optional := range [][]shownColumn{{graph}, {total}, {{byPacketsIn, "IN pkt/s", 10}, {byPacketsOut, "OUT pkt/s", 10}}} {
+	// The graph is worth more than the total, and that more than the packets.
+	for _, optional := range [][]column{{byRecent}, {byTotal}, {byPacketsIn, byPacketsOut}} {
+		isOptional := func(c shownColumn) bool { return slices.Contains(optional, c.column) }
 		width := 0
-		for _, c := range optional {
-			width += c.width + 1
+		for _, c := range all {
+			width += count(isOptional(c)) * (c.width + 1)
 		}
 		if used+width+nameWidth > m.width {
-			continue
-		}
-		used += width
-		if optional[0].column == graph.column {
-			all = append(all, optional...)
-		} else { // the graph stays the last
-			all = append(all[:len(all)-1:len(all)-1], append(optional, all[len(all)-1])...)
+			all = slices.DeleteFunc(all, isOptional)
+		} else {
+			used += width
 		}
 	}
-	all[0].width = max(1, m.width-used-1)
+	all[0].width = max(1, m.width-used)
 	if most := 60; all[0].width > most {
 		all[len(all)-1].width += min(all[0].width-most, 44) // a longer graph, rather than a gap
 		all[0].width = most
@@ -98,7 +98,7 @@ func (m *topModel) title(text string) string {
 	if m.paused {
 		clock = "paused at " + clock
 	}
-	return styleTitle + fit(text, m.width-len(clock)-1, false) + " " + clock + styleEnd
+	return styleTitle + fit(fit(text, m.width-len(clock)-1, false)+" "+clock, m.width, false) + styleEnd
 }
 
 // table is a list of units or slices.
@@ -117,7 +117,7 @@ func (m *topModel) table() []string {
 		}
 		header.WriteString(fit(title, c.width, c.column != byName && c.column != byRecent) + " ")
 	}
-	lines = append(lines, styleTitle+fit(header.String(), m.width, false)+styleEnd)
+	lines = append(lines, styleTitle+fit(strings.TrimSuffix(header.String(), " "), m.width, false)+styleEnd)
 	height := m.listHeight()
 	for i := m.top; i < len(m.rows) && i < m.top+height; i++ {
 		lines = append(lines, m.line(m.rows[i], shown, i == m.position()))
@@ -190,7 +190,7 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 		}
 		b.WriteByte(' ')
 	}
-	text := b.String()
+	text := fit(b.String(), m.width-utf8.RuneCountInString(graph), false)
 	switch {
 	case selected:
 		return styleSelected + text + graph + styleEnd
@@ -204,7 +204,7 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 func (m *topModel) detail() []string {
 	r := m.selected()
 	if r == nil {
-		return []string{m.title(m.cursor), "", "it has gone; esc goes back"}
+		return []string{m.title(m.cursor), "", fit("it has gone; esc goes back", m.width, false)}
 	}
 	lines := []string{m.title(r.name), ""}
 	field := func(name, value string) {
@@ -238,7 +238,7 @@ func (m *topModel) detail() []string {
 	number("sent", now, average, peak, m.volume(r.total.EgressBytes))
 	number("packets in", m.packets(r.now.packetsIn, r.now.known)+"/s", m.packets(mean.packetsIn, true)+"/s", m.packets(r.peak.packetsIn, true)+"/s", grouped(r.total.IngressPackets))
 	number("packets out", m.packets(r.now.packetsOut, r.now.known)+"/s", m.packets(mean.packetsOut, true)+"/s", m.packets(r.peak.packetsOut, true)+"/s", grouped(r.total.EgressPackets))
-	lines = append(lines, fmt.Sprintf("since %s: received %s, sent %s", m.board.began.Local().Format("15:04:05"), m.volume(r.session.IngressBytes), m.volume(r.session.EgressBytes)))
+	field("since "+m.board.began.Local().Format("15:04:05"), fmt.Sprintf("   received %s, sent %s", m.volume(r.session.IngressBytes), m.volume(r.session.EgressBytes)))
 
 	// What is left of the screen is for the two graphs.
 	room := m.height - 1 - len(lines)

@@ -49,7 +49,8 @@ type Answer struct {
 	RetryAfter time.Duration
 	// Rejected makes an accepted request a partial success.
 	Rejected int64
-	// Delay is how long the answer takes, unless the client gives up.
+	// Delay is how long the answer takes. There is none if the client gives
+	// up before that.
 	Delay time.Duration
 	// Hangup closes the client's connection in place of an answer.
 	Hangup bool
@@ -66,13 +67,15 @@ type Request struct {
 	Size int
 	// Answer is what it was answered with.
 	Answer Answer
+	// GaveUp says that the client did not wait for the answer.
+	GaveUp bool
 	// ClientCert is the common name of the client's certificate.
 	ClientCert string
 }
 
 // Accepted says whether the client was told that the request arrived.
 func (r Request) Accepted() bool {
-	return r.Answer.Code == codes.OK && (r.Answer.HTTPStatus == 0 || r.Answer.HTTPStatus == http.StatusOK) && !r.Answer.Hangup
+	return r.Answer.Code == codes.OK && (r.Answer.HTTPStatus == 0 || r.Answer.HTTPStatus == http.StatusOK) && !r.Answer.Hangup && !r.GaveUp
 }
 
 // Config tells Start which receiver to be. The zero value is gRPC without TLS on
@@ -217,8 +220,25 @@ func (s *Server) WaitAccepted(tb testing.TB, n int) {
 	})
 }
 
-// take records a request and finds its answer.
-func (s *Server) take(r Request) Answer {
+// take records a request and finds its answer. When the answer is due it returns,
+// with false if the client has given up.
+func (s *Server) take(ctx context.Context, r Request) (Answer, bool) {
+	a, index := s.record(r)
+	if a.Delay == 0 {
+		return a, true
+	}
+	select {
+	case <-time.After(a.Delay):
+		return a, true
+	case <-ctx.Done():
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.requests[index].GaveUp = true
+		return a, false
+	}
+}
+
+func (s *Server) record(r Request) (a Answer, index int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -232,18 +252,7 @@ func (s *Server) take(r Request) Answer {
 	s.requests = append(s.requests, r)
 	close(s.changed)
 	s.changed = make(chan struct{})
-	return r.Answer
-}
-
-// wait lets a delayed answer take its time.
-func wait(ctx context.Context, d time.Duration) {
-	if d == 0 {
-		return
-	}
-	select {
-	case <-time.After(d):
-	case <-ctx.Done():
-	}
+	return r.Answer, len(s.requests) - 1
 }
 
 // ---- gRPC ----
@@ -286,8 +295,12 @@ func (s grpcServer) Export(ctx context.Context, req *colmetricpb.ExportMetricsSe
 	if info, ok := client.AuthInfo.(credentials.TLSInfo); ok {
 		r.ClientCert = commonName(&info.State)
 	}
-	a := s.take(r)
-	wait(ctx, a.Delay)
+	a, due := s.take(ctx, r)
+	if !due {
+		// The deadline may pass here before it does at the client, which must
+		// not see a success then.
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
 	if a.Hangup {
 		s.hangup(client.Addr.String())
 		return nil, status.Error(codes.Unavailable, "hang up")
@@ -369,9 +382,8 @@ func (s *Server) post(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	r.Size = len(body)
-	a := s.take(r)
-	wait(req.Context(), a.Delay)
-	if a.Hangup {
+	a, due := s.take(req.Context(), r)
+	if a.Hangup || !due {
 		panic(http.ErrAbortHandler) // net/http's way to close the connection
 	}
 	if a.RetryAfter > 0 {

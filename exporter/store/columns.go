@@ -1,6 +1,7 @@
 package store
 
 import (
+	"encoding/binary"
 	"math"
 	"math/bits"
 )
@@ -144,21 +145,31 @@ func (w *bitWriter) close() []byte {
 // remembers that.
 type bitReader struct {
 	b     []byte
+	pos   int // of the next byte to take from b
 	acc   uint64
-	n     int // bits in acc
+	n     int // bits in acc, at most 63; those above are zero
 	short bool
 }
 
+// fill makes sure that acc has n bits, at most 32.
 func (r *bitReader) fill(n int) {
-	for r.n < n {
-		if len(r.b) == 0 {
+	if r.n >= n {
+		return
+	}
+	if r.pos+4 <= len(r.b) {
+		r.acc |= uint64(binary.LittleEndian.Uint32(r.b[r.pos:])) << r.n
+		r.pos += 4
+		r.n += 32
+		return
+	}
+	for ; r.n < n; r.n += 8 {
+		if r.pos == len(r.b) {
 			r.short = true
 			r.n = n
 			return
 		}
-		r.acc |= uint64(r.b[0]) << r.n
-		r.b = r.b[1:]
-		r.n += 8
+		r.acc |= uint64(r.b[r.pos]) << r.n
+		r.pos++
 	}
 }
 
@@ -192,11 +203,10 @@ func (r *bitReader) ones() (count int) {
 	return count
 }
 
-// close skips the padding and returns the rest of the input. fill takes whole
-// bytes and only when it needs them, so at most seven bits are left over.
+// close skips the padding and returns the rest of the input.
 func (r *bitReader) close() ([]byte, error) {
 	if r.short {
 		return nil, errDamaged
 	}
-	return r.b, nil
+	return r.b[r.pos-r.n/8:], nil
 }

@@ -201,14 +201,16 @@ func (db *database) prepare() error {
 
 // identify says whether the file is empty, and fails if it is not our store.
 func (db *database) identify() (empty bool, err error) {
-	var app, version, pages int64
-	for pragma, to := range map[string]*int64{"application_id": &app, "user_version": &version, "page_count": &pages} {
-		if err := db.conn.QueryRowContext(context.Background(), "PRAGMA "+pragma).Scan(to); err != nil {
+	var app, version, things int64
+	for query, to := range map[string]*int64{
+		"PRAGMA application_id": &app, "PRAGMA user_version": &version, "SELECT count(*) FROM sqlite_schema": &things,
+	} {
+		if err := db.conn.QueryRowContext(context.Background(), query).Scan(to); err != nil {
 			return false, err
 		}
 	}
 	switch {
-	case pages == 0:
+	case app == 0 && things == 0:
 		return true, nil
 	case app != applicationID:
 		return false, fmt.Errorf("%s: %w (application id %#x)", db.path, errForeign, app)
@@ -221,11 +223,11 @@ func (db *database) identify() (empty bool, err error) {
 	return false, nil
 }
 
-// create makes the schema. A crash in the middle leaves an empty database.
+// create makes the schema. A crash in the middle leaves a database without any
+// table, to which VACUUM applies the first setting.
 func (db *database) create() error {
-	// These two cannot be set within a transaction.
-	for _, pragma := range []string{"PRAGMA auto_vacuum = INCREMENTAL", "PRAGMA journal_mode = WAL"} {
-		if err := db.run(pragma); err != nil {
+	for _, query := range []string{"PRAGMA auto_vacuum = INCREMENTAL", "VACUUM", "PRAGMA journal_mode = WAL"} {
+		if err := db.run(query); err != nil {
 			return err
 		}
 	}

@@ -301,6 +301,41 @@ func TestUnusableFile(t *testing.T) {
 	}
 }
 
+// A crash between the steps of making the file leaves a database without tables.
+func TestHalfMadeFile(t *testing.T) {
+	for name, steps := range map[string][]string{
+		"a header":            {"PRAGMA auto_vacuum = INCREMENTAL", "VACUUM"},
+		"a header and a log":  {"PRAGMA auto_vacuum = INCREMENTAL", "VACUUM", "PRAGMA journal_mode = WAL"},
+		"no setting for free": {"VACUUM", "PRAGMA journal_mode = WAL"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.Chmod(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			db, err := connect(filepath.Join(dir, fileName), "mode=rwc")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, step := range steps {
+				if err := db.run(step); err != nil {
+					t.Fatal(err)
+				}
+			}
+			db.close()
+			s := openTest(t, Config{Dir: dir, Now: clock})
+			if len(s.Recovered()) != 0 {
+				t.Errorf("%v", s.Recovered())
+			}
+			commitNumbered(t, s, 1)
+			var mode int
+			if err := s.db.row("PRAGMA auto_vacuum", nil, &mode); err != nil || mode != 2 {
+				t.Errorf("auto_vacuum is %d, %v; want 2", mode, err)
+			}
+		})
+	}
+}
+
 func TestSetAsideIsBounded(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	if err := os.Mkdir(dir, 0o700); err != nil {

@@ -154,11 +154,11 @@ func TestHistorySums(t *testing.T) {
 		}
 		commitSamples(t, s, now, samples...)
 		commits++
-		if commits%5 != 0 {
+		if commits%11 != 0 {
 			continue
 		}
 		// At any moment, also in the middle of a roll-up, and after a crash.
-		if commits%35 == 0 {
+		if commits%33 == 0 {
 			s.Close()
 			s = openTest(t, Config{Dir: dir, Now: func() time.Time { return now }})
 		}

@@ -85,7 +85,7 @@ func randomCalls(t *testing.T, seed uint64) {
 			delivered++
 		}
 	}
-	for range 700 {
+	for range 500 {
 		now = now.Add(time.Duration(r.IntN(120)) * time.Second)
 		switch r.IntN(12) {
 		default:

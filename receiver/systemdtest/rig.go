@@ -3,6 +3,7 @@ package systemdtest
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	_ "embed"
@@ -36,12 +37,14 @@ const (
 	searchPath  = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
-// Config says how to boot a Rig. The zero value boots the machine's own systemd.
+// Config says how to boot a Rig. The zero value boots the machine's own systemd,
+// or that of UNITMETER_TEST_ROOT.
 type Config struct {
 	// Dir is where the rig keeps its files: a new or an empty directory, which
 	// Close removes. "" is a fresh one in /var/tmp.
 	Dir string
-	// Root is the tree to boot from, "" is "/". The tree itself is not changed.
+	// Root is the tree to boot from, "" is the one that the environment variable
+	// UNITMETER_TEST_ROOT names, or else "/". The tree itself is not changed.
 	// From "/", the local configuration in /etc/systemd/system* is left out, so
 	// no unit that the host has enabled is started.
 	Root string
@@ -95,7 +98,7 @@ func boot(ctx context.Context, cfg Config) (*Rig, error) {
 		cfg.Logf = func(string, ...any) {}
 	}
 	if cfg.Root == "" {
-		cfg.Root = "/"
+		cfg.Root = cmp.Or(os.Getenv("UNITMETER_TEST_ROOT"), "/")
 	}
 	id := "unitmeter-rig-" + strings.ToLower(rand.Text()[:10])
 	if cfg.Dir == "" {
@@ -328,12 +331,12 @@ func (r *Rig) awaitBus(ctx context.Context) error {
 	return nil
 }
 
-// Start boots a rig from "/" and closes it when the test ends. On a machine
-// that cannot, it skips the test with the reason, or fails it when
-// UNITMETER_TEST_NO_SKIP is not empty.
+// Start boots a rig from the default root, see [Config], and closes it when the
+// test ends. On a machine that cannot, it skips the test with the reason, or
+// fails it when UNITMETER_TEST_NO_SKIP is not empty.
 func Start(t testing.TB) *Rig {
 	t.Helper()
-	return StartRoot(t, "/")
+	return StartRoot(t, "")
 }
 
 // StartRoot is Start for another root tree.

@@ -1,0 +1,124 @@
+package receiver
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestRigClockStepped restores the state of a Receiver as it would look had the
+// wall clock been stepped in between: each reading counts at once, and once.
+func TestRigClockStepped(t *testing.T) {
+	rig := theRig(t)
+	for _, step := range []time.Duration{time.Hour, -time.Hour} {
+		t.Run(step.String(), func(t *testing.T) {
+			talker(t, rig, "stepped.service")
+			talk(t, rig, "stepped.service", 5)
+			r, _ := start(t, Config{Bus: rig.SystemBus()})
+			state := r.Sweep(t.Context()).State
+			state.Time = state.Time.Add(step)
+			for i := range state.Series {
+				state.Series[i].Time = state.Series[i].Time.Add(step)
+			}
+			for i := range state.Runs {
+				state.Runs[i].Time = state.Runs[i].Time.Add(step)
+			}
+			again, _ := start(t, Config{Bus: rig.SystemBus(), State: state})
+			want(t, again.Sweep(t.Context()), "stepped.service", sent(5))
+			talk(t, rig, "stepped.service", 7)
+			s := want(t, again.Sweep(t.Context()), "stepped.service", sent(12))
+			if s.Time.After(time.Now()) {
+				t.Errorf("the point's time is %v, which is yet to come", s.Time)
+			}
+		})
+	}
+}
+
+// TestRigExecStopOnly: a start that executes nothing leaves the counters of the
+// run before under the new invocation id.
+func TestRigExecStopOnly(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	rig.WriteFile(t, "/etc/systemd/system/stoponly.service", `[Unit]
+StartLimitIntervalSec=0
+[Service]
+IPAccounting=yes
+Type=oneshot
+RemainAfterExit=yes
+ExecStop=`+rig.Traffic()+" udp-send "+sinkAddress+" -count 5\n")
+	rig.Run(t, "systemctl", "daemon-reload")
+	r, _ := start(t, Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), StopEdge: "ref"})
+	total := 0
+	for range 6 {
+		rig.Run(t, "systemctl", "start", "stoponly.service")
+		r.Sweep(t.Context())
+		rig.Run(t, "systemctl", "stop", "stoponly.service")
+		total += 5
+		s := sweepUntil(t, r, "the run is counted", func(s *Sweep) bool {
+			got, _ := s.seriesOf("stoponly.service")
+			return got.Total.EgressPackets >= uint64(total)
+		})
+		want(t, s, "stoponly.service", sent(total))
+	}
+}
+
+// TestLateGrowth: what a stop record adds comes with a time of its own, after
+// that of the point before and after the start.
+func TestLateGrowth(t *testing.T) {
+	r, err := New(Config{HostName: "host"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := time.Now().Add(-time.Second)
+	recorded := func(i int) {
+		t.Helper()
+		r.takeRecord([]byte(fmt.Sprintf(`{"UNIT":"a.service","INVOCATION_ID":"%032d","__REALTIME_TIMESTAMP":"%d","IP_METRIC_EGRESS_BYTES":"128","IP_METRIC_EGRESS_PACKETS":"1"}`, i, ended.UnixMicro())))
+	}
+	var before Series
+	for i := range 4 {
+		recorded(i) // all of them ended in the same moment
+		s := r.snapshot(time.Now(), time.Now(), false)
+		got := want(t, s, "a.service", Counters{EgressBytes: 128 * uint64(i+1), EgressPackets: uint64(i + 1)})
+		if !got.Time.After(before.Time) || !got.Time.After(got.Start) {
+			t.Errorf("point %d is at %v, the one before at %v, the start at %v", i, got.Time, before.Time, got.Start)
+		}
+		before = got
+	}
+}
+
+// TestSettled: what a slice has more than its units waits for as long as their
+// stop records may take, however short the interval is.
+func TestSettled(t *testing.T) {
+	t.Parallel()
+	for _, every := range []time.Duration{300 * time.Millisecond, 9 * time.Second, time.Minute} {
+		t.Run(every.String(), func(t *testing.T) {
+			now := time.Unix(1e9, 0)
+			b := balance{turned: now, read: now, recent: all(7)}
+			waited := time.Duration(0)
+			for b.settled(now.Add(waited)) == (Counters{}) {
+				if waited += every; waited > time.Hour {
+					t.Fatal("it never settles")
+				}
+			}
+			if waited < settleTime || waited > 2*(settleTime+every) {
+				t.Errorf("it settled after %v", waited)
+			}
+			if left := b.take(all(1)); left != all(1) {
+				t.Errorf("something is left: took %v", left)
+			}
+		})
+	}
+}
+
+func TestMadeUp(t *testing.T) {
+	t.Parallel()
+	for name, want := range map[string]bool{
+		"run-u12.service": true, "run-r" + strings.Repeat("a1", 16) + ".service": true, "run-p12-i345.service": true,
+		"run-update.service": false, "run-.service": false, "nats.service": false, "run-backup.service": false, "u12.service": false, "run-x12.service": false,
+	} {
+		if got := madeUp(name); got != want {
+			t.Errorf("%s: got %v", name, got)
+		}
+	}
+}
