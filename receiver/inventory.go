@@ -114,6 +114,11 @@ func (s status) running() bool {
 	return s.active != "" && s.active != "inactive" && s.active != "failed"
 }
 
+// restarting reports whether a run has ended and the next has not begun. With
+// RestartMode=direct (systemd 254) nothing else tells of the end: the unit is
+// not inactive in between, and the journal gets no record of the run.
+func (s status) restarting() bool { return strings.HasPrefix(s.sub, "auto-restart") }
+
 // over reports whether this is the state of a run that began and ended. A unit
 // is also inactive before its first start.
 func (s status) over() bool {
@@ -291,7 +296,12 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			f.ended = nil
 		case units := <-f.ending.read:
 			for _, u := range units {
-				f.release(u.name)
+				f.mu.Lock()
+				running := u.status.running() // started again, or about to be
+				f.mu.Unlock()
+				if !running {
+					f.release(u.name)
+				}
 			}
 		case call := <-f.places:
 			f.placed(call)
@@ -426,7 +436,9 @@ func (r *Receiver) count(f func(*health)) {
 
 // follows reports whether the inventory has a use for a unit: it is metered, or
 // a top-level slice.
-func (r *Receiver) follows(name string) bool { return topSlice(name) || r.metered(name) }
+func (r *Receiver) follows(name string) bool {
+	return topSlice(name) && validUnitName(name) || r.metered(name)
+}
 
 // metered reports whether the configuration asks for a unit of this name.
 // Names that no unit can have are counted and skipped.
@@ -609,7 +621,7 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	r.mu.Unlock()
 	switch {
 	case u == nil:
-	case !next.running():
+	case !next.running() || next.restarting():
 		if !unbegun {
 			f.ended = append(f.ended, u)
 		}

@@ -92,7 +92,7 @@ func openKernel(cfg Config) (*kernelSource, error) {
 			return nil, err
 		}
 	}
-	root, err := unix.Open(k.cgroups, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	root, err := openCgroup(k.cgroups)
 	if err == nil {
 		_, err = attachedTo(root)
 		_ = unix.Close(root)
@@ -103,42 +103,33 @@ func openKernel(cfg Config) (*kernelSource, error) {
 	return k, nil
 }
 
-// invocation returns what systemd says is the unit's invocation. It changes
-// after systemd has set a unit's counters to zero for a new run.
-func (k *kernelSource) invocation(unit string) string {
-	id, err := os.Readlink(filepath.Join(k.invocations, "invocation:"+unit))
-	if err != nil {
-		return ""
+// invocation returns what systemd says is the unit's invocation. The link
+// changes after systemd has set a unit's counters to zero for a new run; units
+// without processes of their own have none.
+func (k *kernelSource) invocation(unit string, dir int) string {
+	if id, err := os.Readlink(filepath.Join(k.invocations, "invocation:"+unit)); err == nil {
+		return id
 	}
-	return id
+	return invocationOfCgroup(dir)
 }
 
 // open starts a stream for the unit in the cgroup at path, unless there is
 // nothing that counts.
 func (k *kernelSource) open(unit, path string) *stream {
-	dir, err := unix.Open(k.cgroups+path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	dir, err := openCgroup(k.cgroups + path)
 	if err != nil {
 		return nil
 	}
-	s := k.openDir(unit, path, dir)
-	if s == nil {
-		_ = unix.Close(dir)
-	} else {
-		s.epoch, s.confirmed = k.invocation(unit), true
-	}
-	return s
-}
-
-func (k *kernelSource) openDir(unit, path string, dir int) *stream {
 	attached, err := attachedTo(dir)
-	if err != nil {
+	now := openMaps(attached) // none after an error
+	if err != nil || now == nil {
+		_ = unix.Close(dir)
 		return nil
 	}
-	now := openMaps(attached)
-	if now == nil {
-		return nil
+	s := &stream{
+		unit: unit, path: path, dir: dir, attached: attached, now: now, opened: time.Now(),
+		epoch: k.invocation(unit, dir), confirmed: true,
 	}
-	s := &stream{unit: unit, path: path, dir: dir, attached: attached, now: now, opened: time.Now()}
 	k.streams[unit] = s
 	return s
 }
@@ -176,7 +167,7 @@ func (k *kernelSource) look(s *stream) sighting {
 		return left
 	}
 	attached, err := attachedTo(s.dir)
-	if named := k.invocation(s.unit) == s.epoch; named && (!s.born || s.epoch != "") {
+	if named := k.invocation(s.unit, s.dir) == s.epoch; named && (!s.born || s.epoch != "") {
 		s.confirmed = true
 	} else if !named && s.confirmed {
 		return left
@@ -209,6 +200,16 @@ func (k *kernelSource) look(s *stream) sighting {
 	s.attached, s.now = attached, next
 	s.doubt()
 	return replaced
+}
+
+// counting reports whether nothing has replaced the maps since the last look.
+// Maps that stand still would agree with anything.
+func (s *stream) counting() bool {
+	if s.dir < 0 {
+		return true // they are those of the end
+	}
+	attached, err := attachedTo(s.dir)
+	return err == nil && attached.equal(s.attached)
 }
 
 // doubt makes systemd's value decide until extra is known again.
@@ -423,7 +424,7 @@ func (r *Receiver) compareAll(targets []target) {
 		}
 		before := t.held
 		after, err := t.stream.now.read()
-		if shown, ok := t.counters(); ok && err == nil {
+		if shown, ok := t.counters(); ok && err == nil && t.stream.counting() {
 			t.held = after
 			t.stream.compare(before, shown, after)
 		}
@@ -720,7 +721,7 @@ func (r *Receiver) scan(path string) {
 		if typeOf(name) == "slice" {
 			r.scan(below)
 		}
-		if k.streams[name] == nil && (topSlice(name) || r.exports(name)) {
+		if k.streams[name] == nil && r.followsCgroup(name) {
 			k.open(name, below)
 		}
 	}

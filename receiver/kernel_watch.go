@@ -21,10 +21,12 @@ type watch struct {
 	root   string // directory of the root cgroup
 	fd     int    // of events, whose Fd method would end its deadlines
 	events *os.File
-	slices map[int32]string // paths, by watch descriptor; guarded by Receiver.mu
+
+	reloaded chan struct{}
+	passes   time.Duration // pause before the pass after the next; of followCgroups
 
 	mu     sync.Mutex
-	passes []time.Time // when to look for new maps after a reload
+	slices map[int32]string // paths, by watch descriptor
 }
 
 // newWatch fails where the kernel gives this user no inotify instance.
@@ -33,7 +35,7 @@ func newWatch(root string) (*watch, error) {
 	if err != nil {
 		return nil, fmt.Errorf("follow the cgroup tree: %w; raise fs.inotify.max_user_instances", err)
 	}
-	return &watch{root: root, fd: fd, events: os.NewFile(uintptr(fd), "inotify"), slices: map[int32]string{}}, nil
+	return &watch{root: root, fd: fd, events: os.NewFile(uintptr(fd), "inotify"), reloaded: make(chan struct{}, 1), slices: map[int32]string{}}, nil
 }
 
 // startKernel begins to follow the cgroup tree. It goes on until ctx ends;
@@ -55,25 +57,35 @@ func (r *Receiver) startKernel(ctx context.Context) (wait func()) {
 	return following.Wait
 }
 
-// newcomer is a cgroup in which systemd has not begun to count yet.
+// newcomer is a cgroup in which systemd has not begun to count yet, or whose
+// run is not known.
 type newcomer struct {
 	unit, path string
 	dir        int
 	born       time.Time
 	next       time.Time     // when to look
 	pause      time.Duration // before the look after that
-	stream     *stream       // once its programs were there
+	stream     *stream       // once there are maps
 }
 
-// A new cgroup is looked at after these pauses, each the double of the one
-// before, until its programs and its invocation are there.
+// A new cgroup is looked at this often, in the beginning, and then after pauses
+// that double, until its programs and its invocation are there. Units live for
+// some milliseconds at the least.
 const (
-	firstLook = 100 * time.Microsecond
+	firstLook = 200 * time.Microsecond
 	lastLook  = 50 * time.Millisecond
+	oftenFor  = 20 * time.Millisecond
 )
 
-// followCgroups follows the cgroup tree until ctx ends, and then gives up all
-// maps.
+// news is what the watch tells the receiver, which may have no time just then.
+type news struct {
+	unit     string
+	born     *stream // the maps of a new cgroup; nil if one was made or removed
+	overflow bool    // the kernel dropped events
+}
+
+// followCgroups takes what the watch tells until ctx ends, and then gives up
+// all maps.
 func (r *Receiver) followCgroups(ctx context.Context) {
 	k := r.kernel
 	defer func() {
@@ -81,13 +93,59 @@ func (r *Receiver) followCgroups(ctx context.Context) {
 		defer r.mu.Unlock()
 		k.close()
 	}()
-	w := k.watch
-	if w == nil {
+	if k.watch == nil {
 		<-ctx.Done()
 		return
 	}
-	defer w.events.Close()
-	defer context.AfterFunc(ctx, w.wake)()
+	told := make(chan news, 4096)
+	go r.watchCgroups(ctx, told) // which closes it
+	passes := time.NewTimer(0)
+	defer passes.Stop()
+	for {
+		select {
+		case n, ok := <-told:
+			if !ok {
+				<-ctx.Done()
+				return
+			}
+			r.hear(n)
+		case <-k.watch.reloaded:
+			passes.Reset(0)
+			k.watch.passes = firstPass
+		case <-passes.C:
+			if k.watch.passes > 0 && k.watch.passes <= lastPass {
+				r.renew()
+				passes.Reset(k.watch.passes)
+				k.watch.passes *= 3
+			}
+		}
+	}
+}
+
+// After a reload, new maps are looked for after pauses, each three times the
+// one before: systemd makes them some time after it has said that it is over.
+const (
+	firstPass = 10 * time.Millisecond
+	lastPass  = 3 * time.Second
+)
+
+// afterReload makes followCgroups look for new maps.
+func (k *kernelSource) afterReload() {
+	if k == nil || k.watch == nil {
+		return
+	}
+	select {
+	case k.watch.reloaded <- struct{}{}:
+	default: // it has yet to hear of the one before
+	}
+}
+
+// watchCgroups tells what happens in the cgroup tree, and takes hold of the maps
+// of new units at once, until ctx ends.
+func (r *Receiver) watchCgroups(ctx context.Context, tell chan<- news) {
+	w := r.kernel.watch
+	defer close(tell)
+	defer context.AfterFunc(ctx, func() { _ = w.events.Close() })() // ends a Read
 	var waiting []*newcomer
 	defer func() {
 		for _, n := range waiting {
@@ -95,94 +153,64 @@ func (r *Receiver) followCgroups(ctx context.Context) {
 		}
 	}()
 	buffer := make([]byte, 64<<10)
-	for w.wait(ctx, waiting) {
-		n, err := w.events.Read(buffer)
+	for ctx.Err() == nil {
+		next := time.Now().Add(time.Minute)
+		for _, n := range waiting {
+			if n.next.Before(next) {
+				next = n.next
+			}
+		}
+		err := w.events.SetReadDeadline(next)
+		n := 0
+		if err == nil {
+			n, err = w.events.Read(buffer)
+		}
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			r.log.Warn("cannot follow the cgroup tree; short units may be missed", "err", err)
-			<-ctx.Done()
+			if ctx.Err() == nil {
+				r.log.Warn("cannot follow the cgroup tree; short units may be missed", "err", err)
+			}
 			return
 		}
-		waiting = append(waiting, r.take(buffer[:n])...)
+		waiting = append(waiting, r.take(buffer[:n], tell)...)
 		kept := waiting[:0]
 		for _, n := range waiting {
-			if r.meet(n) {
+			if r.kernel.meet(n) {
 				kept = append(kept, n)
+			} else if n.stream != nil {
+				tell <- news{unit: n.unit, born: n.stream} // until ctx ends somebody hears
 			}
 		}
 		waiting = kept
-		if w.due() {
-			r.renew()
-		}
 	}
-}
-
-// afterReload makes followCgroups look for new maps, now and some times more:
-// systemd makes them some time after it has said that the reload is over.
-func (k *kernelSource) afterReload() {
-	if k == nil || k.watch == nil {
-		return
-	}
-	w := k.watch
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.passes = w.passes[:0]
-	for _, pause := range []time.Duration{0, 10, 30, 100, 300, 1000, 2000} {
-		w.passes = append(w.passes, time.Now().Add(pause*time.Millisecond))
-	}
-	_ = w.events.SetReadDeadline(time.Now()) // closed: nobody waits
-}
-
-// wake ends a wait for events.
-func (w *watch) wake() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	_ = w.events.SetReadDeadline(time.Now()) // closed: nobody waits
-}
-
-// wait prepares a wait for events, which is over when something else is to be
-// done. It reports false after the end of ctx.
-func (w *watch) wait(ctx context.Context, waiting []*newcomer) bool {
-	next := time.Now().Add(time.Minute)
-	for _, n := range waiting {
-		if n.next.Before(next) {
-			next = n.next
-		}
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.passes) > 0 && w.passes[0].Before(next) {
-		next = w.passes[0]
-	}
-	return ctx.Err() == nil && w.events.SetReadDeadline(next) == nil
-}
-
-// due takes the passes whose time has come.
-func (w *watch) due() (due bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for len(w.passes) > 0 && !w.passes[0].After(time.Now()) {
-		w.passes, due = w.passes[1:], true
-	}
-	return due
 }
 
 // add watches a slice's directory. Without one of them, as when
-// fs.inotify.max_user_watches is reached, the sweeps find its units. The caller
-// holds Receiver.mu.
+// fs.inotify.max_user_watches is reached, the sweeps find its units.
 func (w *watch) add(path string) {
 	if w == nil {
 		return
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	wd, err := unix.InotifyAddWatch(w.fd, w.root+path, unix.IN_CREATE|unix.IN_DELETE|unix.IN_ONLYDIR)
 	if err == nil {
 		w.slices[int32(wd)] = path
 	}
 }
 
-// take handles events, and returns the cgroups that have been made.
-func (r *Receiver) take(events []byte) (made []*newcomer) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+// slice returns the path of a watched slice.
+func (w *watch) slice(wd int32, ignored bool) (path string, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	path, ok = w.slices[wd]
+	if ignored {
+		delete(w.slices, wd)
+	}
+	return path, ok
+}
+
+// take handles events (inotify(7)), and returns the cgroups that were made.
+func (r *Receiver) take(events []byte, tell chan<- news) (made []*newcomer) {
 	for len(events) >= unix.SizeofInotifyEvent {
 		wd := int32(binary.NativeEndian.Uint32(events))
 		mask := binary.NativeEndian.Uint32(events[4:])
@@ -190,105 +218,122 @@ func (r *Receiver) take(events []byte) (made []*newcomer) {
 		events = events[unix.SizeofInotifyEvent:]
 		name := strings.TrimRight(string(events[:size]), "\x00")
 		events = events[size:]
-		if n := r.event(wd, mask, name); n != nil {
-			made = append(made, n)
+		parent, known := r.kernel.watch.slice(wd, mask&unix.IN_IGNORED != 0)
+		unit := unitOfCgroup(name)
+		switch {
+		case mask&unix.IN_Q_OVERFLOW != 0:
+			tell <- news{overflow: true}
+		case mask&unix.IN_ISDIR == 0 || !known || unit == "":
+		case mask&unix.IN_CREATE != 0:
+			made = append(made, r.made(unit, filepath.Join(parent, name))...)
+			fallthrough
+		default:
+			if r.followsCgroup(unit) {
+				tell <- news{unit: unit}
+			}
 		}
 	}
 	return made
 }
 
-// event handles one event. The caller holds mu.
-func (r *Receiver) event(wd int32, mask uint32, name string) *newcomer {
-	k := r.kernel
-	parent, known := k.watch.slices[wd]
-	switch {
-	case mask&unix.IN_Q_OVERFLOW != 0:
-		r.log.Info("the kernel dropped news of cgroups; looking at all of them")
-		r.scan("/")
-		return nil
-	case mask&unix.IN_IGNORED != 0:
-		delete(k.watch.slices, wd)
-		return nil
-	}
-	unit := unitOfCgroup(name)
-	if mask&unix.IN_ISDIR == 0 || !known || unit == "" {
-		return nil
-	}
-	path := filepath.Join(parent, name)
-	followed := topSlice(unit) || r.exports(unit)
-	if followed {
-		r.leave(unit)
-	}
-	if mask&unix.IN_CREATE == 0 {
-		return nil
-	}
-	var n *newcomer
-	if followed && k.streams[unit] == nil {
-		if dir, err := unix.Open(k.cgroups+path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil {
+func (r *Receiver) followsCgroup(unit string) bool { return topSlice(unit) || r.exports(unit) }
+
+// made returns what is new with a new cgroup: itself, and, as units may have
+// come into a slice before its watch, all below.
+func (r *Receiver) made(unit, path string) (made []*newcomer) {
+	if r.followsCgroup(unit) {
+		if dir, err := openCgroup(r.kernel.cgroups + path); err == nil {
 			now := time.Now()
-			n = &newcomer{unit: unit, path: path, dir: dir, born: now, next: now, pause: firstLook}
+			made = append(made, &newcomer{unit: unit, path: path, dir: dir, born: now, next: now, pause: firstLook})
 		}
 	}
-	if typeOf(unit) == "slice" {
-		r.scan(path) // units in it may have come before the watch
+	if typeOf(unit) != "slice" {
+		return made
 	}
-	return n
+	r.kernel.watch.add(path)
+	entries, err := os.ReadDir(r.kernel.cgroups + path)
+	if err != nil {
+		return made // gone again
+	}
+	for _, entry := range entries {
+		if unit := unitOfCgroup(entry.Name()); unit != "" && entry.IsDir() {
+			made = append(made, r.made(unit, filepath.Join(path, entry.Name()))...)
+		}
+	}
+	return made
 }
 
 // meet looks at a new cgroup, and reports whether to look again.
-func (r *Receiver) meet(n *newcomer) (again bool) {
+func (k *kernelSource) meet(n *newcomer) (again bool) {
 	now := time.Now()
 	if n.next.After(now) {
 		return true
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	k := r.kernel
+	there := true
 	if n.stream == nil {
-		if s := k.streams[n.unit]; s != nil { // a sweep or a scan came first
-			n.close()
-			n.stream = s
-		} else {
-			n.stream = k.openDir(n.unit, n.path, n.dir)
-		}
-		if n.stream != nil && n.stream.run == nil {
-			n.stream.born, n.stream.confirmed, n.stream.opened = true, false, n.born
+		attached, err := attachedTo(n.dir)
+		there = err == nil
+		if maps := openMaps(attached); maps != nil {
+			n.stream = &stream{unit: n.unit, path: n.path, dir: n.dir, attached: attached, now: maps, born: true, opened: n.born}
 			// Up to systemd 255 the maps may still hold what an earlier run
 			// counted. From zero on, they count this one.
-			if value, err := n.stream.now.read(); err == nil && value == (Counters{}) {
+			if value, err := maps.read(); err == nil && value == (Counters{}) {
 				n.stream.state = calibrated
 			}
 		}
 	}
 	if n.stream != nil {
-		if n.stream.dir < 0 || n.stream.run != nil {
-			return false
-		}
-		if n.stream.epoch = invocationOfCgroup(n.stream.dir); n.stream.epoch != "" {
+		if n.stream.epoch = invocationOfCgroup(n.dir); n.stream.epoch != "" {
 			return false
 		}
 	}
-	if n.pause > lastLook || n.stream == nil && !n.there() {
-		if n.stream == nil {
+	if n.pause > lastLook || !there {
+		if n.stream != nil {
+			n.stream.epoch = k.invocation(n.unit, n.dir)
+		} else {
 			n.close()
 		}
 		return false
 	}
 	n.next = now.Add(n.pause)
-	n.pause *= 2
+	if now.Sub(n.born) > oftenFor {
+		n.pause *= 2
+	}
 	return true
 }
 
 func (n *newcomer) close() {
-	if n.stream == nil {
+	if n.stream != nil {
+		n.stream.close()
+	} else {
 		_ = unix.Close(n.dir)
 	}
 }
 
-// there reports whether the cgroup still exists.
-func (n *newcomer) there() bool {
-	_, err := attachedTo(n.dir)
-	return err == nil
+// hear takes news of the cgroup tree.
+func (r *Receiver) hear(n news) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	k := r.kernel
+	switch {
+	case n.overflow:
+		r.log.Info("the kernel dropped news of cgroups; looking at all of them")
+		r.scan("/")
+		return
+	case n.born != nil:
+		r.leave(n.unit)
+		old := k.streams[n.unit]
+		if old == nil {
+			k.streams[n.unit] = n.born
+			break
+		}
+		// A sweep came first, and knows less of it.
+		if old.now.ids == n.born.now.ids && old.run == nil {
+			old.born, old.confirmed, old.epoch, old.state, old.opened = true, false, n.born.epoch, n.born.state, n.born.opened
+		}
+		n.born.close()
+	}
+	r.leave(n.unit) // it may have ended since
 }
 
 // invocationOfCgroup returns the invocation id that systemd has put on a new
@@ -301,4 +346,8 @@ func invocationOfCgroup(dir int) string {
 		}
 	}
 	return ""
+}
+
+func openCgroup(path string) (int, error) {
+	return unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 }

@@ -96,3 +96,17 @@ func TestCounterInterfaces(t *testing.T) {
 		}
 	}
 }
+
+func TestTopOf(t *testing.T) {
+	for slice, want := range map[string]string{
+		"system.slice": "system.slice", "user-1000.slice": "user.slice", "a-b-c.slice": "a.slice",
+		"-.slice": "", ".slice": "", "": "", `system-serial\x2dgetty.slice`: "system.slice",
+	} {
+		if got := topOf(slice); got != want {
+			t.Errorf("topOf(%q) = %q, want %q", slice, got, want)
+		}
+		if top := want != "" && slice == want; topSlice(slice) != top {
+			t.Errorf("topSlice(%q) = %v", slice, !top)
+		}
+	}
+}

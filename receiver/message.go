@@ -135,9 +135,11 @@ func wanted(h header) bool {
 		case "Reloading":
 			return true
 		}
-		return false
+	case "org.freedesktop.DBus":
+		// godbus looks at NameAcquired and NameLost too, and panics at one without a body.
+		return string(h.member) == "NameOwnerChanged"
 	}
-	return true
+	return false
 }
 
 // meteredPath reports whether an object path is one of a unit of a type that

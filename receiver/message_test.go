@@ -189,6 +189,56 @@ func TestParseHeaderRefuses(t *testing.T) {
 	}
 }
 
+// TestWanted: only what the inventory has a use for is shown to godbus, which is
+// slower, and panics at a NameLost without a body.
+func TestWanted(t *testing.T) {
+	const systemd, bus = "/org/freedesktop/systemd1", "org.freedesktop.DBus"
+	service := unitPath("a.service")
+	for _, test := range []struct {
+		path, iface, member string
+		body                []any
+		want                bool
+	}{
+		{systemd, managerInterface, "UnitNew", []any{"a.service", dbus.ObjectPath(service)}, true},
+		{systemd, managerInterface, "UnitNew", []any{"a.device", dbus.ObjectPath("/a")}, false},
+		{systemd, managerInterface, "UnitNew", []any{uint64(1)}, false},
+		{systemd, managerInterface, "UnitNew", nil, false},
+		{systemd, managerInterface, "UnitRemoved", []any{"a.scope", dbus.ObjectPath("/a")}, true},
+		{systemd, managerInterface, "UnitRemoved", []any{"a.timer", dbus.ObjectPath("/a")}, false},
+		{systemd, managerInterface, "Reloading", []any{true}, true},
+		{systemd, managerInterface, "JobNew", []any{uint32(1), dbus.ObjectPath("/a"), "a.service"}, false},
+		{systemd, managerInterface, "StartupFinished", []any{uint64(1)}, false},
+		{service, propertiesInterface, "PropertiesChanged", []any{unitInterface, map[string]dbus.Variant{}, []string{}}, true},
+		{service, propertiesInterface, "PropertiesChanged", []any{systemdName + ".Service", map[string]dbus.Variant{}, []string{}}, false},
+		{unitPath("a.device"), propertiesInterface, "PropertiesChanged", []any{unitInterface, map[string]dbus.Variant{}, []string{}}, false},
+		{service, propertiesInterface, "PropertiesChanged", []any{uint32(1)}, false},
+		{service, propertiesInterface, "PropertiesChanged", nil, false},
+		{"/" + strings.ReplaceAll(bus, ".", "/"), bus, "NameOwnerChanged", []any{systemdName, ":1.1", ""}, true},
+		{"/" + strings.ReplaceAll(bus, ".", "/"), bus, "NameAcquired", []any{":1.1"}, false},
+		{"/" + strings.ReplaceAll(bus, ".", "/"), bus, "NameLost", nil, false},
+		{"/a", "a.b", "C", []any{"a.service"}, false},
+	} {
+		for _, order := range byteOrders {
+			h, err := parse(encode(t, order, &dbus.Message{
+				Type: dbus.TypeSignal,
+				Headers: map[dbus.HeaderField]dbus.Variant{
+					dbus.FieldPath:      dbus.MakeVariant(dbus.ObjectPath(test.path)),
+					dbus.FieldInterface: dbus.MakeVariant(test.iface),
+					dbus.FieldMember:    dbus.MakeVariant(test.member),
+					dbus.FieldSender:    dbus.MakeVariant(bus),
+				},
+				Body: test.body,
+			}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := wanted(h); got != test.want {
+				t.Errorf("%s.%s of %s with %v is wanted: %v", test.iface, test.member, test.path, test.body, got)
+			}
+		}
+	}
+}
+
 func TestReplyValues(t *testing.T) {
 	id := []byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
 	for _, order := range byteOrders {

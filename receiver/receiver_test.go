@@ -341,6 +341,8 @@ func TestBadLists(t *testing.T) {
 		"a path that is no unit":  {[]listed{good, row("a.service", "/")}, 1, ""},
 		"a job":                   {[]listed{good, row("a.service", "/org/freedesktop/systemd1/job/1")}, 1, ""},
 		"a space":                 {[]listed{good, row("a b.service", dbus.ObjectPath(unitPath("a b.service")))}, 1, ""},
+		"a slice with a space":    {[]listed{good, row("a b.slice", dbus.ObjectPath(unitPath("a b.slice")))}, 1, ""},
+		"a slice without a name":  {[]listed{good, row(".slice", dbus.ObjectPath(unitPath(".slice")))}, 1, ""},
 		"a slash":                 {[]listed{good, row("a/b.service", dbus.ObjectPath(unitPath("a/b.service")))}, 1, ""},
 		"a NUL":                   {[]listed{good, row("a", dbus.ObjectPath(unitPath("a\x00b.service")))}, 1, ""},
 		"not UTF-8":               {[]listed{good, row("a", dbus.ObjectPath(unitPath("a\xff\xfe.service")))}, 1, ""},

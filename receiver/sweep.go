@@ -404,7 +404,7 @@ func (t *target) startOf() time.Time {
 		start = t.unit.noData // accounting was switched on later
 	case !t.run.time.IsZero():
 		start = t.run.time // the series is new, the run is not
-	case strings.HasPrefix(status.sub, "auto-restart"):
+	case status.restarting():
 		// InactiveExit has moved already; the counters are still the old run's.
 		start = earliest(status.inactiveExit, status.activeEnter)
 	case status.activeExit.After(status.inactiveExit) && status.activeExit.Before(status.activeEnter):
@@ -543,9 +543,11 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 	}
 	for _, run := range r.runs {
 		if !run.time.IsZero() {
-			name := unattributedPrefix + run.unit
+			var name string
 			if run.series != nil {
 				name = run.series.name
+			} else {
+				name = unattributedPrefix + run.unit
 			}
 			sweep.State.Runs = append(sweep.State.Runs, Run{
 				Unit: run.unit, Series: name, Epoch: run.epoch, Boot: r.cfg.BootID,

@@ -45,14 +45,17 @@ type balance struct {
 // slice spells its place: a-b.slice is in a.slice.
 func topSlice(unit string) bool {
 	name, ok := strings.CutSuffix(unit, ".slice")
-	return ok && !strings.Contains(name, "-")
+	return ok && name != "" && !strings.Contains(name, "-")
 }
 
 // topOf returns the top-level slice that a slice is in, "" for the root slice.
 func topOf(slice string) string {
-	name, _, _ := strings.Cut(strings.TrimSuffix(slice, ".slice"), "-")
-	if name == "" {
+	name, _, nested := strings.Cut(strings.TrimSuffix(slice, ".slice"), "-")
+	switch {
+	case name == "":
 		return ""
+	case !nested && name != slice:
+		return slice // as it is: this is asked for each unit in each sweep
 	}
 	return name + ".slice"
 }

@@ -110,10 +110,6 @@ func (l *lab) startAgent(a agent) {
 	l.t.Cleanup(func() {
 		if l.t.Failed() {
 			l.t.Logf("the agent's log:\n%s", l.log())
-			if f := os.Getenv("CONF_DEBUG"); f != "" {
-				o, _ := l.Command(context.Background(), "bash", "-c", f).CombinedOutput()
-				l.t.Logf("debug:\n%s", o)
-			}
 		}
 	})
 	l.eventually("the agent exports", l.exports)

@@ -96,6 +96,7 @@ func (d *doctor) checks() []check {
 		{"counters", d.checkCounters},
 		{"stop-edge", d.checkStopEdge},
 		{"state-directory", d.checkState},
+		{"outbox", d.checkOutbox},
 		{"endpoint-name", d.checkEndpointName},
 		{"endpoint-connection", d.checkConnection},
 		{"endpoint-tls", d.checkTLS},

@@ -126,6 +126,9 @@ func (d *doctor) checkEndpointName(ctx context.Context) finding {
 	addresses, err := net.DefaultResolver.LookupHost(ctx, ep.host)
 	if err != nil {
 		d.nameless = true
+		if ep.host == "localhost" { // in a container made from nothing
+			return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.scheme()+strings.Replace(ep.address, "localhost", "127.0.0.1", 1), "%v: there is no /etc/hosts with it", err)
+		}
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to a name that exists (getent hosts "+ep.host+")", "%v", err)
 	}
 	return good("%s is %s", ep.host, strings.Join(addresses, ", "))

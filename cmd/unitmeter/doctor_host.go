@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/unitmeter/unitmeter/exporter/store"
 )
 
 // userName is the name of a uid, or the number where it has none.
@@ -254,6 +256,31 @@ func stateFinding(dir string, outbox int64) finding {
 		return warning("set UNITMETER_OUTBOX_MAX_BYTES to less than what is free, or free some space", "%s: less than the outbox may take (%s)", found, humanBytes(float64(outbox)))
 	}
 	return good("%s", found)
+}
+
+// checkOutbox looks for requests that a receiver refused until they were set
+// aside.
+func (d *doctor) checkOutbox(ctx context.Context) finding {
+	if !d.configured || d.cfg.StateDir == "" {
+		return skipped("there is no state directory")
+	}
+	reader, err := store.OpenReader(ctx, d.cfg.StateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return skipped("the agent has not run with this state directory yet")
+	}
+	if err != nil {
+		return failure("journalctl -u "+agentUnit+" -n 20", "%v", err)
+	}
+	refused, err := reader.Quarantined(ctx)
+	if err := errors.Join(err, reader.Close()); err != nil {
+		return failure("journalctl -u "+agentUnit+" -n 20", "%v", err)
+	}
+	if n := len(refused); n > 0 {
+		last := refused[n-1]
+		return warning("unitmeter history --quarantined   (then look at the log of the Collector)",
+			"the Collector refused %d requests for good, the last at %s: %s", n, last.At.UTC().Format(time.RFC3339), last.Reason)
+	}
+	return good("no request was refused")
 }
 
 // absentState judges a directory that the agent would have to make.

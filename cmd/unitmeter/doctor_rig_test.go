@@ -103,6 +103,7 @@ func (w *ward) forward(inside, server string) {
 // TestDoctorMends plants faults in a real systemd, one after the other. The
 // doctor must name the mend; and the mend, applied as it is written, must help.
 func TestDoctorMends(t *testing.T) {
+	t.Parallel()
 	w := newWard(t)
 	server := otlptest.Start(t, otlptest.Config{})
 	w.forward("127.0.0.1:4317", server.Address())
@@ -205,6 +206,7 @@ func TestDoctorMends(t *testing.T) {
 
 // TestDoctorAsAgent makes the checks as the installed agent would.
 func TestDoctorAsAgent(t *testing.T) {
+	t.Parallel()
 	w := newWard(t)
 	unit, err := os.ReadFile(filepath.Join("..", "..", "packaging", "unitmeter.service"))
 	if err != nil {
@@ -253,6 +255,7 @@ func TestDoctorAsAgent(t *testing.T) {
 // TestEnableDisable changes a real systemd and reads what became of it with
 // systemctl.
 func TestEnableDisable(t *testing.T) {
+	t.Parallel()
 	w := newWard(t)
 	w.WriteFile(t, "/etc/systemd/system/one.service", "[Service]\nExecStart=sleep infinity\n[Install]\nAlias=uno.service\n")
 	w.WriteFile(t, "/etc/systemd/system/two.service", "[Service]\nExecStart=sleep infinity\n")

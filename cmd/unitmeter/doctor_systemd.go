@@ -76,7 +76,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 		return failure("systemctl start dbus.socket dbus.service", "%s", found)
 	case denied(err) && strings.Contains(err.Error(), "AppArmor"):
 		return failure("run the container with --security-opt apparmor=unconfined", "%s (profile %s)", found, profile)
-	case errors.Is(err, fs.ErrPermission) && address == privateBus:
+	case address == privateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
 		return failure("set UNITMETER_BUS=system, or run it as root", "%s", found)
 	case errors.Is(err, fs.ErrPermission) && profile != "":
 		return failure("run it without the AppArmor profile "+profile+" (--security-opt apparmor=unconfined)", "%s", found)
@@ -129,8 +129,8 @@ func versionFinding(v systemdVersion, text string) finding {
 		return warning("upgrade to systemd 258.1 or later",
 			"systemd %s drops the counters of a unit when it stops (systemd#33149) and of all running units at a daemon-reload (systemd#38112)", text)
 	case v.before(258, 0):
-		return warning("unitmeter enable --lost",
-			"systemd %s loses the counters of running units at each daemon-reload (systemd#38112), until they are touched; 258.1 does not. Such units are lost, and never 0", text)
+		return warning("upgrade to systemd 258.1 or later",
+			"systemd %s loses the counters of running units at each daemon-reload (systemd#38112), until \"unitmeter enable --lost\"; unitmeter shows such units as lost, and never as 0", text)
 	case v.before(258, 1):
 		return warning("upgrade to systemd 258.1 or later", "systemd %s begins to count from 0 at each daemon-reload (systemd#39130)", text)
 	}
@@ -373,7 +373,7 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 	if err != nil {
 		return skippedUntil(mend, "this process belongs to no unit, so it cannot be seen what systemd counts for it")
 	}
-	if u, err = (&switcher{m: d.m}).read(ctx, u.name, p); err != nil {
+	if u, err = d.m.unit(ctx, u.name, p); err != nil {
 		return failure("systemctl status "+u.name, "%v", err)
 	}
 	if !u.on {

@@ -72,16 +72,17 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 
 // parseSelection reads the command line.
 func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err error) {
+	choices := "names of units, or one of --all and --default"
 	if on {
-		flags.BoolVar(&s.all, "all", false, "all loaded units that are metered and have IP accounting off, and lost ones")
+		choices = "names of units, or one of --all, --lost and --default"
+		flags.BoolVar(&s.all, "all", false, "all running units that are metered and have IP accounting off, and lost ones")
 		flags.BoolVar(&s.lost, "lost", false, "the units whose counters systemd has lost")
 		flags.BoolVar(&s.byDefault, "default", false, "all units, those to come too: set DefaultIPAccounting=yes and reload systemd")
-		flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
 	} else {
-		flags.BoolVar(&s.all, "all", false, "all loaded units that are metered and have IP accounting on")
+		flags.BoolVar(&s.all, "all", false, "all running units that are metered and have IP accounting on")
 		flags.BoolVar(&s.byDefault, "default", false, "take back what \"enable --default\" did, and reload systemd")
-		flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
 	}
+	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
 	flags.BoolVar(&s.dry, "dry-run", false, "print what would be done, and do nothing")
 	if s.names, err = parse(t, flags, -1); err != nil {
 		return s, err
@@ -91,10 +92,6 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 		ways += count(given)
 	}
 	if ways != 1 {
-		choices := "names of units, or one of --all and --default"
-		if on {
-			choices = "names of units, or one of --all, --lost and --default"
-		}
 		return s, usageError{fmt.Errorf("want %s; see \"unitmeter help %s\"", choices, flags.Name())}
 	}
 	return s, nil
@@ -108,27 +105,17 @@ type switcher struct {
 	selection
 }
 
-// accountedUnit is one loaded unit as systemd shows it now.
-type accountedUnit struct {
-	name      string
-	path      dbus.ObjectPath
-	iface     string
-	on        bool // IPAccounting=
-	hasData   bool // the counters have values
-	active    bool // has a cgroup, in which there may be something to count
-	transient bool // made by a program, such as systemd-run; gone after its end
-}
-
-// lost says that a unit should have counters and has none.
-func (u accountedUnit) lost() bool {
-	kind := path.Ext(u.name)
-	return u.on && !u.hasData && u.active && (kind == ".service" || kind == ".scope")
+func (w *switcher) verb() string {
+	if w.on {
+		return "enable"
+	}
+	return "disable"
 }
 
 // choose finds the units that the command line names.
 func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUnit, error) {
 	if w.all || w.lost {
-		units, err := w.loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
+		units, err := w.m.loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
 		if err != nil {
 			return nil, err
 		}
@@ -162,7 +149,7 @@ func (w *switcher) named(ctx context.Context, name string) ([]accountedUnit, err
 		if _, err := path.Match(strings.ReplaceAll(name, `\`, `\\`), ""); err != nil {
 			return nil, usageError{fmt.Errorf("%q is no pattern; use *, ? and [a-z], as in nginx*.service", name)}
 		}
-		units, err := w.loaded(ctx, []string{}, name)
+		units, err := w.m.loaded(ctx, []string{}, name)
 		if err == nil && len(units) == 0 {
 			err = fmt.Errorf("find units %q: no loaded unit with IP counters matches; see \"systemctl list-units --all '%s'\"", name, name)
 		}
@@ -183,69 +170,9 @@ func (w *switcher) named(ctx context.Context, name string) ([]accountedUnit, err
 	if load != "loaded" {
 		return nil, fmt.Errorf("find unit %q: systemd says %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", full, load, full)
 	}
-	u, err := w.read(ctx, full, p)
+	u, err := w.m.unit(ctx, full, p)
 	return []accountedUnit{u}, err
 }
-
-// loaded lists the loaded units in the given states (none: any) that match.
-func (w *switcher) loaded(ctx context.Context, states []string, pattern string) ([]accountedUnit, error) {
-	var rows []struct {
-		Name, Description, Load, Active, Sub, Followed string
-		Path                                           dbus.ObjectPath
-		JobID                                          uint32
-		JobType                                        string
-		JobPath                                        dbus.ObjectPath
-	}
-	// fnmatch(3) takes a backslash for an escape, names of units have real ones.
-	patterns := []string{strings.ReplaceAll(pattern, `\`, `\\`)}
-	if err := w.m.call(ctx, "ListUnitsByPatterns", states, patterns).Store(&rows); err != nil {
-		return nil, fmt.Errorf("list systemd's units: %w", err)
-	}
-	var units []accountedUnit
-	for _, row := range rows {
-		if counterInterface(row.Name) == "" || row.Load != "loaded" {
-			continue
-		}
-		u, err := w.read(ctx, row.Name, row.Path)
-		switch {
-		case dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownObject", "org.freedesktop.systemd1.NoSuchUnit"):
-			continue // it ended meanwhile
-		case err != nil:
-			return nil, err
-		}
-		units = append(units, u)
-	}
-	slices.SortFunc(units, func(a, b accountedUnit) int { return strings.Compare(a.name, b.name) })
-	return units, nil
-}
-
-// read asks for the state of one unit.
-func (w *switcher) read(ctx context.Context, name string, p dbus.ObjectPath) (accountedUnit, error) {
-	u := accountedUnit{name: name, path: p, iface: counterInterface(name)}
-	var active, cgroup string
-	var bytes uint64
-	for _, property := range []struct {
-		iface, name string
-		to          any
-	}{
-		{unitInterface, "Id", &u.name}, // the name asked for may be an alias
-		{unitInterface, "ActiveState", &active},
-		{unitInterface, "Transient", &u.transient},
-		{u.iface, "ControlGroup", &cgroup},
-		{u.iface, "IPAccounting", &u.on},
-		{u.iface, "IPEgressBytes", &bytes},
-	} {
-		if err := w.m.get(ctx, p, property.iface, property.name, property.to); err != nil {
-			return u, fmt.Errorf("read unit %s: %w", name, err)
-		}
-	}
-	u.active = active != "inactive" && active != "failed" && cgroup != ""
-	u.hasData = bytes != noData
-	return u, nil
-}
-
-// noData is what systemd answers for a counter that it does not have.
-const noData = 1<<64 - 1
 
 // setUnits changes the units one after the other, and goes on after a failure.
 func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
@@ -257,7 +184,7 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 	for _, u := range units {
 		err := w.setUnit(ctx, u)
 		if denied(err) {
-			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter enable %s\"", u.name, os.Geteuid(), err, u.name)
+			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.name, os.Geteuid(), err, w.verb(), u.name)
 		}
 		errs = append(errs, err)
 	}
@@ -265,7 +192,7 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 }
 
 func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
-	rearm := w.on && u.on && !u.hasData && u.active
+	rearm := w.on && u.on && u.active && !u.hasData
 	if u.on == w.on && !rearm {
 		fmt.Fprintf(w.out, "%s: IP accounting is %s already\n", u.name, onOff(w.on))
 		return nil
@@ -301,7 +228,7 @@ func (w *switcher) settled(ctx context.Context, u accountedUnit) (accountedUnit,
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	for {
-		now, err := w.read(ctx, u.name, u.path)
+		now, err := w.m.unit(ctx, u.name, u.path)
 		waits := w.on && now.active && path.Ext(u.name) != ".socket" && !now.hasData
 		if err == nil && now.on == w.on && !waits {
 			return now, nil
@@ -327,8 +254,8 @@ func outcome(before, now accountedUnit, runtime, rearm bool) string {
 	if runtime {
 		until = "until the next boot"
 	}
-	if rearm {
-		return "counting again, from 0"
+	if rearm && now.hasData {
+		return "counting again"
 	}
 	if before.transient {
 		until = "until it ends, since it is a transient unit"
@@ -385,7 +312,7 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	if w.dry {
 		return nil
 	}
-	before, err := w.loaded(ctx, []string{"active"}, "*")
+	before, err := w.m.loaded(ctx, []string{"active"}, "*")
 	if err != nil {
 		return err
 	}
@@ -435,7 +362,7 @@ func (w *switcher) writeDefault(file string) error {
 		err = os.Remove(file)
 	}
 	if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("change systemd's configuration: %w; run it as root, as in \"sudo unitmeter enable --default\"", err)
+		return fmt.Errorf("change systemd's configuration: %w; run it as root, as in \"sudo unitmeter %s --default\"", err, w.verb())
 	}
 	if err != nil {
 		return fmt.Errorf("change systemd's configuration: %w", err)
@@ -459,7 +386,7 @@ func (w *switcher) restoreLost(ctx context.Context, units []accountedUnit) error
 	arm.on = true
 	var errs []error
 	for _, u := range units {
-		if now, err := w.read(ctx, u.name, u.path); err == nil && now.lost() {
+		if now, err := w.m.unit(ctx, u.name, u.path); err == nil && now.lost() {
 			errs = append(errs, arm.setUnit(ctx, now))
 		}
 	}
@@ -470,7 +397,7 @@ func (w *switcher) restoreLost(ctx context.Context, units []accountedUnit) error
 func (w *switcher) verifyDefault(ctx context.Context, before []accountedUnit) error {
 	changed, on := 0, 0
 	for _, u := range before {
-		now, err := w.read(ctx, u.name, u.path)
+		now, err := w.m.unit(ctx, u.name, u.path)
 		if err != nil {
 			continue // it ended meanwhile
 		}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -171,6 +173,83 @@ func (m *manager) defaultAccounting(ctx context.Context) (on bool, err error) {
 	err = m.get(ctx, p, counterInterface(nobody), "IPAccounting", &on)
 	return on, err
 }
+
+// accountedUnit is one loaded unit as systemd shows it now.
+type accountedUnit struct {
+	name      string
+	path      dbus.ObjectPath
+	iface     string
+	on        bool // IPAccounting=
+	hasData   bool // the counters have values
+	active    bool // has a cgroup, in which there may be something to count
+	transient bool // made by a program, such as systemd-run; gone after its end
+}
+
+// lost says that a unit should have counters and has none.
+func (u accountedUnit) lost() bool {
+	kind := path.Ext(u.name)
+	return u.on && !u.hasData && u.active && (kind == ".service" || kind == ".scope")
+}
+
+// loaded lists the loaded units in the given states (none: any) that match.
+func (m *manager) loaded(ctx context.Context, states []string, pattern string) ([]accountedUnit, error) {
+	var rows []struct {
+		Name, Description, Load, Active, Sub, Followed string
+		Path                                           dbus.ObjectPath
+		JobID                                          uint32
+		JobType                                        string
+		JobPath                                        dbus.ObjectPath
+	}
+	// fnmatch(3) takes a backslash for an escape, names of units have real ones.
+	patterns := []string{strings.ReplaceAll(pattern, `\`, `\\`)}
+	if err := m.call(ctx, "ListUnitsByPatterns", states, patterns).Store(&rows); err != nil {
+		return nil, fmt.Errorf("list systemd's units: %w", err)
+	}
+	var units []accountedUnit
+	for _, row := range rows {
+		if counterInterface(row.Name) == "" || row.Load != "loaded" {
+			continue
+		}
+		u, err := m.unit(ctx, row.Name, row.Path)
+		switch {
+		case dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownObject", "org.freedesktop.systemd1.NoSuchUnit"):
+			continue // it ended meanwhile
+		case err != nil:
+			return nil, err
+		}
+		units = append(units, u)
+	}
+	slices.SortFunc(units, func(a, b accountedUnit) int { return strings.Compare(a.name, b.name) })
+	return units, nil
+}
+
+// unit reads the state of one unit.
+func (m *manager) unit(ctx context.Context, name string, p dbus.ObjectPath) (accountedUnit, error) {
+	u := accountedUnit{name: name, path: p, iface: counterInterface(name)}
+	var active, cgroup string
+	var bytes uint64
+	for _, property := range []struct {
+		iface, name string
+		to          any
+	}{
+		{unitInterface, "Id", &u.name}, // the name asked for may be an alias
+		{unitInterface, "ActiveState", &active},
+		{unitInterface, "Transient", &u.transient},
+		{u.iface, "ControlGroup", &cgroup},
+		{u.iface, "IPAccounting", &u.on},
+		{u.iface, "IPEgressBytes", &bytes},
+	} {
+		if err := m.get(ctx, p, property.iface, property.name, property.to); err != nil {
+			return u, fmt.Errorf("read unit %s: %w", name, err)
+		}
+	}
+	u.active = active != "inactive" && active != "failed" && cgroup != ""
+	u.hasData = bytes != noData
+	return u, nil
+}
+
+// noData is what systemd answers for a counter that it does not have.
+const noData = 1<<64 - 1
 
 // dbusErrorIs reports whether err is one of the D-Bus errors of that name.
 func dbusErrorIs(err error, names ...string) bool {

@@ -76,6 +76,7 @@ func TestTopSpeed(t *testing.T) {
 
 // TestTopOnce runs the command for pipes beside a real systemd.
 func TestTopOnce(t *testing.T) {
+	t.Parallel()
 	w := newWard(t)
 	w.sh("systemd-run --quiet --unit=quiet -p IPAccounting=yes sleep infinity")
 	out := w.sh("unitmeter top --once --interval 300ms quiet")
@@ -97,6 +98,7 @@ func TestTopOnce(t *testing.T) {
 // TestTopTerminal runs top on a real terminal, and ends it by a key and by a
 // signal. The terminal must be left as it was.
 func TestTopTerminal(t *testing.T) {
+	t.Parallel()
 	w := newWard(t)
 	for _, unit := range []string{"one", "two"} { // the first row is selected, and has no colours
 		w.sh("systemd-run --quiet --unit=" + unit + " -p IPAccounting=yes bash -c 'while :; do echo hello >/dev/udp/127.0.0.1/9; sleep 0.02; done'")

@@ -984,6 +984,9 @@ func TestDiskComesBack(t *testing.T) {
 	if got := outboxCycles(t, s); !slices.Equal(got, []int{1, 2, 6}) {
 		t.Errorf("outbox has %v", got)
 	}
+	if _, err := Open(t.Context(), Config{Dir: filepath.Join(disk, "state")}); !errors.Is(err, ErrInUse) {
+		t.Errorf("the directory on the new mount is not locked: %v", err)
+	}
 	integrity(t, s)
 	s.Close()
 }

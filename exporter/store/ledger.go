@@ -38,8 +38,8 @@ type Ledger struct {
 
 // ledgerState is the ledger in memory. On disk it is a chain of records: one
 // with every row, and after it one for each cycle with the rows that differ.
-// Replaying the chain gives the ledger. Rows as rows of SQLite would cost about
-// ten times the CPU and the bytes, since nearly all of them change each cycle.
+// Replaying the chain gives the ledger. Rows as rows of SQLite would cost several
+// times the CPU and twenty times the bytes, since nearly all change each cycle.
 type ledgerState struct {
 	time   time.Time
 	series map[string]*seriesRow

@@ -95,7 +95,7 @@ type Cycle struct {
 	// Ledger is the whole present state. The store keeps just this, within the
 	// bounds of Config, and writes what changed. Ledger.Time is not used.
 	Ledger Ledger
-	// Request is to be delivered; nil = nothing. At most 64 MiB.
+	// Request is to be delivered; empty = nothing. At most 64 MiB.
 	Request []byte
 	Points  int // in Request, for the statistics
 	Samples []Sample
@@ -200,7 +200,7 @@ func (s *Store) Commit(ctx context.Context, c Cycle) error {
 		if err := s.outbox.settle(s.db); err != nil {
 			return err
 		}
-		if c.Request != nil {
+		if len(c.Request) > 0 {
 			if err := s.outbox.append(s.db, c); err != nil {
 				return err
 			}
@@ -326,30 +326,9 @@ func (s *Store) begin(ctx context.Context, op string) error {
 // ready opens the file if it is not open, and opens it anew if it is no longer
 // the file at its path.
 func (s *Store) ready() error {
-	if s.lock == nil {
-		lock, err := lockDir(s.cfg.Dir)
-		if err != nil {
-			return err
-		}
-		s.lock = lock
-	}
 	if s.db != nil {
-		file, log := s.db.present()
-		switch {
-		case !file:
-			s.leave()
-			if err := s.relock(); err != nil {
-				return err
-			}
-			s.note(Recovered{At: s.cfg.Now(), Reason: fmt.Errorf("%s was deleted or replaced while it was in use", s.path)})
-		case !log:
-			// The file is whole only together with its log, which this
-			// connection still has open: move everything into the file.
-			var busy, pages, moved int
-			if err := s.db.row("PRAGMA wal_checkpoint(TRUNCATE)", nil, &busy, &pages, &moved); err != nil || busy != 0 {
-				return fmt.Errorf("move the deleted log into %s: busy=%d: %w", s.path, busy, err)
-			}
-			s.leave()
+		if err := s.leaveIfGone(); err != nil {
+			return err
 		}
 	}
 	if s.db != nil {
@@ -367,6 +346,9 @@ func (s *Store) ready() error {
 			return err
 		}
 	}
+	if err := s.holdDir(); err != nil {
+		return err
+	}
 	err := s.open()
 	if err == nil || !isCorrupt(err) {
 		return err
@@ -379,15 +361,42 @@ func (s *Store) ready() error {
 	return s.open()
 }
 
-// relock takes the directory again if the one that was locked has been deleted.
-func (s *Store) relock() error {
-	info, err := os.Stat(s.cfg.Dir)
-	held, heldErr := s.lock.Stat()
-	if err == nil && heldErr == nil && os.SameFile(info, held) {
-		return nil
+// leaveIfGone gives up the connection if its files are no longer those at the
+// path: someone deleted or replaced them, or another disk is mounted there.
+func (s *Store) leaveIfGone() error {
+	file, log := s.db.present()
+	switch {
+	case !file:
+		s.leave()
+		s.note(Recovered{At: s.cfg.Now(), Reason: fmt.Errorf("%s was deleted or replaced while it was in use", s.path)})
+	case !log:
+		// The file is whole only together with its log, which this connection
+		// still has open: move everything into the file.
+		var busy, pages, moved int
+		err := s.db.row("PRAGMA wal_checkpoint(TRUNCATE)", nil, &busy, &pages, &moved)
+		if err == nil && busy != 0 {
+			err = errors.New("a reader is using it")
+		}
+		if err != nil {
+			return fmt.Errorf("save the log of %s, which was deleted while it was in use: %w", s.path, err)
+		}
+		s.leave()
 	}
-	s.lock.Close()
-	s.lock = nil
+	return nil
+}
+
+// holdDir takes the directory, and takes it again if there is another one at its
+// path by now.
+func (s *Store) holdDir() (err error) {
+	if s.lock != nil {
+		info, err := os.Stat(s.cfg.Dir)
+		held, heldErr := s.lock.Stat()
+		if err == nil && heldErr == nil && os.SameFile(info, held) {
+			return nil
+		}
+		s.lock.Close()
+		s.lock = nil
+	}
 	s.lock, err = lockDir(s.cfg.Dir)
 	return err
 }

@@ -13,10 +13,9 @@ import (
 	"github.com/unitmeter/unitmeter/config"
 )
 
-// program builds unitmeter and asks it for its commands.
-func program(t *testing.T) (path string, commands []command) {
-	t.Helper()
-	path = filepath.Join(t.TempDir(), "unitmeter")
+// TestProgram has the tests of what is made from the program's help.
+func TestProgram(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "unitmeter")
 	if out, err := exec.Command("go", "build", "-o", path, "../../cmd/unitmeter").CombinedOutput(); err != nil {
 		t.Fatalf("build unitmeter: %v\n%s", err, out)
 	}
@@ -24,12 +23,14 @@ func program(t *testing.T) (path string, commands []command) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return path, commands
+	t.Run("files are current", func(t *testing.T) { testCurrent(t, path) })
+	t.Run("commands are understood", func(t *testing.T) { testUnderstood(t, commands) })
+	t.Run("man page", func(t *testing.T) { testManPage(t, commands) })
+	t.Run("completions", func(t *testing.T) { testCompletions(t, commands) })
 }
 
 // What is committed must be what the program says today.
-func TestFilesAreCurrent(t *testing.T) {
-	path, _ := program(t)
+func testCurrent(t *testing.T, path string) {
 	dir := t.TempDir()
 	if err := generate(dir, path); err != nil {
 		t.Fatal(err)
@@ -49,8 +50,7 @@ func TestFilesAreCurrent(t *testing.T) {
 	}
 }
 
-func TestCommandsAreUnderstood(t *testing.T) {
-	_, commands := program(t)
+func testUnderstood(t *testing.T, commands []command) {
 	i := slices.IndexFunc(commands, func(c command) bool { return c.name == "once" })
 	if i < 0 {
 		t.Fatalf("once is not among the commands: %+v", commands)
@@ -116,8 +116,7 @@ func TestEnvironmentFileHoldsTheDefaults(t *testing.T) {
 	}
 }
 
-func TestManPageIsGood(t *testing.T) {
-	_, commands := program(t)
+func testManPage(t *testing.T, commands []command) {
 	text := manPage(commands)
 	for _, v := range config.Variables() {
 		if !strings.Contains(text, ".B "+v.Name+"\n") {
@@ -145,8 +144,7 @@ func shell(t *testing.T, name, debianPackage string, args ...string) *exec.Cmd {
 }
 
 // Each shell is asked what it offers at the end of a command line.
-func TestCompletionsInTheirShells(t *testing.T) {
-	_, commands := program(t)
+func testCompletions(t *testing.T, commands []command) {
 	dir := t.TempDir()
 	systemctl := "#!/bin/sh\nprintf '%s\\n' 'nats.service loaded active running NATS' 'dev-disk\\x2d1.swap loaded active active Swap'\n"
 	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte(systemctl), 0o755); err != nil {

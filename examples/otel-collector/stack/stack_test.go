@@ -348,8 +348,8 @@ service:
 	return collector(t, fan), all
 }
 
-// agent runs unitmeter in a rig, with units that make traffic for it.
-func agent(t *testing.T, collector string) *systemdtest.Rig {
+// install builds unitmeter and puts it into a new rig.
+func install(t *testing.T) *systemdtest.Rig {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "unitmeter")
 	build := exec.Command("go", "build", "-o", program, "../../../cmd/unitmeter")
@@ -358,15 +358,59 @@ func agent(t *testing.T, collector string) *systemdtest.Rig {
 		t.Fatalf("build unitmeter: %v\n%s", err, out)
 	}
 	rig := systemdtest.Start(t)
-	rig.WriteFile(t, "/usr/local/bin/unitmeter", read(t, program))
-	rig.Run(t, "chmod", "0755", "/usr/local/bin/unitmeter")
+	rig.WriteFile(t, "/usr/bin/unitmeter", read(t, program))
+	rig.Run(t, "chmod", "0755", "/usr/bin/unitmeter")
+	return rig
+}
+
+// The Collector of unitmeter-sidecar.service lives as long as the packaged
+// unitmeter.service does, and gets its metrics.
+func TestSidecar(t *testing.T) {
+	rig := install(t)
+	rig.WriteFile(t, "/usr/local/bin/otelcol", read(t, tool(t, "otelcol")))
+	rig.Run(t, "chmod", "0755", "/usr/local/bin/otelcol")
+	rig.WriteFile(t, "/etc/otelcol/config.yaml", read(t, "agent.yaml"))
+	rig.WriteFile(t, "/etc/otelcol/ca.pem", read(t, otlptest.NewCA(t).File))
+	rig.WriteFile(t, "/etc/systemd/system/unitmeter-sidecar.service", read(t, "unitmeter-sidecar.service"))
+	rig.WriteFile(t, "/usr/lib/systemd/system/unitmeter.service", read(t, "../../../packaging/unitmeter.service"))
+	rig.WriteFile(t, "/usr/lib/sysusers.d/unitmeter.conf", read(t, "../../../packaging/unitmeter.sysusers"))
+	rig.WriteFile(t, "/etc/unitmeter/unitmeter.env", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317\nOTEL_METRIC_EXPORT_INTERVAL=1000\n")
+	rig.Run(t, "systemd-sysusers")
+	if out, err := rig.Command(context.Background(), "systemd-analyze", "verify", "/etc/systemd/system/unitmeter-sidecar.service").CombinedOutput(); err != nil || strings.Contains(string(out), "sidecar.service:") {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+	rig.Run(t, "systemctl", "daemon-reload")
+	rig.Run(t, "systemctl", "enable", "unitmeter-sidecar.service")
+	is := func(state string) error {
+		out := strings.TrimSpace(rig.Run(t, "systemctl", "show", "--value", "-p", "ActiveState", "unitmeter-sidecar.service"))
+		if out != state {
+			return fmt.Errorf("it is %s", out)
+		}
+		return nil
+	}
+	rig.Run(t, "systemctl", "start", "unitmeter.service")
+	eventually(t, "the Collector runs", func() error { return is("active") })
+	eventually(t, "it has got something", func() error {
+		if got := rig.Show(t, "unitmeter-sidecar.service"); got.IngressBytes < 10_000 {
+			return fmt.Errorf("only %+v", got)
+		}
+		return nil
+	})
+	rig.Run(t, "systemctl", "stop", "unitmeter.service")
+	eventually(t, "the Collector is stopped", func() error { return is("inactive") })
+}
+
+// agent runs unitmeter in a rig, with units that make traffic for it.
+func agent(t *testing.T, collector string) *systemdtest.Rig {
+	t.Helper()
+	rig := install(t)
 	rig.Run(t, "hostname", "example")
 	forward(t, rig, "127.0.0.1:4317", collector)
 	// A slice that counts, with a unit in it that does not: unattributed.
 	rig.Run(t, "systemctl", "set-property", "--runtime", "system.slice", "IPAccounting=yes")
 	rig.Run(t, "systemd-run", "--quiet", "--unit=unitmeter", "-p", "IPAccounting=yes",
 		"--setenv=OTEL_METRIC_EXPORT_INTERVAL=1000", "--setenv=OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317",
-		"--setenv=UNITMETER_STATE_DIR=/var/lib/unitmeter", "/usr/local/bin/unitmeter")
+		"--setenv=UNITMETER_STATE_DIR=/var/lib/unitmeter", "/usr/bin/unitmeter")
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Log(rig.Run(t, "journalctl", "-u", "unitmeter", "--no-pager", "-n", "30"))
