@@ -3,6 +3,8 @@ package exporter
 import (
 	"maps"
 	"math"
+	"slices"
+	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -27,7 +29,7 @@ func stamp(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) (dropped int) 
 		if !isUnitMetric(m.Name) {
 			return
 		}
-		kept := sum.DataPoints[:0]
+		kept := make([]named, 0, len(sum.DataPoints))
 		for _, p := range sum.DataPoints {
 			series, transmit, ok := find(sweep, p.Attributes)
 			total := totalOf(m.Name, transmit, series.Total)
@@ -36,11 +38,34 @@ func stamp(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) (dropped int) 
 				continue
 			}
 			p.StartTime, p.Time, p.Value = series.Start, series.Time, int64(total)
-			kept = append(kept, p)
+			kept = append(kept, named{series.Name, transmit, p})
 		}
-		sum.DataPoints = kept
+		// The SDK has them in another order each time. In one order, requests
+		// are much alike, and the outbox needs a third of the room.
+		slices.SortFunc(kept, named.compare)
+		for i, n := range kept {
+			sum.DataPoints[i] = n.point
+		}
+		sum.DataPoints = sum.DataPoints[:len(kept)]
 	})
 	return dropped
+}
+
+// named is a point with what it is sorted by.
+type named struct {
+	series   string
+	transmit bool
+	point    metricdata.DataPoint[int64]
+}
+
+func (a named) compare(b named) int {
+	switch c := strings.Compare(a.series, b.series); {
+	case c != 0 || a.transmit == b.transmit:
+		return c
+	case b.transmit:
+		return -1
+	}
+	return 1
 }
 
 // eachSum calls f for each integer sum and removes metrics that f left without
