@@ -11,7 +11,7 @@ TESTENV = $(if $(CAN_RUN_ALL),UNITMETER_TEST_NO_SKIP=1)
 
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
-.PHONY: build test demo lint fmt bench tools clean help
+.PHONY: build test demo lint fmt bench conformance test-matrix tools clean help
 
 build: ## build bin/unitmeter, a static binary
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)' -o bin/unitmeter ./cmd/unitmeter
@@ -37,6 +37,13 @@ bench: build ## run all benchmarks, one package after the other; PKG and BENCH=r
 	.ci/tools bench
 	$(TESTENV) go test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem -p 1 -timeout 60m $(TESTFLAGS) $(PKG)
 
+conformance: ## verdict per scenario for UNITMETER_BINARY, or for this tree (root)
+	.ci/tools
+	$(TESTENV) go test ./cmd/unitmeter -run TestConformance -v -count=1 -timeout 60m
+
+test-matrix: tools ## conformance suite on systemd 247 to 26x (root; fetches five Debian trees once)
+	.ci/matrix
+
 tools: ## build the pinned programs that the tests run, install Debian packages they need
 	.ci/tools
 
@@ -44,4 +51,4 @@ clean: ## remove what make has built, except the tools' cache in the home direct
 	rm -rf bin dist .tools
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

@@ -428,7 +428,7 @@ func (l *loader) units(c *Config) []entry {
 		enum(Variable{
 			Name:    "UNITMETER_STOP_EDGE",
 			Default: "auto",
-			Meaning: "How the last bytes of a unit are caught: ref holds the unit for a moment (root or polkit), journal reads systemd's own record, auto takes what is allowed.",
+			Meaning: "How the last bytes of a unit are caught. journal reads systemd's own record. ref holds each service until it is read at its end (root or polkit); in that moment a systemd-run of the same name is refused. auto does what is allowed: the journal, and ref for names that systemd-run makes up.",
 		}, &c.StopEdge, "auto", "ref", "journal", "off"),
 	}
 }

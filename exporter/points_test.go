@@ -67,11 +67,12 @@ func TestStampTakesStartTimeAndTotalFromTheSweep(t *testing.T) {
 		s      receiver.Series
 		value  int64
 	}{
-		{receiver.IOName, 0, a, 6}, {receiver.IOName, 1, a, 10},
-		{receiver.IOName, 2, b, 7}, {receiver.IOName, 3, b, 14},
-		{receiver.IOName, 4, rest, 9}, {receiver.IOName, 5, rest, 18},
-		{receiver.PacketCountName, 0, a, 15}, {receiver.PacketCountName, 1, a, 20},
-		{receiver.PacketCountName, 4, rest, 27}, {receiver.PacketCountName, 5, rest, 36},
+		// Sorted by name: the overflow series has none.
+		{receiver.IOName, 0, rest, 9}, {receiver.IOName, 1, rest, 18},
+		{receiver.IOName, 2, a, 6}, {receiver.IOName, 3, a, 10},
+		{receiver.IOName, 4, b, 7}, {receiver.IOName, 5, b, 14},
+		{receiver.PacketCountName, 0, rest, 27}, {receiver.PacketCountName, 1, rest, 36},
+		{receiver.PacketCountName, 2, a, 15}, {receiver.PacketCountName, 3, a, 20},
 	} {
 		p := sums(rm, want.metric)[want.index]
 		if !p.StartTime.Equal(want.s.Start) || !p.Time.Equal(want.s.Time) || p.Value != want.value {

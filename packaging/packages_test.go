@@ -42,9 +42,16 @@ func TestPackages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	first := build(t, root, "0.1.0", nil)
-	second := build(t, root, "v0.2.0", nil, "deb", "rpm")
-	t.Run("reproducible", func(t *testing.T) { testReproducible(t, root, first) })
+	// A copy, so that nobody edits the source between two builds.
+	source := filepath.Join(t.TempDir(), "source")
+	for _, name := range []string{"cmd", "config", "exporter", "receiver", "packaging", "go.mod", "go.sum"} {
+		if err := copyTree(filepath.Join(root, name), filepath.Join(source, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first := build(t, source, "0.1.0", nil)
+	second := build(t, source, "v0.2.0", nil, "deb", "rpm")
+	t.Run("reproducible", func(t *testing.T) { testReproducible(t, source, first) })
 	t.Run("contents", func(t *testing.T) { testContents(t, first) })
 	t.Run("deb", func(t *testing.T) { testDeb(t, root, first, second) })
 	t.Run("rpm", func(t *testing.T) { testRPM(t, first, second) })
@@ -53,12 +60,10 @@ func TestPackages(t *testing.T) {
 
 // The same source gives the same bytes in another place, at another time, in
 // another time zone, and with other rights for new files.
-func testReproducible(t *testing.T, root, first string) {
-	elsewhere := filepath.Join(t.TempDir(), "elsewhere")
-	for _, name := range []string{"cmd", "config", "exporter", "receiver", "packaging", "go.mod", "go.sum"} {
-		if err := copyTree(filepath.Join(root, name), filepath.Join(elsewhere, name)); err != nil {
-			t.Fatal(err)
-		}
+func testReproducible(t *testing.T, source, first string) {
+	elsewhere := filepath.Join(t.TempDir(), "a", "longer", "path")
+	if err := copyTree(source, elsewhere); err != nil {
+		t.Fatal(err)
 	}
 	wrapper := filepath.Join(elsewhere, "packaging/build.sh")
 	text, err := os.ReadFile(wrapper)

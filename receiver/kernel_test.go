@@ -215,18 +215,26 @@ func TestKernelShortUnits(t *testing.T) {
 		}
 	}
 	all := Counters{EgressBytes: runs * 7 * 1028, EgressPackets: runs * 7}
-	s := sweepUntil(t, r, "all have ended", func(s *Sweep) bool {
+	sweepUntil(t, r, "all have ended", func(s *Sweep) bool {
 		slice, _ := s.seriesOf("kshort.slice")
 		return slice.Total == all
 	})
-	s = r.Sweep(t.Context())
+	s := r.Sweep(t.Context())
 	// On a busy machine a run may end before its cgroup is looked at. Each of the
-	// others is counted whole.
+	// others is counted whole, and what is missed is known to be missing.
 	got, _ := s.seriesOf("kshort-*")
 	caught := got.Total.EgressPackets / 7
 	t.Logf("counted %d of %d runs", caught, runs)
-	if caught < runs*95/100 || caught > runs || got.Total != (Counters{EgressBytes: caught * 7 * 1028, EgressPackets: caught * 7}) {
+	if caught < runs/2 || got.Total != (Counters{EgressBytes: caught * 7 * 1028, EgressPackets: caught * 7}) {
 		t.Errorf("the units have %+v, their slice %+v", got.Total, all)
+	}
+	sum := got.Total
+	for _, name := range []string{unattributedPrefix, waitingPrefix} {
+		rest, _ := s.seriesOf(name + "kshort.slice")
+		sum, _ = sum.plus(rest.Total)
+	}
+	if sum != all {
+		t.Errorf("units and unattributed traffic are %+v, their slice %+v", sum, all)
 	}
 	want(t, s, "kshort.slice", all)
 	if h := r.healthNow(); h.dbusErrors != 0 || h.resets != 0 {
@@ -413,4 +421,100 @@ func (r *insideReport) kernel(ctx context.Context, source string) error {
 	held := receiver.kernel != nil && receiver.heldExactly("kprivileges.service")
 	r.Logs = fmt.Sprintf("held=%v total=%+v\n", held, s.Total)
 	return nil
+}
+
+func TestCgroupMount(t *testing.T) {
+	const other = "25 30 0:23 / /sys rw,nosuid - sysfs sysfs rw\n"
+	for name, test := range map[string]struct{ mountinfo, want string }{
+		"unified":   {other + "31 25 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n", "/sys/fs/cgroup"},
+		"hybrid":    {"40 25 0:30 / /var/c\\040d rw - cgroup2 x rw\n31 25 0:26 / /sys/fs/cgroup/unified rw shared:4 - cgroup2 cgroup2 rw\n", "/sys/fs/cgroup/unified"},
+		"elsewhere": {"40 25 0:30 / /var/c\\040d rw - cgroup2 x rw\n", "/var/c d"},
+		"legacy":    {other + "31 25 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n", ""},
+		"nonsense":  {"cgroup2 - \n - cgroup2 \n", ""},
+		"empty":     {"", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := cgroupMount(strings.NewReader(test.mountinfo))
+			if got != test.want || (err == nil) != (test.want != "") {
+				t.Errorf("%q, %v; want %q", got, err, test.want)
+			}
+			if err != nil && !strings.Contains(err.Error(), "UNITMETER_SOURCE=dbus") {
+				t.Errorf("%q has no next step", err)
+			}
+		})
+	}
+}
+
+func TestCgroupPaths(t *testing.T) {
+	for slice, path := range map[string]string{"-.slice": "/", "a.slice": "/a.slice", "a-b-c.slice": "/a.slice/a-b.slice/a-b-c.slice"} {
+		if got := cgroupOfSlice(slice); got != path {
+			t.Errorf("%s is at %q, want %q", slice, got, path)
+		}
+		if got := sliceOfCgroup(path + "/x.service"); got != slice && slice != "-.slice" {
+			t.Errorf("%s/x.service is in %q, want %q", path, got, slice)
+		}
+	}
+	if got := sliceOfCgroup("/init.scope"); got != "-.slice" {
+		t.Errorf("/init.scope is in %q", got)
+	}
+	for name, unit := range map[string]string{"_cpu.service": "cpu.service", "a.service": "a.service", "cgroup.procs": "", "memory": "", "": "", "payload": ""} {
+		if got := unitOfCgroup(name); got != unit {
+			t.Errorf("%q is the cgroup of %q, want %q", name, got, unit)
+		}
+	}
+}
+
+// TestCompare: however a unit is busy, what systemd adds is bounded by what is
+// known, and maps that are not systemd's are not taken for them.
+func TestCompare(t *testing.T) {
+	s := &stream{}
+	s.compare(all(10), all(115), all(20)) // between 95 and 105
+	if !s.compared || s.exact() || s.least() != all(95) {
+		t.Fatalf("%+v", s)
+	}
+	s.compare(all(20), all(121), all(21)) // between 100 and 101
+	s.compare(all(30), all(130), all(33)) // between 97 and 100
+	if !s.exact() || s.least() != all(100) {
+		t.Fatalf("%+v", s)
+	}
+	s.compare(all(40), all(150), all(41)) // something else
+	if s.compared || s.exact() {
+		t.Fatalf("a contradiction was taken: %+v", s)
+	}
+	s.compare(all(40), all(30), all(41)) // systemd shows less than the maps
+	if s.compared {
+		t.Fatalf("less than nothing was added: %+v", s)
+	}
+	s.compare(all(40), all(40), all(40))
+	if !s.exact() || s.least() != (Counters{}) {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// BenchmarkKernelSweep is BenchmarkSweep with the maps held: 1,000 idle units.
+// The time is all there is: systemd and dbus-daemon do nothing.
+func BenchmarkKernelSweep(b *testing.B) {
+	rig := theRig(b)
+	thousand(b, rig)
+	r, _ := start(b, kernelConfig(rig, Config{Include: []string{"thousand@*.service"}}))
+	for range 5 {
+		r.Sweep(b.Context())
+	}
+	r.mu.Lock()
+	exact := 0
+	for _, s := range r.kernel.streams {
+		if s.state == calibrated {
+			exact++
+		}
+	}
+	r.mu.Unlock()
+	if exact < thousandUnits {
+		b.Fatalf("%d of %d units are read from the kernel", exact, thousandUnits)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if s := r.Sweep(b.Context()); s.Partial || len(s.State.Runs) < thousandUnits {
+			b.Fatalf("a sweep of %d runs, partial: %v", len(s.State.Runs), s.Partial)
+		}
+	}
 }

@@ -214,16 +214,6 @@ func (l *lab) running(pattern string) int {
 	return strings.Count(l.Run(l.t, "systemctl", "list-units", "--no-legend", "--plain", "--state=active,activating,deactivating,reloading", pattern), "\n")
 }
 
-// agentPID returns the agent's process as the rig numbers it, 0 if there is none.
-func (l *lab) agentPID() int {
-	l.t.Helper()
-	pid, err := strconv.Atoi(strings.TrimSpace(l.Run(l.t, "systemctl", "show", "-p", "MainPID", "--value", "unitmeter")))
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	return pid
-}
-
 // shell runs a script inside. It fails the test with what the script said.
 func (l *lab) shell(t *testing.T, script string, args ...string) string {
 	t.Helper()

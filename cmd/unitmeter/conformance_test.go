@@ -304,10 +304,11 @@ the systemd of another root tree. Needs root on Linux with cgroup v2.
 - "accounted" is what ` + "`systemctl show`" + ` says of the scenario's own slice, which holds
   all of its units, those that are gone included; where systemd itself loses
   traffic (reload, re-execution), it is what ` + "`systemctl show`" + ` says of the unit.
-- "exact" means that the difference is 0, that nothing was in
-  ` + "`unitmeter.unattributed`" + ` of the slice, that it stayed so, and that no point of
+- "exact" means that the difference is 0, that it stayed so, and that no point of
   any series broke the rules: no total fell, no start moved, no delta was negative
-  or overlapped with another.
+  or overlapped with another. Where the truth is the slice's, nothing was in
+  ` + "`unitmeter.unattributed`" + ` of it either, unless the row says so; that is not looked
+  at over reloads, the reboot, in the overflow and in the fold by default.
 - "stated" means that the difference is not 0, and that ` + "`unitmeter.unattributed`" + `
   said just how much it is.
 

@@ -36,6 +36,7 @@ type finding struct {
 	Mend string `json:"mend,omitempty"`
 }
 
+// good, skipped, warning and failure make findings; runCheck adds the name.
 func good(format string, args ...any) finding {
 	return finding{Status: statusOK, Found: fmt.Sprintf(format, args...)}
 }
@@ -105,6 +106,8 @@ func (d *doctor) checks() []check {
 	}
 }
 
+// diagnose is the command. A failed check is an error, so that the exit code
+// can be used in scripts; a warning is none, since the agent works.
 func diagnose(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON object with all checks")
 	here := flags.Bool("here", false, "check with the user and the settings of this shell, not with those of unitmeter.service")
@@ -185,6 +188,7 @@ func runCheck(ctx context.Context, c check) finding {
 	return f
 }
 
+// worst is the status that counts for the whole report.
 func worst(findings []finding) string {
 	order := []string{statusOK, statusSkip, statusWarn, statusFail}
 	at := 0

@@ -111,6 +111,8 @@ func (ep endpoint) proxy() *url.URL {
 	return p
 }
 
+// checkEndpointName, checkConnection, checkTLS and checkCollector go up one
+// layer each, so that the first to fail names the setting that is wrong.
 func (d *doctor) checkEndpointName(ctx context.Context) finding {
 	ep, none := d.target()
 	switch {
@@ -219,11 +221,13 @@ func (d *doctor) checkTLS(ctx context.Context) finding {
 	return tlsFinding(ctx, ep, cfg, d.cfg.OTLP)
 }
 
+// loopback reports whether an endpoint is on this host: nobody listens in.
 func loopback(host string) bool {
 	ip := net.ParseIP(strings.Trim(host, "[]"))
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
+// tlsFinding shakes hands and judges the certificates of both sides.
 func tlsFinding(ctx context.Context, ep endpoint, cfg *tls.Config, o config.OTLP) finding {
 	cfg = cfg.Clone()
 	cfg.NextProtos = []string{"h2", "http/1.1"}
@@ -422,6 +426,8 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 	return collectorFailure(r, peer, ep, d.cfg.OTLP)
 }
 
+// collectorFailure names the setting behind an answer. What the server itself
+// said of our credentials comes first, then what it turns out to speak.
 func collectorFailure(r result, peer string, ep endpoint, o config.OTLP) finding {
 	found := oneLine(r.err)
 	header := "set the header that the Collector wants in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"

@@ -145,6 +145,7 @@ func (d *doctor) checkCgroup(context.Context) finding {
 	return cgroupFinding("/sys/fs/cgroup")
 }
 
+// cgroupFinding tells the hierarchies apart by the types of the file systems.
 func cgroupFinding(root string) finding {
 	kind := func(dir string) int64 {
 		var st unix.Statfs_t
@@ -210,6 +211,8 @@ func (d *doctor) checkState(context.Context) finding {
 	return stateFinding(d.cfg.StateDir, d.cfg.OutboxMaxBytes)
 }
 
+// stateFinding has the rules of the store (package store, checkDir) and says
+// the mend for each.
 func stateFinding(dir string, outbox int64) finding {
 	uid := os.Geteuid()
 	mkdir := fmt.Sprintf("install -d -m 0700 -o %d %s", uid, dir)

@@ -117,6 +117,8 @@ func (d *doctor) checkVersion(ctx context.Context) finding {
 	return versionFinding(v, text)
 }
 
+// versionFinding has the bugs that make numbers wrong or missing. Those that the
+// receiver works around without a loss are left out.
 func versionFinding(v systemdVersion, text string) finding {
 	switch {
 	case v.before(235, 0):
@@ -207,6 +209,7 @@ func (d *doctor) checkDefault(ctx context.Context) finding {
 	return good("DefaultIPAccounting=yes: units to come are counted too")
 }
 
+// oneLine makes one line of a joined error.
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ": ") }
 
 // checkAccounting counts the units that are not counted.
@@ -246,6 +249,8 @@ func (d *doctor) checkCounters(ctx context.Context) finding {
 	return countersFinding(d.inState("on"), d.inState("lost"), d.inState("failed"), virtualization, d.version)
 }
 
+// countersFinding decides between one lost unit, the reload bug, and no BPF at
+// all: without BPF no unit has counters, whatever the version.
 func countersFinding(on, lost, failed []string, virtualization string, v systemdVersion) finding {
 	reloadBug := !v.before(256, 0) && v.before(258, 0)
 	switch {
@@ -297,6 +302,7 @@ func (d *doctor) checkStopEdge(ctx context.Context) finding {
 	return stopEdgeFinding(mode, reference, journal)
 }
 
+// stopEdgeFinding judges the two ways; one of them is enough.
 func stopEdgeFinding(mode string, reference, journal error) finding {
 	found := fmt.Sprintf("references: %s; journal: %s", yesOr(reference), yesOr(journal))
 	switch {

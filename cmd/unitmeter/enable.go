@@ -35,14 +35,18 @@ type selection struct {
 	all, lost, byDefault, runtime, dry bool
 }
 
+// enable switches IP accounting on. It needs root, or polkit's manage-units.
 func enable(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	return switchAccounting(ctx, t, flags, true)
 }
 
+// disable switches IP accounting off.
 func disable(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	return switchAccounting(ctx, t, flags, false)
 }
 
+// switchAccounting finds all units before it changes the first: a name that is
+// wrong must not leave half of the work done.
 func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on bool) error {
 	s, err := parseSelection(t, flags, on)
 	if err != nil {
@@ -183,7 +187,7 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 	var errs []error
 	for _, u := range units {
 		err := w.setUnit(ctx, u)
-		if denied(err) {
+		if denied(err) { // as it would be for all others
 			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.name, os.Geteuid(), err, w.verb(), u.name)
 		}
 		errs = append(errs, err)
@@ -191,6 +195,7 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 	return errors.Join(errs...)
 }
 
+// setUnit changes one unit, and prints what systemd shows after that.
 func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
 	rearm := w.on && u.on && u.active && !u.hasData
 	if u.on == w.on && !rearm {
@@ -229,6 +234,8 @@ func (w *switcher) settled(ctx context.Context, u accountedUnit) (accountedUnit,
 	defer cancel()
 	for {
 		now, err := w.m.unit(ctx, u.name, u.path)
+		// A socket without IP never has counters; anything else with a cgroup has
+		// them as soon as the programs are attached.
 		waits := w.on && now.active && path.Ext(u.name) != ".socket" && !now.hasData
 		if err == nil && now.on == w.on && !waits {
 			return now, nil
@@ -354,6 +361,7 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	return b.String()
 }
 
+// writeDefault writes or removes the drop-in.
 func (w *switcher) writeDefault(file string) error {
 	err := os.MkdirAll(filepath.Dir(file), 0o755)
 	if w.on && err == nil {

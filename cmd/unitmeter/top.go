@@ -65,6 +65,7 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if *single {
 		return topOnce(ctx, t, rcv, b, *exact)
 	}
+	// Signals end ctx in main already; a second handler would race with that.
 	program := tea.NewProgram(newTopModel(b, *exact), tea.WithContext(ctx), tea.WithOutput(screen),
 		tea.WithEnvironment(t.environ), tea.WithoutSignalHandler())
 	running.Go(func() { feed(ctx, rcv, *interval, program.Send) })
@@ -88,6 +89,7 @@ func unitPatterns(args []string) ([]string, error) {
 	return patterns, nil
 }
 
+// isTerminal tells a terminal from a pipe or a file: only a terminal has a mode.
 func isTerminal(f *os.File) bool {
 	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	return err == nil
@@ -115,7 +117,7 @@ func topOnce(ctx context.Context, t *terminal, rcv *receiver.Receiver, b *board,
 	return printTop(t.stdout, b, exact)
 }
 
-// reading is sent to the screen after each sweep.
+// sweepMsg is sent to the screen after each sweep.
 type sweepMsg struct {
 	at      time.Time
 	units   []receiver.Unit

@@ -285,6 +285,7 @@ func (m *topModel) help() []string {
 	return lines
 }
 
+// footer names the keys that do something on this screen.
 func (m *topModel) footer() string {
 	text := "q end  enter one unit  / filter  < > sort  r reverse  s slices  b bytes  ? help"
 	switch {
@@ -299,6 +300,8 @@ func (m *topModel) footer() string {
 // rate writes s.in as a speed.
 func (m *topModel) rate(s speeds) string { return rateText(s.in, s.known, m.exact) }
 
+// rateText writes a speed in bytes per second. What is not known is a dash: a
+// zero would be a number.
 func rateText(v float64, known, exact bool) string {
 	switch {
 	case !known:
@@ -318,6 +321,7 @@ func (m *topModel) packets(v float64, known bool) string {
 
 func (m *topModel) volume(n uint64) string { return volumeText(n, m.exact) }
 
+// volumeText writes a number of bytes.
 func volumeText(n uint64, exact bool) string {
 	if exact {
 		return grouped(n) + " B"
@@ -371,6 +375,7 @@ func fit(text string, width int, right bool) string {
 	}
 }
 
+// bothWays adds the two directions of each interval up.
 func bothWays(history []speeds) []speeds {
 	sums := make([]speeds, len(history))
 	for i, s := range history {

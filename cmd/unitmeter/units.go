@@ -31,6 +31,7 @@ type unitState struct {
 	Slice  string `json:"slice,omitempty"`
 }
 
+// units prints every unit that could be metered, and what becomes of it.
 func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON array with one object for each unit")
 	patterns, err := parse(t, flags, -1)
