@@ -368,11 +368,16 @@ func (l *loader) units(c *Config) []entry {
 		}, parse: func(text string, bad report) { c.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_SOURCE",
-			Values:  "dbus, kernel, auto",
+			Values:  "dbus",
 			Default: "dbus",
-			Meaning: "Where the numbers come from: systemd over D-Bus; or the kernel, where systemd counts, which costs less and goes on over systemd's reloads, but needs CAP_SYS_ADMIN. auto takes the kernel where it may.",
+			Meaning: "Where the numbers come from.",
 		}, parse: func(text string, bad report) {
-			c.Source = choose(text, []string{"dbus", "kernel", "auto"}, bad)
+			switch strings.ToLower(text) {
+			case "kernel", "auto":
+				bad("reading counters from the kernel is not in this version", "use dbus, or unset it")
+			default:
+				c.Source = choose(text, []string{"dbus"}, bad)
+			}
 		}},
 		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",

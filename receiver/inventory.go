@@ -373,7 +373,6 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 			f.removed(name)
 		}
 	case managerInterface + ".Reloading":
-		f.kernel.afterReload()
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
 		} else if ok {
@@ -453,7 +452,6 @@ func (r *Receiver) metered(name string) bool {
 
 // relist brings the inventory in line with what systemd has loaded.
 func (r *Receiver) relist(ctx context.Context, b *bus) error {
-	r.kernel.afterReload()
 	patterns := make([]string, len(r.cfg.Types))
 	for i, t := range r.cfg.Types {
 		patterns[i] = "*." + t

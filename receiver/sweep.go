@@ -55,9 +55,6 @@ type target struct {
 	missed bool // the bus, not systemd, answered; the next sweep has a better chance
 	err    error
 	time   time.Time // of the last reply
-
-	stream *stream  // the maps that are read instead; nil for none
-	held   Counters // their value
 }
 
 // Sweep reads the counters of all metered units and returns the result. It
@@ -87,7 +84,6 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	if b != nil {
 		err = r.readAll(ctx, b, targets)
 	}
-	r.readRests()
 	sweep := r.finish(began, err)
 	r.last.Store(sweep)
 	return sweep
@@ -157,8 +153,8 @@ func (u *unit) target(now time.Time) target {
 	}
 }
 
-// readBus fills in the targets over D-Bus.
-func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error {
+// read fills in the targets over D-Bus.
+func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
 	type call struct{ target, property int }
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
@@ -312,7 +308,7 @@ func (r *Receiver) applyOne(t *target) {
 	}
 	before := t.run.time
 	t.run.quiet = !before.IsZero() && !t.moved()
-	delta, reset := t.advance(raw)
+	delta, reset := t.run.advance(raw, t.time)
 	if reset {
 		r.health.resets++
 		t.run.start = before
