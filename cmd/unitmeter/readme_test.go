@@ -26,6 +26,7 @@ func TestReadme(t *testing.T) {
 	var out bytes.Buffer
 	printHelp(&out)
 	text = replaceBlock(t, text, "help", "```text\n"+out.String()+"```\n")
+	text = replaceBlock(t, text, "conformance", conformanceTable(t))
 	if text == string(old) {
 		return
 	}
@@ -47,6 +48,26 @@ func replaceBlock(t *testing.T, text, name, content string) string {
 		t.Fatalf("README.md has no block %q", name)
 	}
 	return before + "<!-- " + name + ":" + comment + "-->\n\n" + content + "\n<!-- /" + name + " -->" + after
+}
+
+// conformanceTable takes scenario, difference and verdict of the last run.
+func conformanceTable(t *testing.T) string {
+	t.Helper()
+	report, err := os.ReadFile("../../docs/conformance.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for line := range strings.Lines(string(report)) {
+		if strings.HasPrefix(line, "Last run: ") {
+			b.WriteString(line + "\n")
+		}
+		// A row begins and ends with a bar, so that its cells are 1 to 6.
+		if cells := strings.Split(line, "|"); len(cells) == 8 {
+			fmt.Fprintf(&b, "|%s|%s|%s|\n", cells[1], cells[5], cells[6])
+		}
+	}
+	return b.String()
 }
 
 func metricsTable() string {
