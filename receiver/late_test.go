@@ -111,6 +111,31 @@ func TestSettled(t *testing.T) {
 	}
 }
 
+// TestSettledOnBusySlice: what no unit shows becomes unattributed although the
+// units of the slice go on growing by far more, and to the byte.
+func TestSettledOnBusySlice(t *testing.T) {
+	t.Parallel()
+	now := time.Unix(1e9, 0)
+	b := balance{turned: now, read: now}
+	var settled, missing Counters
+	for i := range 60 {
+		old := b.settled(now.Add(time.Duration(i) * time.Second))
+		settled, _ = settled.plus(old)
+		b.recent, _ = b.recent.plus(all(1010)) // the slice
+		if rest := b.take(all(1000)); rest != (Counters{}) {
+			t.Fatalf("the units are ahead by %v", rest)
+		}
+		missing, _ = missing.plus(all(10))
+	}
+	waiting, _ := b.waiting.plus(b.recent)
+	if sum, _ := settled.plus(waiting); sum != missing {
+		t.Errorf("settled %v and waiting %v, missing are %v", settled, waiting, missing)
+	}
+	if settled.EgressBytes < missing.EgressBytes/2 {
+		t.Errorf("after a minute only %v of %v are settled", settled, missing)
+	}
+}
+
 func TestMadeUp(t *testing.T) {
 	t.Parallel()
 	for name, want := range map[string]bool{

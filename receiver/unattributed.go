@@ -105,9 +105,11 @@ func (b *balance) settled(at time.Time) (old Counters) {
 }
 
 // take takes from what waits as much of delta as there is, and returns the rest.
+// The most recent comes first: on a busy slice each sweep takes more than what
+// has waited for long, and that would never become unattributed.
 func (b *balance) take(delta Counters) (rest Counters) {
-	b.waiting, delta = b.waiting.settle(delta)
 	b.recent, delta = b.recent.settle(delta)
+	b.waiting, delta = b.waiting.settle(delta)
 	return delta
 }
 

@@ -264,9 +264,11 @@ func TestTotalsEqualSystemd(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	h.startAgent()
-	nats, server := tool(t, "nats"), tool(t, "nats-server")
+	// DynamicUser= hides /tmp and /var/tmp, and a checkout that is there.
+	const nats = "/usr/local/bin/nats"
+	h.Run(t, "install", tool(t, "nats"), tool(t, "nats-server"), filepath.Dir(nats))
 	h.Run(t, "systemd-run", "--quiet", "--unit=e2e-nats", "-p", "IPAccounting=yes", "-p", "PrivateNetwork=yes", "-p", "DynamicUser=yes",
-		server, "-a", "127.0.0.1")
+		nats+"-server", "-a", "127.0.0.1")
 	bin, err := filepath.Glob("/usr/lib/postgresql/*/bin")
 	if err != nil || len(bin) == 0 {
 		t.Fatalf("find PostgreSQL in /usr/lib/postgresql: %v; run \"make tools\"", err)
@@ -295,7 +297,7 @@ func TestTotalsEqualSystemd(t *testing.T) {
 	}
 	run(h.Command(ctx, "systemd-run", append(inNamespace, "timeout", "60", "bash", "-c",
 		nats+" bench sub benchsubject --clients 10 --msgs 20000 --no-progress & sleep 2; "+
-			nats+" bench pub benchsubject --clients 1 --msgs 20000 --size 128 --no-progress; wait")...))
+			nats+" bench pub benchsubject --clients 1 --msgs 20000 --size 128 --no-progress && wait $!")...))
 	run(pgbench("-c", "4", "-t", "500"))
 	load.Wait()
 
