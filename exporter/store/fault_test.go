@@ -924,7 +924,14 @@ func TestPowerCut(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Duration(20+r.IntN(400)) * time.Millisecond)
+		// A power cut stops the process too. An fsync that runs while the file
+		// system is shut down may answer that all is well (seen on ext4, once in
+		// some hundred cuts), and after a real one it answers nothing.
+		freeze(t, cmd.Process)
 		cutPower(t, disk)
+		if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
 		time.Sleep(20 * time.Millisecond) // commits fail now, and must say so
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
@@ -959,6 +966,29 @@ func TestPowerCut(t *testing.T) {
 		t.Errorf("only %d cycles were committed", committed)
 	}
 	t.Logf("%d power cuts, %d cycles committed, %d acknowledged", *powerCuts, committed, acked)
+}
+
+// freeze stops all threads of a process; those in a system call finish it first.
+func freeze(t *testing.T, p *os.Process) {
+	t.Helper()
+	if err := p.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.Pid))
+		running := err != nil || len(tasks) == 0
+		for _, task := range tasks {
+			stat, err := os.ReadFile(task)
+			_, rest, _ := strings.Cut(string(stat), ") ")
+			running = running || err == nil && !strings.HasPrefix(rest, "T")
+		}
+		if !running {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatal("the process does not stop")
+		}
+	}
 }
 
 // A disk that dies under the running store and comes back, mounted anew at the
