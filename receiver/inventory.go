@@ -309,7 +309,9 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			f.freshTimer = nil
 			if names := slices.Collect(maps.Keys(f.fresh)); len(names) > 0 && f.thaw == nil {
 				clear(f.fresh)
-				_, err = r.refresh(ctx, b, names)
+				var loaded []string
+				loaded, err = r.refresh(ctx, b, names)
+				f.releaseAbsent(names, loaded)
 			}
 		case <-f.thaw:
 			f.reloaded(func(h *health) { h.reloads++ })
@@ -361,10 +363,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 	case managerInterface + ".UnitNew":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil && f.follows(name) {
 			f.reference(name)
-			f.fresh[name] = true
-			if f.freshTimer == nil {
-				f.freshTimer = time.After(newUnitPause)
-			}
+			f.noteFresh(name)
 		}
 	case managerInterface + ".UnitRemoved":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil {
@@ -392,6 +391,14 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	}
 	return nil
+}
+
+// noteFresh has a unit looked at in a moment.
+func (f *follower) noteFresh(name string) {
+	f.fresh[name] = true
+	if f.freshTimer == nil {
+		f.freshTimer = time.After(newUnitPause)
+	}
 }
 
 // reloaded ends the freeze. The first that tells the end of a reload tells

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -130,8 +131,11 @@ func (f *follower) referenced(call *dbus.Call) {
 		u := f.units[name]
 		over := u != nil && !u.status.running() && !u.run.unbegun
 		f.mu.Unlock()
-		if over || u == nil && !f.fresh[name] {
+		switch {
+		case over:
 			f.release(name) // it ended before the reference came
+		case u == nil:
+			f.noteFresh(name) // it has yet to start, or has gone
 		}
 		return
 	}
@@ -157,6 +161,16 @@ func (f *follower) release(name string) {
 	}
 	delete(f.held, name)
 	f.refs.Object(systemdName, managerPath).Go(managerInterface+".UnrefUnit", dbus.FlagNoReplyExpected, nil, name)
+}
+
+// releaseAbsent gives back the references on names that are not among the loaded
+// ones.
+func (f *follower) releaseAbsent(names, loaded []string) {
+	for _, name := range names {
+		if !slices.Contains(loaded, name) {
+			f.release(name)
+		}
+	}
 }
 
 // unsuppress forgets a name that systemd has unloaded.
