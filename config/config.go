@@ -12,6 +12,7 @@
 package config
 
 import (
+	"crypto/tls"
 	"slices"
 	"strings"
 	"time"
@@ -110,6 +111,9 @@ type OTLP struct {
 	// ClientCertificateFile and ClientKeyFile are the pair for mutual TLS, as
 	// PEM. Both are "" or neither is.
 	ClientCertificateFile, ClientKeyFile string
+	// TLS has what was read from these files. Nil means the system's roots and
+	// no client certificate, as for a connection without TLS.
+	TLS *tls.Config
 	// Headers go with each request: those of the environment, with those of
 	// UNITMETER_OTLP_HEADERS_FILE on top. Names are in lower case.
 	Headers Headers

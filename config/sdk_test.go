@@ -174,7 +174,7 @@ func TestGRPCExporterAgrees(t *testing.T) {
 						name, _, _ := strings.Cut(kv, "=")
 						t.Setenv(name, "")
 					}
-					options = explicitOptions(t, cfg.OTLP)
+					options = explicitOptions(cfg.OTLP)
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 				defer cancel()
@@ -202,18 +202,13 @@ func TestGRPCExporterAgrees(t *testing.T) {
 }
 
 // explicitOptions is what an exporter makes of OTLP.
-func explicitOptions(t *testing.T, o OTLP) []otlpmetricgrpc.Option {
-	t.Helper()
+func explicitOptions(o OTLP) []otlpmetricgrpc.Option {
 	options := []otlpmetricgrpc.Option{otlpmetricgrpc.WithEndpoint(o.Endpoint), otlpmetricgrpc.WithHeaders(o.Headers), otlpmetricgrpc.WithTimeout(o.Timeout)}
 	if o.Insecure {
 		options = append(options, otlpmetricgrpc.WithInsecure())
 	}
-	if o.CertificateFile != "" {
-		creds, err := credentials.NewClientTLSFromFile(o.CertificateFile, "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		options = append(options, otlpmetricgrpc.WithTLSCredentials(creds))
+	if o.TLS != nil {
+		options = append(options, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(o.TLS)))
 	}
 	if o.Compression == "gzip" {
 		options = append(options, otlpmetricgrpc.WithCompressor("gzip"))

@@ -109,12 +109,26 @@ func (l *loader) checkRoots(file string, bad report) {
 		bad(reason, hintPEM)
 		return
 	}
+	pool, usable := x509.NewCertPool(), false
 	for _, cert := range certs {
+		pool.AddCert(cert)
 		if reason = l.validNow(cert); reason == "" {
-			return
+			usable = true
 		}
 	}
-	bad(reason, hintRenew)
+	if !usable {
+		bad(reason, hintRenew)
+		return
+	}
+	l.tls().RootCAs = pool
+}
+
+// tls returns the TLS settings of OTLP, to be filled.
+func (l *loader) tls() *tls.Config {
+	if l.cfg.OTLP.TLS == nil {
+		l.cfg.OTLP.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
+	}
+	return l.cfg.OTLP.TLS
 }
 
 // checkClientPair reads the certificate and key for mutual TLS. As in the
@@ -145,9 +159,12 @@ func (l *loader) checkClientPair() {
 		if !ok || !keyOK {
 			return
 		}
-		if _, err := tls.X509KeyPair(certPEM, keyPEM); err != nil {
+		pair, err := tls.X509KeyPair(certPEM, keyPEM)
+		if err != nil {
 			l.bad(key, strings.TrimPrefix(err.Error(), "tls: "), "name the key that belongs to "+cert.name)
+			return
 		}
+		l.tls().Certificates = []tls.Certificate{pair}
 	}
 }
 

@@ -29,5 +29,6 @@ type console struct {
 
 func (c console) Export(ctx context.Context, rm *metricdata.ResourceMetrics) error {
 	stamp(rm, c.source.Last())
+	leaveOutEarly(rm)
 	return c.Exporter.Export(ctx, rm)
 }

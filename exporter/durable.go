@@ -7,8 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"go.opentelemetry.io/otel/metric"
-
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
 )
@@ -175,68 +173,6 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 		return d.store.Ack(ctx, delivered)
 	}
 	return nil
-}
-
-// outboxInstrument is an instrument with what it shows.
-type outboxInstrument struct {
-	receiver.Instrument
-	value func(store.Stats) int64
-}
-
-func outboxInstruments() []outboxInstrument {
-	const gauge, counter = "observable gauge", "observable counter"
-	instrument := func(name, kind, unit, description string, value func(store.Stats) int64) outboxInstrument {
-		return outboxInstrument{receiver.Instrument{Name: name, Kind: kind, Unit: unit, Description: description}, value}
-	}
-	return []outboxInstrument{
-		instrument("unitmeter.outbox.bytes", gauge, "By", "Size on disk of the requests that are not delivered yet.",
-			func(s store.Stats) int64 { return s.OutboxBytes }),
-		instrument("unitmeter.outbox.requests", gauge, "{request}", "Requests that are not delivered yet.",
-			func(s store.Stats) int64 { return s.OutboxEntries }),
-		instrument("unitmeter.outbox.age", gauge, "s", "Age of the oldest request that is not delivered yet; 0 without one.", age),
-		instrument("unitmeter.outbox.thinned", counter, "{data_point}", "Data points merged into later ones because the outbox was full. Totals stay exact.",
-			func(s store.Stats) int64 { return s.ThinnedPoints }),
-		instrument("unitmeter.outbox.dropped", counter, "{data_point}", "Data points given up undelivered because the outbox was full or they were too old.",
-			func(s store.Stats) int64 { return s.DroppedPoints }),
-	}
-}
-
-// Register makes the instruments unitmeter.outbox.* on the meter, without
-// attributes.
-func (d *Durable) Register(meter metric.Meter) error {
-	instruments := outboxInstruments()
-	observables := make([]metric.Int64Observable, len(instruments))
-	all := make([]metric.Observable, len(instruments))
-	for i, instrument := range instruments {
-		var err error
-		if instrument.Kind == "observable gauge" {
-			observables[i], err = meter.Int64ObservableGauge(instrument.Name, metric.WithUnit(instrument.Unit), metric.WithDescription(instrument.Description))
-		} else {
-			observables[i], err = meter.Int64ObservableCounter(instrument.Name, metric.WithUnit(instrument.Unit), metric.WithDescription(instrument.Description))
-		}
-		if err != nil {
-			return fmt.Errorf("register instrument %s: %w", instrument.Name, err)
-		}
-		all[i] = observables[i]
-	}
-	_, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
-		stats := d.store.Stats() // reads the file: once for all instruments
-		for i, instrument := range instruments {
-			o.ObserveInt64(observables[i], instrument.value(stats))
-		}
-		return nil
-	}, all...)
-	if err != nil {
-		return fmt.Errorf("register instruments unitmeter.outbox.*: %w", err)
-	}
-	return nil
-}
-
-func age(s store.Stats) int64 {
-	if s.OldestTime.IsZero() {
-		return 0
-	}
-	return max(int64(time.Since(s.OldestTime)/time.Second), 0)
 }
 
 func ledgerOf(state receiver.State) store.Ledger {

@@ -214,8 +214,7 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 		for _, series := range d.State().Series {
 			last = int64(series.Total.IngressBytes)
 		}
-		t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.URL())
-		exp, err := New(t.Context(), Config{Protocol: protocol, Outbox: d})
+		exp, err := New(t.Context(), to(server.URL(), Config{Protocol: protocol, Outbox: d}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -273,7 +272,7 @@ func TestDeltaGoesOnAfterARestart(t *testing.T) {
 	for run := range uint64(3) {
 		s, d := openStore(t, dir)
 		a := newAgent(t, server.URL(), Config{Outbox: d, Ledger: d.State(), Temporality: "delta"})
-		if err := d.Register(a.provider.Meter("outbox")); err != nil {
+		if err := d.Register(a.provider.Meter("outbox"), "h"); err != nil {
 			t.Fatal(err)
 		}
 		for i := range uint64(2) {

@@ -1,11 +1,11 @@
 package exporter
 
 import (
+	"cmp"
 	"context"
-	"errors"
+	"crypto/tls"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"sync"
 	"time"
 
@@ -21,20 +21,26 @@ type Source interface {
 	Last() *receiver.Sweep
 }
 
-// Config tells an Exporter what to send and how. Its zero value sends cumulative
-// points over gRPC, without an outbox. TLS files, compression and time limit,
-// and the endpoint where Config has none, are read from OTEL_EXPORTER_OTLP_*.
+// Config tells an Exporter what to send and how. The caller has read
+// OTEL_EXPORTER_OTLP_*: the exporter takes nothing from there but the form of
+// histograms, and the headers where Headers is nil.
 type Config struct {
 	// Protocol is "grpc", "http/protobuf", or "none" for an exporter that
 	// sends nothing and only commits the ledger. Default: grpc.
 	Protocol string
 	// Endpoint is a gRPC target ("host:port", "unix:/path") or, for HTTP, the
-	// whole URL. Default: what the official exporters make of the variables,
-	// which is not all that the specification allows.
+	// whole URL. Needed unless Protocol is "none".
 	Endpoint string
 	// Insecure says that the connection to Endpoint has no TLS. HTTP has it in
 	// the URL.
 	Insecure bool
+	// TLS has the roots to trust and the client's certificate. Default: the
+	// system's roots, and no client certificate.
+	TLS *tls.Config
+	// Gzip compresses requests.
+	Gzip bool
+	// Timeout bounds one call. Default: 10 s.
+	Timeout time.Duration
 	// Headers go with each request. Not nil, they replace those of
 	// OTEL_EXPORTER_OTLP_HEADERS.
 	Headers map[string]string
@@ -62,16 +68,14 @@ type Config struct {
 // commits it, Shutdown drains the outbox until its context ends, then closes the
 // connection. The caller closes the outbox after that.
 type Exporter struct {
-	source    Source
-	outbox    Outbox
-	selector  sdkmetric.TemporalitySelector
-	tally     *tally
-	wire      wire               // nil: protocol "none"
-	official  sdkmetric.Exporter // nil: protocol "none"
-	transport *http.Transport    // nil unless protocol "http/protobuf"
-	sender    *sender            // nil without outbox or wire
-	stop      context.CancelFunc // ends the sender at once
-	timeout   time.Duration      // of one call
+	source      Source
+	outbox      Outbox
+	selector    sdkmetric.TemporalitySelector
+	tally       *tally
+	*connection                    // nil: protocol "none"
+	sender      *sender            // nil without outbox or connection
+	stop        context.CancelFunc // ends the sender at once
+	timeout     time.Duration      // of one call
 
 	calling sync.Mutex // held for the length of a call: one at a time keeps the order
 
@@ -83,10 +87,10 @@ type Exporter struct {
 }
 
 // New makes an Exporter and starts its sender, which Shutdown ends. The context
-// bounds New only. It fails for unknown settings and for TLS files that cannot
-// be used; not for a receiver that cannot be reached.
+// bounds New only. It fails for unknown settings, not for a receiver that cannot
+// be reached.
 func New(ctx context.Context, cfg Config) (*Exporter, error) {
-	e := &Exporter{source: cfg.Source, outbox: cfg.Outbox, stop: func() {}}
+	e := &Exporter{source: cfg.Source, outbox: cfg.Outbox, stop: func() {}, timeout: cmp.Or(cfg.Timeout, defaultTimeout)}
 	log := cfg.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -106,30 +110,11 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 	if cfg.Protocol == "none" {
 		return e, nil
 	}
-	env, err := readOTLPEnv()
+	c, err := open(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
-	e.timeout = env.timeout
-	switch cfg.Protocol {
-	case "", "grpc":
-		e.official, err = newGRPC(ctx, cfg, env)
-	case "http/protobuf":
-		e.official, e.transport, err = newHTTP(ctx, cfg, env)
-	default:
-		return nil, fmt.Errorf("make exporter: unknown protocol %q; set OTEL_EXPORTER_OTLP_PROTOCOL to grpc or http/protobuf", cfg.Protocol)
-	}
-	if err != nil {
-		endpoint, variable := otlpVar("ENDPOINT")
-		return nil, fmt.Errorf("make OTLP exporter: %w; check %s=%q and the TLS settings beside it", err, variable, endpoint)
-	}
-	// An empty request brings the connection and the headers out before the
-	// first cycle, so that a backlog need not wait for it.
-	first, err := encode(ctx, e.official, &metricdata.ResourceMetrics{})
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("make OTLP exporter: %w", err), e.official.Shutdown(ctx))
-	}
-	e.wire, e.tally.target = first.wire(env.timeout), first.target
+	e.connection, e.tally.target = c, c.target
 	if e.outbox != nil {
 		// The sender outlives New's context by design.
 		var running context.Context
@@ -152,7 +137,7 @@ func (e *Exporter) Temporality(kind sdkmetric.InstrumentKind) metricdata.Tempora
 
 // Aggregation implements metric.Exporter.
 func (e *Exporter) Aggregation(kind sdkmetric.InstrumentKind) sdkmetric.Aggregation {
-	if e.official == nil {
+	if e.connection == nil {
 		return sdkmetric.DefaultAggregationSelector(kind)
 	}
 	return e.official.Aggregation(kind) // follows OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION
@@ -181,8 +166,9 @@ func (e *Exporter) Export(ctx context.Context, rm *metricdata.ResourceMetrics) e
 	if e.deltas != nil {
 		next = e.deltas.convert(rm, sweep)
 	}
+	e.tally.early(leaveOutEarly(rm))
 	cycle := Cycle{Sweep: sweep}
-	if points := countPoints(rm); points > 0 && e.official != nil {
+	if points := countPoints(rm); points > 0 && e.connection != nil {
 		c, err := encode(ctx, e.official, rm)
 		if err != nil {
 			e.encode.failed(slog.LevelError, "encode", "cannot encode some metrics; the cycle goes on with the others", err,
@@ -213,8 +199,13 @@ func (e *Exporter) handOver(ctx context.Context, cycle Cycle) bool {
 		}
 		e.tally.commit.failed(slog.LevelError, "commit", "cannot commit to the outbox; metrics are sent directly and are lost while the receiver is away", err,
 			"next", "check the space, the rights and the health of the disk under the state directory")
+		if e.sender != nil && e.sender.behind() {
+			// Points must not overtake older ones of their series. The next
+			// cycle covers this one.
+			return false
+		}
 	}
-	if e.wire == nil {
+	if e.connection == nil {
 		return e.outbox == nil
 	}
 	return e.direct(ctx, cycle)
@@ -346,15 +337,8 @@ func (e *Exporter) Shutdown(ctx context.Context) error {
 		e.stop()
 		<-e.sender.done // ends at once: its calls and waits have its context
 	}
-	if e.transport != nil {
-		e.transport.CloseIdleConnections()
-	}
-	if e.official == nil {
+	if e.connection == nil {
 		return nil
 	}
-	// The connection closes all the same when ctx has ended.
-	if err := e.official.Shutdown(context.WithoutCancel(ctx)); err != nil {
-		return fmt.Errorf("close OTLP exporter: %w", err)
-	}
-	return nil
+	return e.connection.close(ctx)
 }

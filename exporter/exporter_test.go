@@ -2,17 +2,20 @@ package exporter
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -36,7 +39,7 @@ type agent struct {
 
 func newAgent(t *testing.T, endpoint string, cfg Config) *agent {
 	t.Helper()
-	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+	cfg = to(endpoint, cfg)
 	a := &agent{}
 	cfg.Source, cfg.Logger = &a.host, a.log.logger()
 	exp, err := New(t.Context(), cfg)
@@ -45,7 +48,7 @@ func newAgent(t *testing.T, endpoint string, cfg Config) *agent {
 	}
 	a.Exporter = exp
 	a.meter(t, exp)
-	if err := exp.Register(a.provider.Meter("exporter")); err != nil {
+	if err := exp.Register(a.provider.Meter("exporter"), "h"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -56,6 +59,17 @@ func newAgent(t *testing.T, endpoint string, cfg Config) *agent {
 		}
 	})
 	return a
+}
+
+// to completes cfg with an endpoint, which is a URL, as package config would.
+func to(endpoint string, cfg Config) Config {
+	if cfg.Protocol == "http/protobuf" {
+		cfg.Endpoint = endpoint + "/v1/metrics"
+		return cfg
+	}
+	scheme, address, _ := strings.Cut(endpoint, "://")
+	cfg.Endpoint, cfg.Insecure = address, scheme != "https"
+	return cfg
 }
 
 // drained returns when all is delivered, whatever happens before that.
@@ -187,8 +201,7 @@ func TestReceiverDownAndBack(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		server := otlptest.Start(t, cfg)
 		server.Stop()
-		t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "300")
-		a := newAgent(t, server.URL(), Config{Protocol: protocol})
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Timeout: 300 * time.Millisecond})
 		for i := range uint64(3) {
 			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
 				t.Fatal(err)
@@ -222,9 +235,8 @@ func TestSlowReceiverDoesNotHoldUpCycles(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.Script = []otlptest.Answer{{Delay: time.Minute}}
 		server := otlptest.Start(t, cfg)
-		t.Setenv("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "200")
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box, Timeout: 200 * time.Millisecond})
 		for i := range uint64(4) {
 			a.see(unit("a.service", at(0), at(float64(100+10*i)), 100+i))
 			if err := a.Export(t.Context(), collected(a.Last().State.Series...)); err != nil {
@@ -325,6 +337,53 @@ func TestBrokenOutboxSendsDirectly(t *testing.T) {
 	})
 }
 
+// While older cycles wait in an outbox that takes no new ones, nothing overtakes
+// them.
+func TestDirectDoesNotOvertakeTheOutbox(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		var down atomic.Bool
+		down.Store(true)
+		cfg.Decide = func(otlptest.Request) otlptest.Answer {
+			if down.Load() {
+				return otlptest.Answer{Code: codes.Unavailable}
+			}
+			return otlptest.Answer{}
+		}
+		server := otlptest.Start(t, cfg)
+		box := &memory{}
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box, Temporality: "delta"})
+		n := uint64(0)
+		cycle := func() {
+			n++
+			_ = a.cycle(unit("a.service", at(0), at(float64(10*n)), 10*n)) // it says that entries are held
+		}
+		for range 3 {
+			cycle()
+		}
+		box.set(func(m *memory) { m.failCommit = errors.New("no space left on device") })
+		down.Store(false)
+		for box.pending() > 0 {
+			cycle()
+		}
+		a.drained(t)
+		cycle()
+		server.Wait(t, func([]otlptest.Request) bool {
+			sum, until := int64(0), at(0)
+			for _, p := range server.Points() {
+				if p.Metric != receiver.IOName || p.Attrs["network.io.direction"] != "receive" {
+					continue
+				}
+				if !p.Start.Equal(until) {
+					t.Fatalf("a delta does not follow on the one before, until %v: %v", until, p)
+				}
+				until = p.Time
+				sum += p.Value
+			}
+			return sum == int64(10*n)
+		})
+	})
+}
+
 func TestDeltaOverDirectFailures(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.Script = []otlptest.Answer{{}, {Code: codes.InvalidArgument}, {Code: codes.PermissionDenied}}
@@ -417,15 +476,18 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		ca := otlptest.NewCA(t)
 		cfg.TLS = ca.Server(t, true)
 		cert, key := ca.Client(t, "unitmeter-test")
-		t.Setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", ca.File)
-		t.Setenv("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", cert)
-		t.Setenv("OTEL_EXPORTER_OTLP_CLIENT_KEY", key)
-		t.Setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		client := Config{Protocol: protocol, TLS: trusting(t, ca), Gzip: true}
+		client.TLS.Certificates = []tls.Certificate{pair}
 		t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "tenant=from%20env,authorization=Bearer%20abc")
 		server := otlptest.Start(t, cfg)
 		server.Stop()
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		client.Outbox = box
+		a := newAgent(t, server.URL(), client)
 		a.cycle(unit("a.service", at(0), at(100), 5)) // its error is the outage
 		cfg.Address = server.Address()
 		server = otlptest.Start(t, cfg)
@@ -434,7 +496,8 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		if r.Header["tenant"] != "from env" || r.Header["authorization"] != "Bearer abc" || r.Encoding != "gzip" || r.ClientCert != "unitmeter-test" {
 			t.Errorf("headers %v, encoding %q, client certificate %q", r.Header, r.Encoding, r.ClientCert)
 		}
-		b := newAgent(t, server.URL(), Config{Protocol: protocol, Headers: map[string]string{"tenant": "from file"}})
+		client.Outbox, client.Headers = nil, map[string]string{"tenant": "from file"}
+		b := newAgent(t, server.URL(), client)
 		if err := b.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
 			t.Fatal(err)
 		}
@@ -449,9 +512,8 @@ func TestWrongCertificate(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.TLS = otlptest.NewCA(t).Server(t, false)
 		server := otlptest.Start(t, cfg)
-		t.Setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", otlptest.NewCA(t).File) // another authority
-		t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "300")
-		a := newAgent(t, server.URL(), Config{Protocol: protocol})
+		another := trusting(t, otlptest.NewCA(t))
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, TLS: another, Timeout: 300 * time.Millisecond})
 		for i := range 3 {
 			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 5)); err != nil {
 				t.Fatal(err)
@@ -463,6 +525,20 @@ func TestWrongCertificate(t *testing.T) {
 			t.Error("metrics went to a server with an unknown certificate")
 		}
 	})
+}
+
+// trusting is the configuration of a client that trusts one authority.
+func trusting(t *testing.T, ca *otlptest.CA) *tls.Config {
+	t.Helper()
+	pem, err := os.ReadFile(ca.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := &tls.Config{RootCAs: x509.NewCertPool()}
+	if !cfg.RootCAs.AppendCertsFromPEM(pem) {
+		t.Fatalf("%s has no certificate", ca.File)
+	}
+	return cfg
 }
 
 func TestRedirectIsNotSuccess(t *testing.T) {
@@ -594,8 +670,7 @@ func TestProtocolNoneOnlyCommits(t *testing.T) {
 func TestNothingToSendCommitsTheLedger(t *testing.T) {
 	server := otlptest.Start(t, otlptest.Config{})
 	box := &memory{}
-	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.URL())
-	exp, err := New(t.Context(), Config{Outbox: box})
+	exp, err := New(t.Context(), to(server.URL(), Config{Outbox: box}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -611,34 +686,15 @@ func TestNothingToSendCommitsTheLedger(t *testing.T) {
 }
 
 func TestNewRefusesBadSettings(t *testing.T) {
-	junk := filepath.Join(t.TempDir(), "junk.pem")
-	if err := os.WriteFile(junk, []byte("junk"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	ca := otlptest.NewCA(t)
-	cert, _ := ca.Client(t, "one")
-	_, other := ca.Client(t, "two")
 	for name, test := range map[string]struct {
 		cfg  Config
-		env  map[string]string
 		want []string
 	}{
-		"protocol":    {Config{Protocol: "http/json"}, nil, []string{"http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"}},
-		"temporality": {Config{Temporality: "Delta!"}, nil, []string{"Delta!", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "lowmemory"}},
-		"no CA file":  {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE": "/nowhere/ca.pem"}, []string{"OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE", "/nowhere/ca.pem"}},
-		"bad CA file": {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_CERTIFICATE": junk}, []string{"OTEL_EXPORTER_OTLP_CERTIFICATE", junk, "PEM"}},
-		"no key":      {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": cert}, []string{"OTEL_EXPORTER_OTLP_CLIENT_KEY", "set both"}},
-		"wrong key":   {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": cert, "OTEL_EXPORTER_OTLP_CLIENT_KEY": other}, []string{"OTEL_EXPORTER_OTLP_CLIENT_KEY", "belong together"}},
-		"compression": {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_COMPRESSION": "zstd"}, []string{"OTEL_EXPORTER_OTLP_COMPRESSION", "zstd", "gzip"}},
-		"timeout":     {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_TIMEOUT": "10s"}, []string{"OTEL_EXPORTER_OTLP_TIMEOUT", "10s", "milliseconds"}},
-		"no time":     {Config{}, map[string]string{"OTEL_EXPORTER_OTLP_TIMEOUT": "0"}, []string{"OTEL_EXPORTER_OTLP_TIMEOUT", "above 0"}},
-		"TLS without TLS": {Config{Protocol: "http/protobuf"}, map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318", "OTEL_EXPORTER_OTLP_CERTIFICATE": ca.File},
-			[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", "TLS"}},
+		"protocol":    {Config{Protocol: "http/json", Endpoint: "x:1"}, []string{"http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"}},
+		"temporality": {Config{Temporality: "Delta!", Endpoint: "x:1"}, []string{"Delta!", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "lowmemory"}},
+		"endpoint":    {Config{}, []string{"no endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for k, v := range test.env {
-				t.Setenv(k, v)
-			}
 			exp, err := New(t.Context(), test.cfg)
 			if err == nil {
 				exp.Shutdown(t.Context())
@@ -651,4 +707,33 @@ func TestNewRefusesBadSettings(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestProbe asks receivers that answer in all ways, as an Exporter would.
+func TestProbe(t *testing.T) {
+	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
+		server := otlptest.Start(t, cfg)
+		probe := to(server.URL(), Config{Protocol: protocol, Headers: map[string]string{"tenant": "t"}, Gzip: true, Timeout: 5 * time.Second})
+		if err := Probe(t.Context(), probe); err != nil {
+			t.Fatal(err)
+		}
+		if r := server.Requests(); len(r) != 1 || r[0].Header["tenant"] != "t" || r[0].Encoding != "gzip" || len(server.Points()) > 0 {
+			t.Errorf("the server has %+v", r)
+		}
+		cfg.Script = []otlptest.Answer{{Code: codes.Unauthenticated, Message: "who are you"}}
+		err := Probe(t.Context(), to(otlptest.Start(t, cfg).URL(), Config{Protocol: protocol}))
+		var http *StatusError
+		switch {
+		case err == nil || !strings.Contains(err.Error(), "who are you"):
+			t.Errorf("a refusal: %v", err)
+		case protocol == "grpc" && status.Code(err) != codes.Unauthenticated:
+			t.Errorf("the code is %v", status.Code(err))
+		case protocol != "grpc" && (!errors.As(err, &http) || http.Code != 401):
+			t.Errorf("the status is %+v", http)
+		}
+		server.Stop()
+		if err := Probe(t.Context(), probe); err == nil || !strings.Contains(err.Error(), "connection refused") {
+			t.Errorf("without a server: %v", err)
+		}
+	})
 }

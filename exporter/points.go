@@ -29,7 +29,8 @@ func stamp(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) (dropped int) 
 		if !isUnitMetric(m.Name) {
 			return
 		}
-		kept := make([]named, 0, len(sum.DataPoints))
+		names := make([]named, 0, len(sum.DataPoints))
+		points := sum.DataPoints[:0]
 		for _, p := range sum.DataPoints {
 			series, transmit, ok := find(sweep, p.Attributes)
 			total := totalOf(m.Name, transmit, series.Total)
@@ -38,24 +39,54 @@ func stamp(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) (dropped int) 
 				continue
 			}
 			p.StartTime, p.Time, p.Value = series.Start, series.Time, int64(total)
-			kept = append(kept, named{series.Name, transmit, p})
+			names = append(names, named{series.Name, transmit, int32(len(points))})
+			points = append(points, p)
 		}
 		// The SDK has them in another order each time. In one order, requests
 		// are much alike, and the outbox needs a third of the room.
-		slices.SortFunc(kept, named.compare)
-		for i, n := range kept {
-			sum.DataPoints[i] = n.point
-		}
-		sum.DataPoints = sum.DataPoints[:len(kept)]
+		slices.SortFunc(names, named.compare)
+		reorder(points, names)
+		sum.DataPoints = points
 	})
 	return dropped
 }
 
-// named is a point with what it is sorted by.
+// leaveOutEarly removes the cumulative points that end before they start, and
+// returns how many. That is what a wall clock gives that was ahead when the unit
+// started and has been set back since. Neither time can be changed: another
+// start would be a reset to whoever reads it, and count the total twice.
+func leaveOutEarly(rm *metricdata.ResourceMetrics) (removed int) {
+	eachSum(rm, func(_ *metricdata.Metrics, sum *metricdata.Sum[int64]) {
+		if sum.Temporality != metricdata.CumulativeTemporality {
+			return
+		}
+		all := len(sum.DataPoints)
+		sum.DataPoints = slices.DeleteFunc(sum.DataPoints, func(p metricdata.DataPoint[int64]) bool { return p.StartTime.After(p.Time) })
+		removed += all - len(sum.DataPoints)
+	})
+	return removed
+}
+
+// named is what a point is sorted by.
 type named struct {
 	series   string
 	transmit bool
-	point    metricdata.DataPoint[int64]
+	at       int32 // index of the point
+}
+
+// reorder puts the points in the order of names, without a copy of them all. It
+// uses up the indexes in names.
+func reorder(points []metricdata.DataPoint[int64], names []named) {
+	for i := range names {
+		// Follow the ring of points that take each other's places.
+		first, to := points[i], i
+		for int(names[to].at) != i {
+			from := int(names[to].at)
+			points[to], names[to].at = points[from], int32(to)
+			to = from
+		}
+		points[to], names[to].at = first, int32(to)
+	}
 }
 
 func (a named) compare(b named) int {

@@ -123,6 +123,30 @@ func TestStampLeavesOtherMetricsAlone(t *testing.T) {
 	}
 }
 
+func TestPointsThatEndBeforeTheyStartAreLeftOut(t *testing.T) {
+	points := func(times ...float64) []metricdata.DataPoint[int64] {
+		var list []metricdata.DataPoint[int64]
+		for _, end := range times {
+			list = append(list, metricdata.DataPoint[int64]{StartTime: at(100), Time: at(end), Value: 1})
+		}
+		return list
+	}
+	rm := &metricdata.ResourceMetrics{ScopeMetrics: []metricdata.ScopeMetrics{{Metrics: []metricdata.Metrics{
+		{Name: "totals", Data: metricdata.Sum[int64]{Temporality: metricdata.CumulativeTemporality, DataPoints: points(40, 101, 99)}},
+		{Name: "early", Data: metricdata.Sum[int64]{Temporality: metricdata.CumulativeTemporality, DataPoints: points(40)}},
+		{Name: "gauge", Data: metricdata.Gauge[int64]{DataPoints: points(40)}},
+	}}}}
+	if n := leaveOutEarly(rm); n != 3 {
+		t.Errorf("removed %d points, want 3", n)
+	}
+	if got := sums(rm, "totals"); len(got) != 1 || !got[0].Time.Equal(at(101)) {
+		t.Errorf("left are %+v, want the one that ends after it starts", got)
+	}
+	if n := len(rm.ScopeMetrics[0].Metrics); n != 2 {
+		t.Errorf("%d metrics are left, want the totals and the gauge", n)
+	}
+}
+
 func TestDeltas(t *testing.T) {
 	type step struct {
 		n      uint64 // total of the unit; 0: no point this time
@@ -267,6 +291,28 @@ func TestDeltasOfTheAgentsOwnCounters(t *testing.T) {
 		}
 		if got := sums(rm, "unitmeter.units")[0].Value; got != int64(10+5*i) {
 			t.Errorf("cycle %d: a sum that may fall is now %d", i, got)
+		}
+	}
+}
+
+// The order is that of the names, whatever it was: each point is where its name is.
+func TestReorder(t *testing.T) {
+	for range 100 {
+		n := rand.IntN(50)
+		points, names := make([]metricdata.DataPoint[int64], n), make([]named, n)
+		for i, at := range rand.Perm(n) {
+			points[i].Value = int64(i)
+			names[i].at = int32(at)
+		}
+		want := make([]int64, n)
+		for i, name := range names {
+			want[i] = int64(name.at)
+		}
+		reorder(points, names)
+		for i, p := range points {
+			if p.Value != want[i] {
+				t.Fatalf("point %d of %d is %d, want %d", i, n, p.Value, want[i])
+			}
 		}
 	}
 }

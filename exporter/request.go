@@ -142,14 +142,15 @@ func pointsIn(r *colmetricpb.ExportMetricsServiceRequest) (n int) {
 //   - a gauge keeps the newer value;
 //   - histograms and summaries keep both points.
 //
-// It fails if one of the two is not an ExportMetricsServiceRequest.
-func Merge(older, newer []byte) ([]byte, error) {
+// It returns how many points the result has, and fails if one of the two is not
+// an ExportMetricsServiceRequest.
+func Merge(older, newer []byte) (merged []byte, points int, err error) {
 	var a, b colmetricpb.ExportMetricsServiceRequest
 	if err := proto.Unmarshal(older, &a); err != nil {
-		return nil, fmt.Errorf("merge requests: read the older one: %w", err)
+		return nil, 0, fmt.Errorf("merge requests: read the older one: %w", err)
 	}
 	if err := proto.Unmarshal(newer, &b); err != nil {
-		return nil, fmt.Errorf("merge requests: read the newer one: %w", err)
+		return nil, 0, fmt.Errorf("merge requests: read the newer one: %w", err)
 	}
 	index := make(map[string]*metricpb.NumberDataPoint)
 	eachNumberPoint(&b, func(key string, _ *metricpb.Metric, p *metricpb.NumberDataPoint) bool {
@@ -165,11 +166,10 @@ func Merge(older, newer []byte) ([]byte, error) {
 	kept := window(&a, 0, pointsIn(&a)) // without what is now empty
 	kept.ResourceMetrics = append(kept.ResourceMetrics, b.ResourceMetrics...)
 	joinResources(kept)
-	merged, err := proto.Marshal(kept)
-	if err != nil {
-		return nil, fmt.Errorf("merge requests: %w", err)
+	if merged, err = proto.Marshal(kept); err != nil {
+		return nil, 0, fmt.Errorf("merge requests: %w", err)
 	}
-	return merged, nil
+	return merged, pointsIn(kept), nil
 }
 
 // absorb puts the older point p into the newer point q of the same series and

@@ -21,7 +21,7 @@ import (
 // encoded is the official exporter's request for rm.
 func encoded(t testing.TB, rm *metricdata.ResourceMetrics) []byte {
 	t.Helper()
-	official, err := newGRPC(t.Context(), Config{}, otlpEnv{})
+	official, err := newGRPC(t.Context(), Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,12 +127,15 @@ func TestMergeCumulative(t *testing.T) {
 	restarted := unit("b.service", at(15), at(20), 3) // its series began anew
 	older := encoded(t, stamped(unit("a.service", at(0), at(10), 100), unit("b.service", at(0), at(10), 50), unit("gone.service", at(0), at(10), 70)))
 	newer := encoded(t, stamped(unit("a.service", at(0), at(20), 130), restarted, unit("new.service", at(12), at(20), 5)))
-	merged, err := Merge(older, newer)
+	merged, points, err := Merge(older, newer)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(merged) >= len(older)+len(newer) {
 		t.Error("it has not become smaller")
+	}
+	if n := countRequest(merged); points != n || n != 5*4 {
+		t.Errorf("it has %d points and says %d, want 20", n, points)
 	}
 	var got []string
 	for _, p := range otlptest.Flatten(decoded(t, merged)) {
@@ -174,7 +177,7 @@ func TestMergeDeltas(t *testing.T) {
 		requests = append(requests, encoded(t, rm))
 	}
 	merge := func(a, b []byte) []byte {
-		m, err := Merge(a, b)
+		m, _, err := Merge(a, b)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -203,7 +206,7 @@ func TestMergeDeltas(t *testing.T) {
 
 func TestMergeKeepsWhatItCannotAdd(t *testing.T) {
 	whole := everyKind(t)
-	merged, err := Merge(whole, whole)
+	merged, _, err := Merge(whole, whole)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -216,14 +219,14 @@ func TestMergeKeepsWhatItCannotAdd(t *testing.T) {
 		return encoded(t, &metricdata.ResourceMetrics{ScopeMetrics: []metricdata.ScopeMetrics{{Metrics: []metricdata.Metrics{
 			{Name: "huge", Data: metricdata.Sum[int64]{Temporality: metricdata.DeltaTemporality, DataPoints: []metricdata.DataPoint[int64]{{Value: v, StartTime: at(0), Time: at(1)}}}}}}}})
 	}
-	if merged, err = Merge(huge(math.MaxInt64), huge(1)); err != nil {
+	if merged, _, err = Merge(huge(math.MaxInt64), huge(1)); err != nil {
 		t.Fatal(err)
 	}
 	if got := otlptest.Flatten(decoded(t, merged)); len(got) != 2 || got[0].Value != math.MaxInt64 || got[1].Value != 1 {
 		t.Errorf("merged into %v", got)
 	}
 	for _, pair := range [][2][]byte{{[]byte("junk"), whole}, {whole, []byte("junk")}} {
-		if _, err := Merge(pair[0], pair[1]); err == nil {
+		if _, _, err := Merge(pair[0], pair[1]); err == nil {
 			t.Error("no error for junk")
 		}
 	}
@@ -236,9 +239,9 @@ func FuzzMergeAndSplit(f *testing.F) {
 	f.Add(encoded(f, stamped(unit("a.service", at(0), at(10), 100))), whole)
 	f.Add([]byte("junk"), []byte{})
 	f.Fuzz(func(t *testing.T, older, newer []byte) {
-		merged, err := Merge(older, newer)
-		if err == nil && countRequest(merged) > countRequest(older)+countRequest(newer) {
-			t.Errorf("%d and %d points became %d", countRequest(older), countRequest(newer), countRequest(merged))
+		merged, points, err := Merge(older, newer)
+		if n := countRequest(merged); err == nil && (n > countRequest(older)+countRequest(newer) || n != points) {
+			t.Errorf("%d and %d points became %d, and Merge says %d", countRequest(older), countRequest(newer), n, points)
 		}
 		head, tail, err := split(older)
 		if err == nil && tail != nil && countRequest(head)+countRequest(tail) != countRequest(older) {

@@ -108,6 +108,15 @@ func (s *sender) flush(ctx context.Context) error {
 	}
 }
 
+// behind says that there are older entries which the sender can read, so that it
+// will deliver them as soon as the receiver lets it.
+func (s *sender) behind() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, err := s.trouble.current()
+	return !s.idle && err == nil
+}
+
 // run delivers until ctx ends, or until drain is closed and all is delivered.
 func (s *sender) run(ctx context.Context) {
 	defer close(s.done)

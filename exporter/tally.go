@@ -2,15 +2,10 @@ package exporter
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"go.opentelemetry.io/otel/metric"
-
-	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // Health is how the delivery of metrics goes.
@@ -69,7 +64,7 @@ func (t *tally) failed(a answer, kept string) {
 	if a.verdict == misconfigured {
 		level = slog.LevelError
 	}
-	t.delivery.failed(level, a.kind, "cannot deliver metrics; "+kept, a.err, "endpoint", t.target, "next", a.hint())
+	t.delivery.failed(level, a.cause(), "cannot deliver metrics; "+kept, a.err, "endpoint", t.target, "next", a.hint())
 }
 
 // poisoned counts the points of a request that is given up; fate says what
@@ -82,9 +77,19 @@ func (t *tally) poisoned(points int, a answer, fate string) {
 
 // drop counts points that are not sent at all.
 func (t *tally) drop(points int, why string) {
+	t.leaveOut(points, why, "if it goes on, report it with the log")
+}
+
+// early counts points that wait for the wall clock to pass their start.
+func (t *tally) early(points int) {
+	t.leaveOut(points, "the wall clock is before their start, since it was set back; their bytes are in the totals that follow",
+		"check the clock with \"timedatectl\"; if it is right, they come again once it has passed their start")
+}
+
+func (t *tally) leaveOut(points int, why, next string) {
 	if points > 0 {
 		t.dropped.Add(int64(points))
-		t.hourly(slog.LevelWarn, "points are left out: "+why, "points", points, "next", "if it goes on, report it with the log")
+		t.hourly(slog.LevelWarn, "points are left out: "+why, "points", points, "next", next)
 	}
 }
 
@@ -110,40 +115,4 @@ func (t *tally) health() Health {
 		h.Since, h.Err = t.commit.current()
 	}
 	return h
-}
-
-// Instruments lists the instruments of Exporter.Register and Durable.Register.
-func Instruments() []receiver.Instrument {
-	list := deliveryInstruments()
-	for _, i := range outboxInstruments() {
-		list = append(list, i.Instrument)
-	}
-	return list
-}
-
-func deliveryInstruments() []receiver.Instrument {
-	instrument := func(name, description string) receiver.Instrument {
-		return receiver.Instrument{Name: name, Kind: "observable counter", Unit: "{data_point}", Description: description}
-	}
-	return []receiver.Instrument{
-		instrument("unitmeter.export.sent", "Data points that the receiver of the metrics accepted."),
-		instrument("unitmeter.export.rejected", "Data points that the receiver of the metrics refused for good: partial successes and quarantined requests."),
-		instrument("unitmeter.export.dropped", "Data points that were not fit to be sent, because they had no series in the sweep."),
-	}
-}
-
-// Register makes the exporter's own instruments on the meter (see Health).
-func (e *Exporter) Register(meter metric.Meter) error {
-	values := []*atomic.Int64{&e.tally.sent, &e.tally.rejected, &e.tally.dropped}
-	for i, instrument := range deliveryInstruments() {
-		_, err := meter.Int64ObservableCounter(instrument.Name, metric.WithUnit(instrument.Unit), metric.WithDescription(instrument.Description),
-			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-				o.Observe(values[i].Load())
-				return nil
-			}))
-		if err != nil {
-			return fmt.Errorf("register instrument %s: %w", instrument.Name, err)
-		}
-	}
-	return nil
 }

@@ -72,14 +72,28 @@ const (
 // errRequestTimeout is the cause of an attempt that our own deadline ended.
 var errRequestTimeout = errors.New("no answer within the time of OTEL_EXPORTER_OTLP_TIMEOUT")
 
+// aboutTLS says that the two sides do not agree on their certificates. gRPC has
+// only the text of that error.
+func (a answer) aboutTLS() bool {
+	if a.err == nil {
+		return false
+	}
+	text := a.err.Error()
+	return strings.Contains(text, "x509:") || strings.Contains(text, "tls:") || strings.Contains(text, "certificate")
+}
+
+// cause names what the log tells from what it said last.
+func (a answer) cause() string {
+	if a.aboutTLS() {
+		return "TLS"
+	}
+	return a.kind
+}
+
 // hint is the next step for a person who reads the log.
 func (a answer) hint() string {
-	text := ""
-	if a.err != nil {
-		text = a.err.Error()
-	}
 	switch {
-	case strings.Contains(text, "x509:") || strings.Contains(text, "tls:") || strings.Contains(text, "certificate"):
+	case a.aboutTLS():
 		return "check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY against the receiver's certificate"
 	case a.verdict == unreachable:
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT and that the receiver runs there"

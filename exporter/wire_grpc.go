@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -31,28 +32,34 @@ type grpcWire struct {
 
 // newGRPC makes the official gRPC exporter with a connection that stops requests
 // made under withCapture.
-func newGRPC(ctx context.Context, cfg Config, env otlpEnv) (sdkmetric.Exporter, error) {
+func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 	// gRPC's default is up to 120 s between attempts to connect: too long
 	// after an outage that ended.
 	dial := grpcbackoff.DefaultConfig
 	dial.MaxDelay = 15 * time.Second
 	opts := []otlpmetricgrpc.Option{
+		otlpmetricgrpc.WithEndpoint(cfg.Endpoint),
 		otlpmetricgrpc.WithRetry(otlpmetricgrpc.RetryConfig{Enabled: false}),
 		otlpmetricgrpc.WithDialOption(
 			grpc.WithChainUnaryInterceptor(captureUnary),
 			grpc.WithConnectParams(grpc.ConnectParams{Backoff: dial, MinConnectTimeout: 20 * time.Second}),
+			// Timeout is TCP_USER_TIMEOUT: a connection on which nothing comes
+			// through is made anew. Otherwise TCP would try again after up to
+			// two minutes when a link is back. No pings are wanted, which many
+			// servers punish; Time is longer than any call.
+			grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Hour, Timeout: 20 * time.Second}),
 		),
 	}
 	if cfg.Headers != nil {
 		opts = append(opts, otlpmetricgrpc.WithHeaders(cfg.Headers))
 	}
-	if cfg.Endpoint != "" {
-		opts = append(opts, otlpmetricgrpc.WithEndpoint(cfg.Endpoint))
-		if cfg.Insecure {
-			opts = append(opts, otlpmetricgrpc.WithInsecure())
-		} else {
-			opts = append(opts, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(env.tls)))
-		}
+	if cfg.Insecure {
+		opts = append(opts, otlpmetricgrpc.WithInsecure())
+	} else {
+		opts = append(opts, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(cfg.TLS)))
+	}
+	if cfg.Gzip {
+		opts = append(opts, otlpmetricgrpc.WithCompressor("gzip"))
 	}
 	return otlpmetricgrpc.New(ctx, opts...)
 }

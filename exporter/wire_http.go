@@ -34,9 +34,9 @@ type httpWire struct {
 
 // newHTTP makes the official HTTP exporter with a client that stops requests
 // made under withCapture. An exporter that is given a client leaves TLS, proxy
-// and time limits to it, so they are set here, from the same variables. It also
-// leaves compression to the wire: the outbox wants the plain bytes.
-func newHTTP(ctx context.Context, cfg Config, env otlpEnv) (sdkmetric.Exporter, *http.Transport, error) {
+// and time limits to it, so they are set here. Compression is left to the wire:
+// the outbox wants the plain bytes.
+func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transport, error) {
 	// As in otlpmetrichttp, which does not use the changeable
 	// http.DefaultTransport either.
 	transport := &http.Transport{
@@ -47,7 +47,7 @@ func newHTTP(ctx context.Context, cfg Config, env otlpEnv) (sdkmetric.Exporter, 
 		IdleConnTimeout:       90 * time.Second,
 		TLSHandshakeTimeout:   10 * time.Second,
 		ExpectContinueTimeout: time.Second,
-		TLSClientConfig:       env.tls,
+		TLSClientConfig:       cfg.TLS,
 	}
 	client := &http.Client{
 		Transport: transport,
@@ -56,15 +56,13 @@ func newHTTP(ctx context.Context, cfg Config, env otlpEnv) (sdkmetric.Exporter, 
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	opts := []otlpmetrichttp.Option{
+		otlpmetrichttp.WithEndpointURL(cfg.Endpoint),
 		otlpmetrichttp.WithRetry(otlpmetrichttp.RetryConfig{Enabled: false}),
 		otlpmetrichttp.WithCompression(otlpmetrichttp.NoCompression),
-		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, gzip: env.gzip}}),
+		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, gzip: cfg.Gzip}}),
 	}
 	if cfg.Headers != nil {
 		opts = append(opts, otlpmetrichttp.WithHeaders(cfg.Headers))
-	}
-	if cfg.Endpoint != "" {
-		opts = append(opts, otlpmetrichttp.WithEndpointURL(cfg.Endpoint))
 	}
 	exp, err := otlpmetrichttp.New(ctx, opts...)
 	return exp, transport, err
@@ -133,6 +131,15 @@ func (w *httpWire) send(ctx context.Context, request []byte) answer {
 	return httpAnswer(resp, text, time.Now())
 }
 
+// StatusError is an answer over HTTP that is no success.
+type StatusError struct {
+	Code int // the status, such as 503
+	text string
+}
+
+// Error implements error.
+func (e *StatusError) Error() string { return e.text }
+
 // httpAnswer sorts the status codes of a response whose body is text.
 func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
@@ -153,7 +160,7 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 		message = detail.GetMessage()
 	}
 	a := answer{kind: "HTTP " + strconv.Itoa(code), after: retryAfter(resp.Header.Get("Retry-After"), now)}
-	a.err = fmt.Errorf("receiver answered %s: %q", resp.Status, message)
+	a.err = &StatusError{Code: code, text: fmt.Sprintf("receiver answered %s: %q", resp.Status, message)}
 	switch {
 	case code == http.StatusTooManyRequests, code == http.StatusBadGateway, code == http.StatusServiceUnavailable,
 		code == http.StatusGatewayTimeout, code == http.StatusRequestTimeout:

@@ -26,7 +26,7 @@ const epoch = "1793491200"
 
 // build runs build.sh of the tree at root and returns the directory of the
 // packages.
-func build(t *testing.T, root, version string, env []string, formats ...string) string {
+func build(t testing.TB, root, version string, env []string, formats ...string) string {
 	t.Helper()
 	out := t.TempDir()
 	cmd := exec.Command(filepath.Join(root, "packaging/build.sh"), append([]string{version, "amd64", out}, formats...)...)
@@ -190,7 +190,7 @@ func testContents(t *testing.T, dir string) {
 	}
 }
 
-func output(t *testing.T, cmd *exec.Cmd) string {
+func output(t testing.TB, cmd *exec.Cmd) string {
 	t.Helper()
 	if _, err := exec.LookPath(cmd.Path); err != nil {
 		if os.Getenv("UNITMETER_TEST_NO_SKIP") == "" {
@@ -208,7 +208,7 @@ func output(t *testing.T, cmd *exec.Cmd) string {
 }
 
 // start boots a rig that shows the packages, and lets packages start services.
-func start(t *testing.T, packages ...string) *systemdtest.Rig {
+func start(t testing.TB, packages ...string) *systemdtest.Rig {
 	t.Helper()
 	rig := systemdtest.Start(t)
 	for _, dir := range packages {
@@ -229,9 +229,9 @@ func start(t *testing.T, packages ...string) *systemdtest.Rig {
 	return rig
 }
 
-// collector runs the Collector of the examples inside, and returns the file in
-// which it keeps what it gets.
-func collector(t *testing.T, rig *systemdtest.Rig, root string) string {
+// collector runs the Collector of the examples inside, for OTLP over gRPC at
+// address, and returns the file in which it keeps what it gets.
+func collector(t testing.TB, rig *systemdtest.Rig, root, address string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(root, "examples/otel-collector/test-file.yaml"))
 	if err != nil {
@@ -243,20 +243,29 @@ func collector(t *testing.T, rig *systemdtest.Rig, root string) string {
 		t.Fatalf("%v; run: .ci/tools otelcol", err)
 	}
 	rig.Run(t, "systemd-run", "--quiet", "--unit=otelcol", "--setenv=OTELCOL_FILE=/root/metrics.jsonl",
-		"--setenv=OTELCOL_HEALTH=127.0.0.1:13133", otelcol, "--config=/root/otelcol.yaml")
+		"--setenv=OTELCOL_GRPC="+address, "--setenv=OTELCOL_HEALTH=127.0.0.1:13133", otelcol, "--config=/root/otelcol.yaml")
 	eventually(t, "the Collector listens", func() bool {
-		return rig.Command(context.Background(), "sh", "-c", "ss -ltn | grep -q :4317").Run() == nil
+		return rig.Command(context.Background(), "sh", "-c", "ss -ltn | grep -qF "+address).Run() == nil
 	})
 	return rig.Path("/root/metrics.jsonl")
 }
 
 // sent returns what the Collector has for a series of a unit: its last point.
-func sent(t *testing.T, file, unit, direction string) (last otlptest.Point, found bool) {
+func sent(t testing.TB, file, unit, direction string) (last otlptest.Point, found bool) {
+	t.Helper()
+	last, found = received(t, file, unit)["systemd.unit.network.io "+direction]
+	return last, found
+}
+
+// received returns the last points of a unit that the Collector has, by metric
+// and direction.
+func received(t testing.TB, file, unit string) map[string]otlptest.Point {
 	t.Helper()
 	text, err := os.ReadFile(file)
 	if err != nil && !os.IsNotExist(err) {
 		t.Fatal(err)
 	}
+	last := map[string]otlptest.Point{}
 	for line := range strings.Lines(string(text)) {
 		if !strings.HasSuffix(line, "\n") {
 			break // not written to its end yet
@@ -266,16 +275,16 @@ func sent(t *testing.T, file, unit, direction string) (last otlptest.Point, foun
 			t.Fatalf("read the Collector's file: %v", err)
 		}
 		for _, p := range otlptest.Flatten(&request) {
-			if p.Metric == "systemd.unit.network.io" && p.Attrs["systemd.unit.name"] == unit && p.Attrs["network.io.direction"] == direction {
-				last, found = p, true
+			if p.Attrs["systemd.unit.name"] == unit {
+				last[p.Metric+" "+p.Attrs["network.io.direction"]] = p
 			}
 		}
 	}
-	return last, found
+	return last
 }
 
 // eventually waits for what other processes do in their own time.
-func eventually(t *testing.T, what string, done func() bool) {
+func eventually(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); !done(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -285,7 +294,7 @@ func eventually(t *testing.T, what string, done func() bool) {
 }
 
 // property returns one property of the service.
-func property(t *testing.T, rig *systemdtest.Rig, name string) string {
+func property(t testing.TB, rig *systemdtest.Rig, name string) string {
 	t.Helper()
 	return strings.TrimSpace(rig.Run(t, "systemctl", "show", "--value", "-p", name, "unitmeter.service"))
 }
@@ -296,7 +305,7 @@ func exists(rig *systemdtest.Rig, path string) bool {
 
 // talk makes a unit that sends one datagram of 128 bytes, headers included, and
 // stays.
-func talk(t *testing.T, rig *systemdtest.Rig) systemdtest.Accounting {
+func talk(t testing.TB, rig *systemdtest.Rig) systemdtest.Accounting {
 	t.Helper()
 	// Without a process in it, systemd loses its counters in a reload.
 	rig.Run(t, "systemd-run", "--quiet", "--unit=talker", "-p", "IPAccounting=yes", "-p", "ExecStartPre="+rig.Traffic()+" udp-send 127.0.0.1:9 -bytes 100 -count 1",
@@ -316,7 +325,7 @@ func testDeb(t *testing.T, root, first, second string) {
 			t.Log(rig.Run(t, "journalctl", "--no-pager", "-n", "60", "-u", "unitmeter", "-u", "otelcol", "-u", "talker"))
 		}
 	})
-	file := collector(t, rig, root)
+	file := collector(t, rig, root, "127.0.0.1:4317")
 	dpkg := func(args ...string) string { t.Helper(); return rig.Run(t, "dpkg", args...) }
 
 	files := func() string {

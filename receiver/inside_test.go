@@ -94,7 +94,7 @@ func inside(t *testing.T, rig *systemdtest.Rig, mode string, as ...string) insid
 func (r *insideReport) private(ctx context.Context) error {
 	for range 500 {
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		b, err := open(ctx, privateBusAddress, true)
+		b, err := open(ctx, PrivateBus, true)
 		if err != nil {
 			cancel()
 			return fmt.Errorf("connection %d: %w", r.Connections, err)
@@ -145,7 +145,7 @@ func relay() error {
 		}
 		go func() {
 			defer near.Close()
-			far, err := net.Dial("unix", strings.TrimPrefix(privateBusAddress, "unix:path="))
+			far, err := net.Dial("unix", strings.TrimPrefix(PrivateBus, "unix:path="))
 			if err != nil {
 				return // PID 1 re-executes itself; the receiver tries again
 			}

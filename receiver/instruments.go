@@ -22,6 +22,19 @@ type Instrument struct {
 	Attributes                    []string
 }
 
+// Int64 makes the instrument on meter. The caller observes it in a callback.
+func (i Instrument) Int64(meter metric.Meter) (made metric.Int64Observable, err error) {
+	if i.Kind == "observable gauge" {
+		made, err = meter.Int64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+	} else {
+		made, err = meter.Int64ObservableCounter(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("make instrument %s: %w", i.Name, err)
+	}
+	return made, nil
+}
+
 // Instruments lists the instruments that Register makes.
 func Instruments() []Instrument {
 	unit := []string{"systemd.unit.name", "network.io.direction", "host.name"}
@@ -48,27 +61,21 @@ func Instruments() []Instrument {
 // them all: each collection is one sweep. The callback never returns an error,
 // since the SDK drops the whole collection for one.
 func (r *Receiver) Register(meter metric.Meter) error {
-	observables := map[string]metric.Observable{}
 	counters := map[string]metric.Int64Observable{}
-	gauges := map[string]metric.Float64Observable{}
+	var duration metric.Float64Observable // the only one that is no integer
 	var all []metric.Observable
 	for _, i := range Instruments() {
 		var err error
-		switch {
-		case i.Unit == "s":
-			gauges[i.Name], err = meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
-			observables[i.Name] = gauges[i.Name]
-		case i.Kind == "observable gauge":
-			counters[i.Name], err = meter.Int64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
-			observables[i.Name] = counters[i.Name]
-		default:
-			counters[i.Name], err = meter.Int64ObservableCounter(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
-			observables[i.Name] = counters[i.Name]
+		if i.Unit == "s" {
+			duration, err = meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			all = append(all, duration)
+		} else {
+			counters[i.Name], err = i.Int64(meter)
+			all = append(all, counters[i.Name])
 		}
 		if err != nil {
-			return fmt.Errorf("make instrument %s: %w", i.Name, err)
+			return err
 		}
-		all = append(all, observables[i.Name])
 	}
 	io, packets := counters[IOName], counters[PacketCountName]
 	host := attribute.String("host.name", r.cfg.HostName)
@@ -96,7 +103,7 @@ func (r *Receiver) Register(meter metric.Meter) error {
 		}
 		h := r.health
 		o.ObserveInt64(counters["unitmeter.series"], int64(len(r.order)), plain)
-		o.ObserveFloat64(gauges["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain)
+		o.ObserveFloat64(duration, sweep.Duration.Seconds(), plain)
 		o.ObserveInt64(counters["unitmeter.sweep.partial"], h.partial, plain)
 		o.ObserveInt64(counters["unitmeter.dbus.errors"], h.dbusErrors, plain)
 		o.ObserveInt64(counters["unitmeter.dbus.reconnects"], h.reconnects, plain)

@@ -15,15 +15,14 @@ import (
 )
 
 const (
-	privateBusAddress = "unix:path=/run/systemd/private"
-	managerPath       = "/org/freedesktop/systemd1"
-	relistEvery       = 5 * time.Minute
-	reloadTimeout     = 10 * time.Second // Reloading(false) never came (systemd#43200)
-	callTimeout       = 25 * time.Second // one call that is not part of a sweep
-	newUnitPause      = 250 * time.Millisecond
-	lateTraffic       = 2 * time.Minute // reads after the end of a run
-	keepClosed        = 2 * time.Minute // a run's memory after its unit has gone
-	keepRestored      = time.Hour       // the same, of a run that no list has shown yet
+	managerPath   = "/org/freedesktop/systemd1"
+	relistEvery   = 5 * time.Minute
+	reloadTimeout = 10 * time.Second // Reloading(false) never came (systemd#43200)
+	callTimeout   = 25 * time.Second // one call that is not part of a sweep
+	newUnitPause  = 250 * time.Millisecond
+	lateTraffic   = 2 * time.Minute // reads after the end of a run
+	keepClosed    = 2 * time.Minute // a run's memory after its unit has gone
+	keepRestored  = time.Hour       // the same, of a run that no list has shown yet
 	// recheckEvery is after how many sweeps a unit without accounting is asked
 	// again: systemd tells nobody of a set-property IPAccounting=yes.
 	recheckEvery         = 6
@@ -126,27 +125,15 @@ func (s status) over() bool {
 		!s.inactiveEnter.IsZero() && !s.inactiveEnter.Before(s.inactiveExit)
 }
 
-// openSystem connects to the system bus.
-func (r *Receiver) openSystem(ctx context.Context) (*bus, error) {
-	return open(ctx, r.cfg.SystemBus, false)
-}
-
-// connect opens the connection that cfg.Bus names.
-func (r *Receiver) connect(ctx context.Context) (*bus, error) {
-	switch r.cfg.Bus {
-	case "private":
-		return open(ctx, privateBusAddress, true)
-	case "system":
-		return r.openSystem(ctx)
-	case "auto":
-		if os.Geteuid() == 0 {
-			if b, err := open(ctx, privateBusAddress, true); err == nil {
-				return b, nil
-			}
+// connect opens the first connection that can be had. The error is that of the
+// last address.
+func (r *Receiver) connect(ctx context.Context) (b *bus, err error) {
+	for _, address := range r.cfg.Addresses() {
+		if b, err = open(ctx, address, private(address)); err == nil {
+			return b, nil
 		}
-		return r.openSystem(ctx)
 	}
-	return open(ctx, r.cfg.Bus, strings.HasSuffix(r.cfg.Bus, "/systemd/private"))
+	return nil, fmt.Errorf("%w; is D-Bus running there, and may uid %d use it? set UNITMETER_BUS", err, os.Geteuid())
 }
 
 // open connects to one address and asks for the signals of the inventory.
@@ -161,7 +148,7 @@ func openFor(ctx context.Context, address string, private, signals bool) (*bus, 
 	defer cancel()
 	w, err := dial(ctx, address)
 	if err != nil {
-		return nil, fmt.Errorf("connect to systemd at %s: %w; is D-Bus running there, and may uid %d use it? set UNITMETER_BUS", address, err, os.Geteuid())
+		return nil, fmt.Errorf("connect to systemd at %s: %w", address, err)
 	}
 	conn, err := dbus.NewConn(w, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
 	if err != nil {
@@ -677,7 +664,7 @@ func (r *Receiver) update(name string, next status) {
 			return
 		}
 		u = &unit{
-			name: name, iface: counterInterface(typeOf(name)), young: r.listed,
+			name: name, iface: CounterInterface(typeOf(name)), young: r.listed,
 			hidden: !slices.Contains(r.cfg.Types, typeOf(name)) || r.include.index(name) < 0 || r.exclude.index(name) >= 0,
 		}
 		r.units[name] = u

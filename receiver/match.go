@@ -23,9 +23,9 @@ func DefaultFold() []string {
 	}
 }
 
-// counterInterface returns the D-Bus interface that carries the IP counters of
-// a unit type, or "" for a type without.
-func counterInterface(unitType string) string {
+// CounterInterface returns the D-Bus interface that has IPAccounting and the IP
+// counters of a unit type such as "service", or "" for a type without.
+func CounterInterface(unitType string) string {
 	switch unitType {
 	case "service":
 		return "org.freedesktop.systemd1.Service"

@@ -86,13 +86,13 @@ func FuzzGlobs(f *testing.F) {
 func TestCounterInterfaces(t *testing.T) {
 	for _, kind := range append(DefaultTypes(), "slice") {
 		want := "org.freedesktop.systemd1." + strings.ToUpper(kind[:1]) + kind[1:]
-		if got := counterInterface(kind); got != want {
-			t.Errorf("counterInterface(%q) = %q, want %q", kind, got, want)
+		if got := CounterInterface(kind); got != want {
+			t.Errorf("CounterInterface(%q) = %q, want %q", kind, got, want)
 		}
 	}
 	for _, kind := range []string{"", "timer", "target", "device", "path", "automount", "Service"} {
-		if got := counterInterface(kind); got != "" {
-			t.Errorf("counterInterface(%q) = %q, want none", kind, got)
+		if got := CounterInterface(kind); got != "" {
+			t.Errorf("CounterInterface(%q) = %q, want none", kind, got)
 		}
 	}
 }

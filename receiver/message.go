@@ -131,7 +131,7 @@ func wanted(h header) bool {
 	case managerInterface:
 		switch string(h.member) {
 		case "UnitNew", "UnitRemoved":
-			return counterInterface(typeOf(string(d.string()))) != ""
+			return CounterInterface(typeOf(string(d.string()))) != ""
 		case "Reloading":
 			return true
 		}
@@ -149,7 +149,7 @@ func meteredPath(path string) bool {
 	if i < 0 {
 		return true
 	}
-	return counterInterface(path[i+len("_2e"):]) != ""
+	return CounterInterface(path[i+len("_2e"):]) != ""
 }
 
 // decoder reads D-Bus values from the start of a message or body. The first

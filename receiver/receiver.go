@@ -143,7 +143,7 @@ func New(cfg Config) (*Receiver, error) {
 		r.cfg.Types = DefaultTypes()
 	}
 	for _, t := range r.cfg.Types {
-		if counterInterface(t) == "" {
+		if CounterInterface(t) == "" {
 			return nil, fmt.Errorf("meter units of type %q: systemd has no IP accounting for them; use any of service, scope, socket, mount, swap, slice", t)
 		}
 	}
@@ -155,7 +155,7 @@ func New(cfg Config) (*Receiver, error) {
 		return nil, fmt.Errorf("meter %d series within %v: neither can be negative; use 0 for the default", cfg.MaxSeries, cfg.SweepTimeout)
 	}
 	r.cfg.Bus = cmp.Or(cfg.Bus, "auto")
-	r.cfg.SystemBus = cmp.Or(cfg.SystemBus, "unix:path=/run/dbus/system_bus_socket")
+	r.cfg.SystemBus = cmp.Or(cfg.SystemBus, UsualSystemBus)
 	r.cfg.MaxSeries = cmp.Or(cfg.MaxSeries, 5000)
 	r.cfg.SweepTimeout = cmp.Or(cfg.SweepTimeout, 10*time.Second)
 	if r.cfg.HostName == "" {

@@ -1170,6 +1170,9 @@ func TestPoints(t *testing.T) {
 			}
 		}
 	}
+	if s := r.Last(); s.Units != 3 || s.Accounted != 1 {
+		t.Errorf("the sweep has %d of %d units, want 1 of 3", s.Accounted, s.Units)
+	}
 	if len(metrics) > 0 {
 		t.Errorf("these instruments are not in the list: %v", slices.Collect(maps.Keys(metrics)))
 	}

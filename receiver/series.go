@@ -68,6 +68,9 @@ type Sweep struct {
 	// Partial says that the deadline or an error cut the sweep short: the
 	// series that were not reached have Observed false.
 	Partial bool
+	// Units are the loaded units of the metered types, Accounted those of them
+	// that have counters.
+	Units, Accounted int
 	// State is the ledger after this sweep.
 	State State
 	// index finds a series by the attribute set of a point.

@@ -93,7 +93,8 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 // slices from ever showing too much: a slice is read before the units in it,
 // and, when it is first seen, after them.
 func (r *Receiver) readAll(ctx context.Context, b *bus, targets []target) error {
-	var before, units, after []target
+	var before, after []target
+	units := targets[:0] // in place: they are nearly all
 	for _, t := range targets {
 		switch {
 		case !topSlice(t.unit.name):
@@ -568,5 +569,11 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 		}
 	}
 	sweep.index = r.index
+	for state, n := range r.countStates() {
+		sweep.Units += int(n)
+		if accounting(state) == accountingOn {
+			sweep.Accounted = int(n)
+		}
+	}
 	return sweep
 }

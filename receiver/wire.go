@@ -2,6 +2,7 @@ package receiver
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -23,8 +24,13 @@ const (
 	// replies per connection (max_replies_per_connection); the 129th call is
 	// refused with LimitsExceeded.
 	maxInFlight = 64
-	// batchSize is how many calls go out in one write.
+	// batchSize is how many calls must have been answered before the next
+	// ones go out, all that there is room for in one write.
 	batchSize = 32
+	// readEvery is how often a sweep looks for replies. They come a hundred in
+	// a millisecond, and to be woken for each of them costs more than to read
+	// them, here and in the peer.
+	readEvery = time.Millisecond
 	// firstOwnSerial divides the serial numbers of one connection: godbus
 	// counts from 1, the calls of sweeps start here.
 	firstOwnSerial = 1 << 31
@@ -42,7 +48,7 @@ const (
 // by their serial numbers. Signals that the inventory has no use for are
 // dropped before godbus decodes them.
 type wire struct {
-	conn net.Conn
+	conn stream
 	in   *bufio.Reader
 
 	message []byte // the message being read, header included
@@ -54,6 +60,8 @@ type wire struct {
 	// by a send, given back by a receive.
 	sending chan struct{} // one writer at a time
 	turn    chan struct{} // held by the caller of gets whose turn it is
+
+	every time.Duration // how often a sweep reads; 0 where nothing is buffered on the way
 
 	out []byte // reused encoding buffer, guarded by sending
 
@@ -67,6 +75,12 @@ type wire struct {
 	inFlight int        // calls without a reply, abandoned ones included
 	deliver  func(i int, r reply)
 	err      error // why the connection ended
+}
+
+// stream is what a wire needs of its connection.
+type stream interface {
+	io.ReadWriteCloser
+	SetWriteDeadline(time.Time) error
 }
 
 // property names one D-Bus property of one object.
@@ -97,6 +111,14 @@ func dial(ctx context.Context, address string) (*wire, error) {
 			tried = append(tried, errors.Join(err, conn.Close()))
 			continue
 		}
+		s, err := newSocket(conn.(*net.UnixConn))
+		if err != nil {
+			tried = append(tried, err)
+			continue
+		}
+		w.conn, w.every = s, readEvery
+		early, _ := w.in.Peek(w.in.Buffered()) // what a peer says unasked behind its OK
+		w.in.Reset(io.MultiReader(bytes.NewReader(bytes.Clone(early)), s))
 		return w, nil
 	}
 	return nil, errors.Join(tried...)
@@ -272,6 +294,9 @@ func (w *wire) next() (header, error) {
 	if cap(w.message) > keepBuffer {
 		w.message = nil
 	}
+	if w.in.Buffered() == 0 {
+		w.pause()
+	}
 	fixed, err := w.in.Peek(16)
 	if err != nil {
 		return header{}, fmt.Errorf("read from D-Bus: %w", err)
@@ -311,10 +336,20 @@ func (w *wire) dispatch(h header) {
 	case w.inFlight > w.open:
 		w.inFlight--
 	}
+}
+
+// pause lets replies pile up before the next read, while a sweep waits for some.
+func (w *wire) pause() {
+	w.mu.Lock()
 	// gets has nothing to do for each reply: it waits for room for a batch, or
 	// for the last one.
 	if w.open == 0 || w.inFlight <= maxInFlight-batchSize {
 		w.progress.Broadcast()
+	}
+	sweeping := w.open > 0
+	w.mu.Unlock()
+	if sweeping && w.every > 0 {
+		time.Sleep(w.every)
 	}
 }
 
@@ -355,7 +390,7 @@ func (w *wire) gets(ctx context.Context, n int, call func(i int) property, done 
 		for w.err == nil && ctx.Err() == nil && (w.open > 0 && sent == n || sent < n && w.inFlight > maxInFlight-batchSize) {
 			w.progress.Wait()
 		}
-		err, finished := w.err, sent == n && w.open == 0
+		err, finished, room := w.err, sent == n && w.open == 0, maxInFlight-w.inFlight
 		w.mu.Unlock()
 		switch {
 		case finished:
@@ -365,7 +400,7 @@ func (w *wire) gets(ctx context.Context, n int, call func(i int) property, done 
 		case ctx.Err() != nil:
 			return ctx.Err()
 		}
-		count := min(batchSize, n-sent)
+		count := min(room, n-sent)
 		if err := w.send(ctx, count, func(i int) property { return call(sent + i) }); err != nil {
 			return err
 		}

@@ -163,8 +163,9 @@ var distinct = scenario{
 	id: "many", title: "very many distinct services, where 100 may have series",
 	run: func(s *scene) {
 		n := times(500, 100_000)
-		first := n / 5
-		var early, late int
+		fifth := n / 5
+		var memory []int // at the end of each fifth, in KiB
+		var cpu []int    // up to there, in microseconds
 		for i := range n {
 			if err := s.transient(fmt.Sprintf("%s-%d.service", s.id, i), s.slice(), s.Traffic(), "udp-send", udpSink, "-count", "3"); err != nil {
 				s.t.Fatal(err)
@@ -172,8 +173,8 @@ var distinct = scenario{
 			if i%50 == 49 { // so that not all of them run at the same time
 				s.eventually("most have ended", func() bool { return s.running(s.id+"-*") < 20 })
 			}
-			if i == first {
-				early = s.memory()
+			if (i+1)%fifth == 0 {
+				memory, cpu = append(memory, s.memory()), append(cpu, s.cpu())
 			}
 		}
 		s.eventually("all of them have ended", func() bool { return s.running(s.id+"-*") == 0 })
@@ -182,9 +183,9 @@ var distinct = scenario{
 		// over all series that there ever were is what the receiver has.
 		all := func() receiver.Counters { return s.sum(func(unit string) bool { return unit == "" || s.mine(unit) }) }
 		s.equal(s.sliceCounted(), all)
-		late = s.memory()
+		early, late := memory[0], s.memory()
 		if late > early+early/2+8<<10 {
-			s.t.Errorf("the agent had %d KiB after %d units, and %d KiB after %d", early, first, late, n)
+			s.t.Errorf("the agent had %d KiB after %d units, and %d KiB after %d", early, fifth, late, n)
 		}
 		size := strings.Fields(s.in("du -sk /var/lib/unitmeter"))[0]
 		if kib, err := strconv.Atoi(size); err != nil || kib > 64<<10 {
@@ -193,8 +194,19 @@ var distinct = scenario{
 		if live := s.health("unitmeter.series"); live > 110 {
 			s.t.Errorf("the agent keeps %d series", live)
 		}
-		s.note("%d units; the agent's memory (VmRSS) %d KiB after the first fifth and %d KiB at the end; state directory %s KiB", n, early, late, size)
+		s.note("%d units; the agent's memory (VmRSS) %d KiB after the first fifth and %d KiB at the end, its CPU time %d µs for a unit of the second fifth and %d µs for one of the last; state directory %s KiB",
+			n, early, late, (cpu[1]-cpu[0])/fifth, (cpu[4]-cpu[3])/fifth, size)
 	},
+}
+
+// cpu returns the CPU time that the agent has used so far, in microseconds.
+func (s *scene) cpu() int {
+	s.t.Helper()
+	usec, err := strconv.Atoi(strings.TrimSpace(s.in(`sed -n 's/^usage_usec //p' /sys/fs/cgroup/system.slice/unitmeter.service/cpu.stat`)))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return usec
 }
 
 // memory returns the agent's resident memory in KiB.

@@ -90,7 +90,12 @@ func newLab(t *testing.T, r *recorder) *lab {
 type agent struct {
 	env        []string // added to, and over, what all agents get
 	properties []string // of its unit
+	wallClock  bool     // of its own, off by the seconds in clockFile
 }
+
+// clockFile has the seconds by which the wall clock of an agent is off that has
+// one of its own.
+const clockFile = "/run/clock"
 
 // startAgent starts the agent and returns when its first points have arrived.
 func (l *lab) startAgent(a agent) {
@@ -105,6 +110,11 @@ func (l *lab) startAgent(a agent) {
 	}
 	for _, p := range a.properties {
 		args = append(args, "-p", p)
+	}
+	l.unsteady = a.wallClock
+	if a.wallClock {
+		l.Run(l.t, "sh", "-c", "[ -e "+clockFile+" ] || echo 0 >"+clockFile)
+		args = append(args, l.WallClock(l.t), clockFile)
 	}
 	l.Run(l.t, "systemd-run", append(args, "/usr/local/bin/unitmeter", "run")...)
 	l.t.Cleanup(func() {
@@ -144,6 +154,20 @@ func (l *lab) eventually(what string, condition func() bool) {
 	if !within(time.Minute, condition) {
 		l.t.Fatalf("this never happened: %s", what)
 	}
+}
+
+// arrives waits for a condition on what has been received, until what the agent
+// measured in d from now is here too: on a loaded machine, the receiver can be
+// behind by more than that.
+func (l *lab) arrives(d time.Duration, condition func() bool) bool {
+	end := time.Now().Add(d)
+	within(5*time.Minute, func() bool {
+		l.mu.Lock()
+		reached := l.reached
+		l.mu.Unlock()
+		return reached.After(end) || condition()
+	})
+	return condition()
 }
 
 func within(d time.Duration, condition func() bool) bool {

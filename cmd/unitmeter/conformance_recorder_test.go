@@ -28,10 +28,14 @@ type recorder struct {
 	mu       sync.Mutex
 	series   map[string]*trail
 	gauges   map[string]int64 // the last value of each of the agent's own instruments
+	reached  time.Time        // of the last point of these
 	problems []string
 	// redelivered counts points that came twice. An agent that is killed between
 	// the delivery and its note of it must send again (OTLP, "Duplicate Data").
 	redelivered int
+	// unsteady says that the agent's wall clock is stepped back, so that a point
+	// can be earlier than the one before.
+	unsteady bool
 }
 
 // trail is what a recorder knows of one series.
@@ -80,6 +84,7 @@ func (r *recorder) Export(_ context.Context, request *colmetricpb.ExportMetricsS
 			r.take(p)
 		default:
 			r.gauges[p.Series()] = p.Value
+			r.reached = p.Time
 		}
 	}
 	return &colmetricpb.ExportMetricsServiceResponse{}, nil
@@ -99,17 +104,19 @@ func (r *recorder) take(p otlptest.Point) {
 	if ok && !p.Time.After(s.point.Time) {
 		if slices.Contains(s.seen, stamped{p.Time, p.Value}) {
 			r.redelivered++
-		} else {
-			problem("a point is not after the one before")
+			return
 		}
-		return
+		if !r.unsteady {
+			problem("a point is not after the one before")
+			return
+		}
 	}
 	switch {
 	case p.Value < 0:
 		problem("a value is negative")
 	case p.Start.IsZero() || p.Start.After(p.Time):
 		problem("a point has no start before its time")
-	case p.Delta && ok && p.Start.Before(s.point.Time):
+	case p.Delta && ok && p.Start.Before(s.point.Time) && !r.unsteady:
 		problem("a delta overlaps with the one before")
 	case !p.Delta && ok && !p.Start.Equal(s.first):
 		problem("the start has moved")

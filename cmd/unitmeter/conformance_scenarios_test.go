@@ -22,7 +22,7 @@ func conformance() []group {
 				crashLoop("direct", "`Restart=always`, `RestartMode=direct`, 30 runs that crash", "RestartMode=direct"),
 				manualRestart, oneshot, stopOnly, prePost,
 				acceptNo, acceptYes, delegated, privateNetwork, instances, folded,
-				orphans, older,
+				orphans,
 			},
 		},
 		{
@@ -52,11 +52,16 @@ func conformance() []group {
 			scenarios: []scenario{
 				underLoad("reload", "5 × `daemon-reload` under load", 5, "systemctl daemon-reload"),
 				underLoad("reexec", "3 × `daemon-reexec` under load", 3, "systemctl daemon-reexec"),
-				clock,
 				underLoad("busload", "3 × restart of dbus under load", 3, "systemctl restart dbus"),
 			},
 		},
 		{name: "reloaded", scenarios: []scenario{reloaded}},
+		{name: "clock", agent: agent{wallClock: true}, scenarios: []scenario{older, stepped("clock", "the agent's wall clock stepped forth and back, cumulative")}},
+		{
+			name:      "clock with deltas",
+			agent:     agent{wallClock: true, env: []string{"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"}},
+			scenarios: []scenario{stepped("clockdelta", "the agent's wall clock stepped forth and back, deltas")},
+		},
 		{
 			name: "killed",
 			scenarios: []scenario{
@@ -298,7 +303,7 @@ func (s *scene) stated() {
 	missing.EgressBytes -= s.row.received.EgressBytes
 	missing.IngressPackets, missing.EgressPackets = 0, 0
 	// What a slice has more than its units waits 20 s for their stop records.
-	if !within(40*time.Second, func() bool { return s.lab.unattributed(s.slice()) == missing }) {
+	if !s.arrives(40*time.Second, func() bool { return s.lab.unattributed(s.slice()) == missing }) {
 		s.t.Errorf("unattributed are %s; the slice has %s more than what was received", show(s.lab.unattributed(s.slice())), show(missing))
 	}
 	if missing.EgressBytes+missing.IngressBytes > 0 {
@@ -329,13 +334,14 @@ var orphans = scenario{
 	},
 }
 
+// older has the agent come a day after the unit: its wall clock is ahead by one.
 var older = scenario{
-	id: "older", title: "a unit that ran, and sent, before the agent came",
+	id: "older", title: "a unit that ran, and sent, a day before the agent came",
 	units: map[string]string{"older.service": commanded},
 	run: func(s *scene) {
 		s.in("systemctl stop unitmeter; systemctl start older")
 		s.say(1000)
-		s.in("sleep 2; systemctl start older") // the second does nothing
+		s.setClock(24 * time.Hour)
 		s.restartAgent()
 		s.say(10)
 		s.exact(s.datagrams(1010))
@@ -347,15 +353,37 @@ var older = scenario{
 		if began := time.UnixMicro(usec); !s.began("older.service").Equal(began) {
 			s.t.Errorf("the series starts at %v, the unit did at %v", s.began("older.service"), began)
 		}
-		s.note("the series starts when the unit did, 2 s before the agent. A day cannot be had: no namespace has a wall clock of its own")
+		s.note("the series starts when the unit did")
+		s.in("systemctl stop older")
+		s.setClock(0)
 	},
 }
 
-var clock = scenario{
-	id: "clock", title: "the wall clock stepped forth and back",
-	run: func(s *scene) {
-		s.skip("no namespace has a wall clock of its own. TestRigClockStepped of the receiver restores a state whose times are an hour off, either way")
-	},
+// stepped steps the wall clock of the agent under load, and that alone: a
+// namespace has none of its own.
+func stepped(id, title string) scenario {
+	const rate, seconds = 1000, 8
+	return scenario{
+		id: id, title: title,
+		units: map[string]string{id + ".service": unitHead + fmt.Sprintf("ExecStart=/bin/sh -c '{send} %d -rate %d; touch /run/{id}.done; exec sleep infinity'\n", rate*seconds, rate)},
+		run: func(s *scene) {
+			s.in("systemctl start {id}")
+			steps := []time.Duration{time.Hour, 0, -2 * time.Hour, 48 * time.Hour, -time.Second, 0}
+			for _, step := range steps {
+				time.Sleep(time.Second)
+				s.setClock(step)
+			}
+			s.in("until [ -e /run/{id}.done ]; do sleep .05; done")
+			s.exact(s.datagrams(rate * seconds))
+			s.note("%d steps, of up to 50 h", len(steps))
+		},
+	}
+}
+
+// setClock sets by how much the agent's wall clock is off.
+func (s *scene) setClock(off time.Duration) {
+	s.t.Helper()
+	s.in("echo $1 >$2.new && mv $2.new $2", strconv.Itoa(int(off.Seconds())), clockFile)
 }
 
 // burst is 200 services of about 10 ms, each of which sends 100 kB over TCP.
@@ -388,7 +416,7 @@ func partly(s *scene) {
 		got, rest := s.receivedNow(), s.lab.unattributed(s.slice())
 		return got.EgressBytes+rest.EgressBytes == accounted.EgressBytes && got.IngressBytes+rest.IngressBytes == accounted.IngressBytes
 	}
-	ok := within(40*time.Second, complete)
+	ok := s.arrives(40*time.Second, complete)
 	s.row.accounted, s.row.received, s.row.counted = accounted, s.receivedNow(), true
 	s.again = s.receivedNow
 	s.row.verdict = "stated"
@@ -445,6 +473,8 @@ var sameName = scenario{
 		}()
 		failed := s.in(`for i in $(seq $1); do
 	systemd-run --quiet --wait --collect --unit={id}-name --slice={slice} -p IPAccounting=yes {send} 5 || echo service
+	# systemd-run does not wait for the end of a scope: its last process is gone before PID 1 knows.
+	while systemctl is-active --quiet {id}-name.scope; do :; done
 	systemd-run --quiet --scope --collect --unit={id}-name --slice={slice} -p IPAccounting=yes {send} 5 || echo scope
 done 2>&1 | grep -v ^done || true`, strconv.Itoa(n))
 		<-done

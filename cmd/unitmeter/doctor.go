@@ -41,6 +41,7 @@ func good(format string, args ...any) finding {
 	return finding{Status: statusOK, Found: fmt.Sprintf(format, args...)}
 }
 
+// skipped is for what has no meaning here, and needs nothing done.
 func skipped(format string, args ...any) finding {
 	return finding{Status: statusSkip, Found: fmt.Sprintf(format, args...)}
 }
@@ -52,6 +53,7 @@ func skippedUntil(mend, format string, args ...any) finding {
 	return f
 }
 
+// warning and failure take the mend first, so that none is forgotten.
 func warning(mend, format string, args ...any) finding {
 	return finding{Status: statusWarn, Mend: mend, Found: fmt.Sprintf(format, args...)}
 }
@@ -78,6 +80,8 @@ type doctor struct {
 	unitsRead  bool
 	nameless   bool // the name of the endpoint has no address
 	reachable  bool // the endpoint takes connections
+	agent      *agentService
+	blocked    string // the mend of the first check on the way to the Collector that failed
 }
 
 // checks are all checks, in their order.
@@ -97,11 +101,11 @@ func (d *doctor) checks() []check {
 		{"counters", d.checkCounters},
 		{"stop-edge", d.checkStopEdge},
 		{"state-directory", d.checkState},
-		{"outbox", d.checkOutbox},
 		{"endpoint-name", d.checkEndpointName},
 		{"endpoint-connection", d.checkConnection},
 		{"endpoint-tls", d.checkTLS},
 		{"collector", d.checkCollector},
+		{"outbox", d.checkOutbox},
 		{"own-traffic", d.checkOwnTraffic},
 	}
 }
@@ -109,29 +113,33 @@ func (d *doctor) checks() []check {
 // diagnose is the command. A failed check is an error, so that the exit code
 // can be used in scripts; a warning is none, since the agent works.
 func diagnose(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
+	// The JSON is for scripts, and for the doctor itself: examineAsAgent reads it.
 	asJSON := flags.Bool("json", false, "print a JSON object with all checks")
 	here := flags.Bool("here", false, "check with the user and the settings of this shell, not with those of unitmeter.service")
 	if _, err := parse(t, flags, 0); err != nil {
 		return err
 	}
+	// Each check is shown when it is made: one that takes its eight seconds must
+	// not look like a program that hangs.
 	show := func(f finding) { printFinding(t.stdout, f) }
 	if *asJSON {
 		show = func(finding) {}
 	}
 	var findings []finding
-	done := false
+	var agent *agentService // nil: checked with this shell
 	if !*here {
 		var note string
-		if findings, note, done = examineAsAgent(ctx, t.environ); note != "" {
+		if findings, agent, note = examineAsAgent(ctx, t.environ); note != "" {
 			fmt.Fprintln(t.stderr, note)
 		}
 		for _, f := range findings {
 			show(f)
 		}
 	}
-	if !done {
+	if agent == nil {
 		findings = examine(ctx, t.environ, show)
 	}
+	// A report that was interrupted has no summary: it would count too few.
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -144,7 +152,7 @@ func diagnose(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 			Checks []finding `json:"checks"`
 		}{worst(findings), findings})
 	} else {
-		_, err = fmt.Fprintf(t.stdout, "\n%s\n", summary(findings))
+		_, err = fmt.Fprintf(t.stdout, "\n%s\n%s", summary(findings), agent.next(findings))
 	}
 	if err != nil {
 		return err
@@ -161,6 +169,7 @@ func diagnose(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 
 // examine makes all checks, in their order, and shows each when it is made.
 func examine(ctx context.Context, environ []string, show func(finding)) []finding {
+	// The connection is opened by the check of the bus, for all that come after it.
 	d := &doctor{environ: environ}
 	defer func() {
 		if d.m != nil {
@@ -173,6 +182,10 @@ func examine(ctx context.Context, environ []string, show func(finding)) []findin
 			break
 		}
 		f := runCheck(ctx, c)
+		// Later checks of the same way fail of the same cause.
+		if f.Status == statusFail && d.blocked == "" && (strings.HasPrefix(c.name, "endpoint-") || c.name == "collector") {
+			d.blocked = f.Mend
+		}
 		findings = append(findings, f)
 		show(f)
 	}
@@ -190,6 +203,7 @@ func runCheck(ctx context.Context, c check) finding {
 
 // worst is the status that counts for the whole report.
 func worst(findings []finding) string {
+	// From the best to the worst.
 	order := []string{statusOK, statusSkip, statusWarn, statusFail}
 	at := 0
 	for _, f := range findings {
@@ -201,6 +215,7 @@ func worst(findings []finding) string {
 	return order[at]
 }
 
+// summary counts the checks by status, for the last line of the report.
 func summary(findings []finding) string {
 	counts := map[string]int{}
 	for _, f := range findings {
@@ -221,6 +236,8 @@ func printFinding(w io.Writer, f finding) {
 	const indent = 27
 	fmt.Fprintf(w, "%-5s %-20s ", f.Status, f.Name)
 	column := indent
+	// Words that are longer than a line, such as addresses, are left whole: they
+	// are to be copied.
 	for word := range strings.FieldsSeq(f.Found) {
 		if column > indent && column+1+len(word) > 79 {
 			fmt.Fprintf(w, "\n%*s", indent, "")
@@ -244,6 +261,8 @@ func printFinding(w io.Writer, f finding) {
 func (d *doctor) checkEnvironment(context.Context) finding {
 	cfg, err := config.Load(d.environ)
 	if err != nil {
+		// All problems are shown, and the mend is that of the first: the others may
+		// follow from it.
 		problems := strings.Split(err.Error(), "\n")
 		mend := "unitmeter help environment"
 		if p, ok := firstProblem(err); ok {
@@ -256,6 +275,8 @@ func (d *doctor) checkEnvironment(context.Context) finding {
 	for _, kv := range d.environ {
 		set += count(strings.HasPrefix(kv, "OTEL_") || strings.HasPrefix(kv, "UNITMETER_"))
 	}
+	// What is valid, and yet leaves the agent without anything to do, may be
+	// a variable that was set for another program.
 	if cfg.Disabled {
 		return failure("unset OTEL_SDK_DISABLED", "OTEL_SDK_DISABLED is true: the agent would do nothing")
 	}

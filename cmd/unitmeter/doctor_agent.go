@@ -13,7 +13,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // agentUnit is the unit that the packages install.
@@ -21,10 +21,13 @@ const agentUnit = "unitmeter.service"
 
 // agentService is what decides how the agent's unit runs.
 type agentService struct {
-	user, state string // ActiveState
+	user   string
+	state  string // ActiveState
+	status string // what it says of itself, see statusText; empty where it does not run
 	// properties are those that a transient unit needs to run alike, as
 	// systemd-run takes them.
 	properties []string
+	settings   string // the file that its variables belong into, or ""
 }
 
 // findAgent reads the agent's unit; nil if there is none.
@@ -49,6 +52,7 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 	}{
 		{unitInterface, "LoadState", &load},
 		{unitInterface, "ActiveState", &a.state},
+		{service, "StatusText", &a.status},
 		{service, "User", &a.user},
 		{service, "Group", &group},
 		{service, "SupplementaryGroups", &groups},
@@ -63,6 +67,8 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 			return nil, err
 		}
 	}
+	// LoadUnit answers for any name: a unit without a file is one that is not
+	// found.
 	if load != "loaded" {
 		return nil, nil
 	}
@@ -71,6 +77,8 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 			a.properties = append(a.properties, "--property="+name+"="+value)
 		}
 	}
+	// The sandbox is not copied: systemd-run cannot do all of it, and what it
+	// forbids is tested with the package.
 	set("User", a.user)
 	set("Group", group)
 	set("SupplementaryGroups", strings.Join(groups, " "))
@@ -78,6 +86,7 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 		a.properties = append(a.properties, "--setenv="+kv)
 	}
 	for _, f := range files {
+		a.settings = f.Path // the last one wins
 		set("EnvironmentFile", strings.Repeat("-", count(f.Optional))+f.Path)
 	}
 	if len(stateDirectory) > 0 {
@@ -87,50 +96,71 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 	for _, c := range credentials {
 		set("LoadCredential", c.Name+":"+c.Path)
 	}
+	// Whatever the unit has: the proof of own traffic needs it.
 	set("IPAccounting", "yes")
 	return &a, nil
 }
 
 // examineAsAgent makes the checks as the agent's unit would, in a transient
-// unit of the same user, settings and credentials. ok is false where there is
-// no such unit, or no right to do so.
-func examineAsAgent(ctx context.Context, environ []string) (findings []finding, note string, ok bool) {
+// unit of the same user, settings and credentials. It does not where there is no
+// such unit, or no right to do so: agent is nil then, and note may say why.
+func examineAsAgent(ctx context.Context, environ []string) (findings []finding, agent *agentService, note string) {
+	// Who sets a variable in the shell wants to know what comes of that one.
 	own := func(kv string) bool { return strings.HasPrefix(kv, "OTEL_") || strings.HasPrefix(kv, "UNITMETER_") }
 	if os.Geteuid() != 0 || slices.ContainsFunc(environ, own) {
-		return nil, "", false
+		return nil, nil, ""
 	}
 	ask, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	m, err := openManager(ask, busAddresses(config.Config{})...)
+	m, err := openManager(ask, receiver.Config{}.Addresses()...)
 	if err != nil {
-		return nil, "", false // the checks will tell
+		return nil, nil, "" // the checks will tell
 	}
 	defer m.close()
 	a, err := findAgent(ask, m)
 	if err != nil || a == nil {
-		return nil, "", false
+		return nil, nil, ""
 	}
 	findings, err = a.examine(ctx)
 	if err != nil {
-		return nil, fmt.Sprintf("cannot check as %s does (%s); these are the settings of this shell", agentUnit, oneLine(err)), false
+		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these are the settings of this shell", agentUnit, oneLine(err))
 	}
-	return findings, fmt.Sprintf("checked as %s would: its user (%s), its environment, its credentials; --here is for those of this shell", agentUnit, a.user), true
+	return findings, a, fmt.Sprintf("checked as %s would: its user (%s), its environment, its credentials; --here is for those of this shell", agentUnit, a.user)
+}
+
+// next says where settings go and what makes a running agent take them: a mend
+// such as "set VARIABLE=..." leaves both open. It is empty where no mend needs
+// it.
+func (a *agentService) next(findings []finding) string {
+	if a == nil || a.settings == "" || !slices.ContainsFunc(findings, func(f finding) bool {
+		return strings.Contains(f.Mend, "OTEL_") || strings.Contains(f.Mend, "UNITMETER_") || strings.HasPrefix(f.Mend, "usermod ")
+	}) {
+		return ""
+	}
+	return fmt.Sprintf("Variables go into %s. For them, and for a new group:\n      systemctl restart %s\n", a.settings, agentUnit)
 }
 
 // examine runs the doctor in a transient unit.
 func (a *agentService) examine(ctx context.Context) ([]finding, error) {
+	// This very program, and not the installed one: it may be a newer one that is
+	// tried out.
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
+	// --collect, because a doctor that finds faults ends with 1, and systemd keeps
+	// units that failed.
 	args := append([]string{"--pipe", "--wait", "--quiet", "--collect", fmt.Sprintf("--unit=unitmeter-doctor-%d", os.Getpid())}, a.properties...)
 	cmd := exec.CommandContext(ctx, "systemd-run", append(args, self, "doctor", "--here", "--json")...)
 	cmd.WaitDelay = time.Second
 	out, err := cmd.Output()
+	// The exit code says nothing here: a doctor that found a fault ends with 1
+	// and has a report all the same.
 	var report struct{ Checks []finding }
 	if bad := json.Unmarshal(out, &report); bad == nil && len(report.Checks) > 0 {
 		return report.Checks, nil // a failure of the doctor is that of a check
 	}
+	// What systemd-run complained about is worth more than its exit code.
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && len(exit.Stderr) > 0 {
 		err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
@@ -144,6 +174,7 @@ func (d *doctor) checkAgent(ctx context.Context) finding {
 		return noBus()
 	}
 	a, err := findAgent(ctx, d.m)
+	d.agent = a
 	switch {
 	case err != nil:
 		return skipped("%s cannot be read: %v", agentUnit, err)
@@ -151,6 +182,7 @@ func (d *doctor) checkAgent(ctx context.Context) finding {
 		return skipped("there is no %s; these checks are about this shell", agentUnit)
 	case a.state == "active":
 		return good("%s runs", agentUnit)
+	// With Restart= a service that ends at once is activating most of the time.
 	case a.state == "failed", a.state == "activating":
 		return failure("journalctl -u "+agentUnit+" -n 20", "%s does not come up (%s): its log says why", agentUnit, a.state)
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -18,15 +17,11 @@ import (
 	"syscall"
 	"time"
 
-	"go.opentelemetry.io/otel/exporters/otlp/otlpmetric/otlpmetricgrpc"
-	"go.opentelemetry.io/otel/exporters/otlp/otlpmetric/otlpmetrichttp"
-	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
-	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/exporter"
 )
 
 // endpoint is where the requests go, as the net package has it.
@@ -41,6 +36,7 @@ type endpoint struct {
 // parseEndpoint takes apart what config.Load has checked.
 func parseEndpoint(o config.OTLP) (endpoint, error) {
 	ep := endpoint{network: "tcp", plain: o.Insecure, grpc: o.Protocol != "http/protobuf"}
+	// HTTP has a URL with a scheme, of which the port follows where it has none.
 	if !ep.grpc {
 		u, err := url.Parse(o.Endpoint)
 		if err != nil {
@@ -51,6 +47,7 @@ func parseEndpoint(o config.OTLP) (endpoint, error) {
 		return ep, nil
 	}
 	target := o.Endpoint
+	// What gRPC takes besides host:port (gRPC's naming.md).
 	switch scheme, rest, _ := strings.Cut(target, ":"); scheme {
 	case "unix":
 		return endpoint{network: "unix", address: rest, plain: o.Insecure, grpc: true}, nil
@@ -85,6 +82,7 @@ func (d *doctor) target() (endpoint, *finding) {
 	if !d.configured {
 		return skip("the environment is wrong")
 	}
+	// Prometheus scrapes us, and the console needs nobody: there is no endpoint.
 	if !slices.Contains(d.cfg.Exporters, "otlp") {
 		return skip("OTEL_METRICS_EXPORTER has no otlp")
 	}
@@ -100,6 +98,7 @@ func (ep endpoint) proxy() *url.URL {
 	if ep.network != "tcp" {
 		return nil
 	}
+	// The rules of NO_PROXY are many; the standard library has them.
 	req, err := http.NewRequest(http.MethodPost, ep.url, nil)
 	if err != nil {
 		return nil
@@ -120,11 +119,14 @@ func (d *doctor) checkEndpointName(ctx context.Context) finding {
 		return *none
 	case ep.network == "unix":
 		return skipped("a socket of this host needs no name")
+	// Behind a proxy the name need not be known here.
 	case ep.proxy() != nil:
 		return skipped("the proxy %s looks it up", ep.proxy().Redacted())
 	case net.ParseIP(strings.Trim(ep.host, "[]")) != nil:
 		return good("%s is an address", ep.host)
 	}
+	// The resolver of this program, not that of getent: they may disagree, and
+	// the agent uses this one.
 	addresses, err := net.DefaultResolver.LookupHost(ctx, ep.host)
 	if err != nil {
 		d.nameless = true
@@ -144,6 +146,7 @@ func (d *doctor) checkConnection(ctx context.Context) finding {
 	case d.nameless:
 		return skipped("there is no address")
 	}
+	// The first hop: a proxy that is down looks like a Collector that is down.
 	address, what := ep.address, ep.address
 	if p := ep.proxy(); p != nil {
 		address, what = net.JoinHostPort(p.Hostname(), cmp.Or(p.Port(), "80")), "the proxy "+p.Redacted()
@@ -158,6 +161,7 @@ func (d *doctor) checkConnection(ctx context.Context) finding {
 		return good("%s takes connections", what)
 	}
 	switch {
+	// The host has answered: nobody is at this port, or at this path.
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
 		return failure("start the Collector, or set OTEL_EXPORTER_OTLP_ENDPOINT to where it listens ("+usualEndpoint(ep)+")",
 			"nobody listens at %s: %v", what, err)
@@ -167,7 +171,8 @@ func (d *doctor) checkConnection(ctx context.Context) finding {
 	return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an address that this host can reach", "%v", err)
 }
 
-// usualEndpoint is what most Collectors have for a protocol.
+// usualEndpoint is what Collectors have for a protocol in their own examples; it
+// is a hint for those who have mixed up the two ports.
 func usualEndpoint(ep endpoint) string {
 	if ep.grpc {
 		return "usually port 4317 for grpc"
@@ -175,36 +180,15 @@ func usualEndpoint(ep endpoint) string {
 	return "usually port 4318 for http/protobuf"
 }
 
-// tlsConfig is the one that the exporter makes of the same settings.
-func tlsConfig(o config.OTLP) (*tls.Config, error) {
-	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
-	if o.CertificateFile != "" {
-		pem, err := os.ReadFile(o.CertificateFile)
-		if err != nil {
-			return nil, err
-		}
-		cfg.RootCAs = x509.NewCertPool()
-		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("%s holds no certificate", o.CertificateFile)
-		}
-	}
-	if o.ClientCertificateFile != "" {
-		pair, err := tls.LoadX509KeyPair(o.ClientCertificateFile, o.ClientKeyFile)
-		if err != nil {
-			return nil, err
-		}
-		cfg.Certificates = []tls.Certificate{pair}
-	}
-	return cfg, nil
-}
-
 // checkTLS makes a handshake of its own: gRPC and HTTP wrap its errors until
-// they say little.
+// they say little. It uses the settings that the exporter gets, with nothing
+// skipped.
 func (d *doctor) checkTLS(ctx context.Context) finding {
 	ep, none := d.target()
 	switch {
 	case none != nil:
 		return *none
+	// Headers are there to carry secrets.
 	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && len(d.cfg.OTLP.Headers) > 0:
 		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "off: headers go over the network in clear text")
 	case ep.plain:
@@ -214,11 +198,7 @@ func (d *doctor) checkTLS(ctx context.Context) finding {
 	case !d.reachable:
 		return skipped("there is no connection")
 	}
-	cfg, err := tlsConfig(d.cfg.OTLP)
-	if err != nil {
-		return failure("set OTEL_EXPORTER_OTLP_CERTIFICATE and the client certificate to readable PEM files", "%v", err)
-	}
-	return tlsFinding(ctx, ep, cfg, d.cfg.OTLP)
+	return tlsFinding(ctx, ep, d.cfg.OTLP)
 }
 
 // loopback reports whether an endpoint is on this host: nobody listens in.
@@ -228,12 +208,17 @@ func loopback(host string) bool {
 }
 
 // tlsFinding shakes hands and judges the certificates of both sides.
-func tlsFinding(ctx context.Context, ep endpoint, cfg *tls.Config, o config.OTLP) finding {
-	cfg = cfg.Clone()
+func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
+	cfg := &tls.Config{}
+	if o.TLS != nil {
+		cfg = o.TLS.Clone()
+	}
 	cfg.NextProtos = []string{"h2", "http/1.1"}
 	if ep.grpc {
 		cfg.NextProtos = []string{"h2"}
 	}
+	// Only where the server asks for a client certificate is there a verdict on
+	// it that is worth waiting for.
 	asked := false
 	pair := cfg.Certificates
 	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
@@ -302,12 +287,15 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 		return failure("set OTEL_EXPORTER_OTLP_CERTIFICATE to the PEM file of "+issuer, "%s: %v", found, err)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		return failure("renew the certificate of the Collector, or set the clock right", "%v", err)
+	// An alert is what a server sends that wants a client certificate, or another
+	// one than it got.
 	case errors.As(err, &alert), isAlert(err):
 		if o.ClientCertificateFile == "" {
 			return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY", "the Collector wants a client certificate, and none is set: %v", err)
 		}
 		return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE to a certificate of an authority that the Collector trusts",
 			"the Collector does not take the client certificate %s: %v", o.ClientCertificateFile, err)
+	// Servers that read a TLS handshake as something else hang up.
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s ends the connection during the TLS handshake: it may not speak TLS", ep.address)
 	}
@@ -320,85 +308,6 @@ func isAlert(err error) bool {
 	return errors.As(err, &op) && op.Op == "remote error"
 }
 
-// result is the outcome of one request.
-type result struct {
-	err  error
-	code codes.Code // of gRPC, for an answer
-	http int        // status, for an answer over HTTP
-}
-
-// sendEmpty sends a request without metrics through the official exporter, with
-// the settings of the agent. A receiver answers it as it would any other, and
-// stores nothing.
-func sendEmpty(ctx context.Context, o config.OTLP) result {
-	var exp sdkmetric.Exporter
-	recorder := &statusRecorder{}
-	cfg, err := tlsConfig(o)
-	if err == nil && o.Protocol == "http/protobuf" {
-		exp, err = emptyHTTP(ctx, o, cfg, recorder)
-	} else if err == nil {
-		exp, err = emptyGRPC(ctx, o, cfg)
-	}
-	if err != nil {
-		return result{err: err}
-	}
-	err = exp.Export(ctx, &metricdata.ResourceMetrics{})
-	r := result{err: err, http: recorder.status}
-	if s, ok := grpcstatus.FromError(err); ok && err != nil {
-		r.code = s.Code()
-	}
-	_ = exp.Shutdown(context.WithoutCancel(ctx)) // the request is answered
-	return r
-}
-
-func emptyGRPC(ctx context.Context, o config.OTLP, cfg *tls.Config) (sdkmetric.Exporter, error) {
-	options := []otlpmetricgrpc.Option{
-		otlpmetricgrpc.WithEndpoint(o.Endpoint), otlpmetricgrpc.WithHeaders(o.Headers),
-		otlpmetricgrpc.WithTimeout(o.Timeout), otlpmetricgrpc.WithRetry(otlpmetricgrpc.RetryConfig{}),
-	}
-	if o.Insecure {
-		options = append(options, otlpmetricgrpc.WithInsecure())
-	} else {
-		options = append(options, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(cfg)))
-	}
-	if o.Compression == "gzip" {
-		options = append(options, otlpmetricgrpc.WithCompressor("gzip"))
-	}
-	return otlpmetricgrpc.New(ctx, options...)
-}
-
-func emptyHTTP(ctx context.Context, o config.OTLP, cfg *tls.Config, recorder *statusRecorder) (sdkmetric.Exporter, error) {
-	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, TLSClientConfig: cfg, DisableKeepAlives: true}
-	recorder.RoundTripper = transport
-	compression := otlpmetrichttp.NoCompression
-	if o.Compression == "gzip" {
-		compression = otlpmetrichttp.GzipCompression
-	}
-	return otlpmetrichttp.New(ctx,
-		otlpmetrichttp.WithEndpointURL(o.Endpoint), otlpmetrichttp.WithHeaders(o.Headers), otlpmetrichttp.WithTimeout(o.Timeout),
-		otlpmetrichttp.WithRetry(otlpmetrichttp.RetryConfig{}), otlpmetrichttp.WithCompression(compression),
-		otlpmetrichttp.WithHTTPClient(&http.Client{
-			Transport: recorder,
-			// A redirected POST may become a GET, whose 200 says nothing.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		}))
-}
-
-// statusRecorder keeps the status of the response, which the exporter only has
-// in a text.
-type statusRecorder struct {
-	http.RoundTripper
-	status int
-}
-
-func (s *statusRecorder) RoundTrip(req *http.Request) (*http.Response, error) {
-	resp, err := s.RoundTripper.RoundTrip(req)
-	if err == nil {
-		s.status = resp.StatusCode
-	}
-	return resp, err
-}
-
 // checkCollector sends an empty request. Where it fails, the endpoint is asked
 // what it speaks, since the errors of a wrong protocol do not say.
 func (d *doctor) checkCollector(ctx context.Context) finding {
@@ -409,32 +318,46 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 	case !d.reachable:
 		return skipped("there is no connection")
 	}
+	// Half of the time is for finding out why it failed.
 	attempt, cancel := context.WithTimeout(ctx, checkTimeout/2)
-	r := sendEmpty(attempt, d.cfg.OTLP)
+	err := exporter.Probe(attempt, otlpConfig(d.cfg.OTLP))
 	cancel()
-	if r.err == nil {
+	if err == nil {
 		names := "no headers"
 		if n := len(d.cfg.OTLP.Headers); n > 0 {
 			names = fmt.Sprintf("%d headers", n)
 		}
 		return good("it takes a request (%s, %s)", d.cfg.OTLP.Protocol, names)
 	}
+	// Through a proxy the peer cannot be talked to in another way than the
+	// settings' own.
 	peer := unknownPeer
 	if ep.proxy() == nil {
 		peer = speaks(ctx, ep)
 	}
-	return collectorFailure(r, peer, ep, d.cfg.OTLP)
+	return collectorFailure(err, peer, ep, d.cfg.OTLP)
 }
 
 // collectorFailure names the setting behind an answer. What the server itself
-// said of our credentials comes first, then what it turns out to speak.
-func collectorFailure(r result, peer string, ep endpoint, o config.OTLP) finding {
-	found := oneLine(r.err)
+// said of our credentials comes first: nothing else can be wrong if it got that
+// far. Then comes what it turns out to speak, since the libraries' errors for the
+// wrong protocol name frames and bytes, and no setting.
+func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) finding {
+	found := oneLine(err)
+	// The answer itself, where there is one: its code is the most that is known.
+	code := codes.OK // of an answer over gRPC
+	if s, ok := grpcstatus.FromError(err); ok {
+		code = s.Code()
+	}
+	web := 0 // the status of an answer over HTTP
+	if answer := (*exporter.StatusError)(nil); errors.As(err, &answer) {
+		web = answer.Code
+	}
 	header := "set the header that the Collector wants in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"
 	switch {
-	case r.code == codes.Unauthenticated, r.http == http.StatusUnauthorized:
+	case code == codes.Unauthenticated, web == http.StatusUnauthorized:
 		return failure(header, "the Collector does not take our credentials (%d headers are set): %s", len(o.Headers), found)
-	case r.code == codes.PermissionDenied && r.http == 0, r.http == http.StatusForbidden:
+	case code == codes.PermissionDenied, web == http.StatusForbidden:
 		return failure(header, "our credentials may not send metrics (%d headers are set): %s", len(o.Headers), found)
 	case peer == peerTLS && ep.plain:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings are without: %s", ep.address, found)
@@ -443,97 +366,21 @@ func collectorFailure(r result, peer string, ep endpoint, o config.OTLP) finding
 	case peer == peerHTTP1 && ep.grpc:
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or the endpoint to the port for grpc (4317)",
 			"%s speaks HTTP/1 and not gRPC: %s", ep.address, found)
-	case peer == peerHTTP2 && !ep.grpc && (r.http == 0 || r.http == http.StatusUnsupportedMediaType):
+	case peer == peerHTTP2 && !ep.grpc && (web == 0 || web == http.StatusUnsupportedMediaType):
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or the endpoint to the port for HTTP (4318)",
 			"%s speaks gRPC: %s", ep.address, found)
-	case r.http == http.StatusNotFound, r.http == http.StatusMethodNotAllowed, r.http >= 300 && r.http < 400:
+	case web == http.StatusNotFound, web == http.StatusMethodNotAllowed, web >= 300 && web < 400:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to the Collector's OTLP/HTTP address, such as "+ep.scheme()+net.JoinHostPort(cmp.Or(ep.host, "localhost"), "4318"),
 			"there is a web server that takes no OTLP metrics: %s", found)
-	case r.code == codes.Unimplemented:
+	// A Collector without a metrics pipeline has no such service.
+	case code == codes.Unimplemented:
 		return failure("add the otlp receiver to a metrics pipeline of the Collector", "it speaks gRPC and takes no metrics: %s", found)
-	case r.code == codes.ResourceExhausted, r.http == http.StatusTooManyRequests, r.http == http.StatusServiceUnavailable:
+	case code == codes.ResourceExhausted, web == http.StatusTooManyRequests, web == http.StatusServiceUnavailable:
 		return failure("look at the log of the Collector; it has too much to do", "%s", found)
-	case r.http != 0:
+	case web != 0:
 		return failure("look at the log of the Collector", "%s", found)
 	case peer == unknownPeer:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an OTLP receiver ("+usualEndpoint(ep)+")", "what listens at %s does not speak OTLP: %s", ep.address, found)
 	}
 	return failure("look at the log of the Collector", "%s", found)
-}
-
-// What an endpoint turns out to speak.
-const (
-	unknownPeer = "unknown"
-	peerTLS     = "TLS"
-	peerPlain   = "no TLS"
-	peerHTTP1   = "HTTP/1"
-	peerHTTP2   = "HTTP/2"
-)
-
-// speaks finds out what an endpoint speaks, with TLS where the settings have
-// it. HTTP/2 without HTTP/1 is taken for gRPC.
-func speaks(ctx context.Context, ep endpoint) string {
-	tlsWorks, alpn := handshakes(ctx, ep)
-	switch {
-	case ep.plain && tlsWorks:
-		return peerTLS
-	case !ep.plain && !tlsWorks:
-		return peerPlain
-	case !ep.plain && alpn == "http/1.1":
-		return peerHTTP1
-	case !ep.plain && alpn == "h2":
-		return peerHTTP2
-	case !ep.plain:
-		return unknownPeer
-	}
-	return greet(ctx, ep)
-}
-
-// handshakes tries TLS, whatever the certificate. ALPN tells what is behind.
-func handshakes(ctx context.Context, ep endpoint) (ok bool, alpn string) {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	// Nothing is sent over this connection, so nobody needs to be trusted.
-	cfg := &tls.Config{InsecureSkipVerify: true, ServerName: ep.host, NextProtos: []string{"h2", "http/1.1"}}
-	if !ep.grpc {
-		cfg.NextProtos = []string{"http/1.1", "h2"}
-	}
-	conn, err := (&tls.Dialer{Config: cfg}).DialContext(ctx, ep.network, ep.address)
-	if err != nil {
-		// A server that refuses our protocols or certificate does speak TLS.
-		return isAlert(err), ""
-	}
-	defer conn.Close()
-	return true, conn.(*tls.Conn).ConnectionState().NegotiatedProtocol
-}
-
-// greet begins HTTP/2 with prior knowledge, as gRPC does. A gRPC server answers
-// with its settings; one that only knows HTTP/1 complains in HTTP/1.
-func greet(ctx context.Context, ep endpoint) string {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, ep.network, ep.address)
-	if err != nil {
-		return unknownPeer
-	}
-	defer conn.Close()
-	deadline, _ := ctx.Deadline()
-	if conn.SetDeadline(deadline) != nil {
-		return unknownPeer
-	}
-	const settings = "\x00\x00\x00\x04\x00\x00\x00\x00\x00" // an empty SETTINGS frame
-	if _, err := io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+settings); err != nil {
-		return unknownPeer
-	}
-	answer := make([]byte, 9)
-	if _, err := io.ReadFull(conn, answer); err != nil {
-		return unknownPeer
-	}
-	switch {
-	case answer[3] == 4: // the type of the frame: SETTINGS
-		return peerHTTP2
-	case bytes.HasPrefix(answer, []byte("HTTP/1")):
-		return peerHTTP1
-	}
-	return unknownPeer
 }

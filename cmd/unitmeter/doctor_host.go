@@ -25,6 +25,7 @@ import (
 
 // userName is the name of a uid, or the number where it has none.
 func userName(uid int) string {
+	// A uid without a name is usual in containers, and no fault.
 	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
 		return u.Username
 	}
@@ -36,6 +37,8 @@ func userName(uid int) string {
 func (d *doctor) checkClock(ctx context.Context) finding {
 	const mend = "timedatectl set-ntp true"
 	now := time.Now()
+	// A host without a battery begins in 1970 at each boot. Points from then
+	// are no use.
 	if now.Year() < 2025 {
 		return failure(mend, "the clock says %s, which is before this program was written", now.UTC().Format(time.RFC3339))
 	}
@@ -44,6 +47,8 @@ func (d *doctor) checkClock(ctx context.Context) finding {
 	if err != nil {
 		return skipped("adjtimex: %v", err)
 	}
+	// Chrony, ntpd and systemd-timesyncd all clear the flag in the kernel, so
+	// none of them need be known here.
 	if status == unix.TIME_ERROR || state.Status&unix.STA_UNSYNC != 0 {
 		return warning(mend, "%s; the kernel says that nothing keeps the clock right (adjtimex: STA_UNSYNC)", now.UTC().Format(time.RFC3339))
 	}
@@ -51,6 +56,7 @@ func (d *doctor) checkClock(ctx context.Context) finding {
 	if d.m == nil {
 		return good("%s", found)
 	}
+	// Without an answer the first half of the check still stands.
 	if step, err := d.clockStep(ctx); err == nil && step.Abs() > maxClockStep {
 		return warning("reboot, now that the clock is right; or let it be: only the start times of units from before are wrong",
 			"%s; but it has been set by %s since boot", found, step)
@@ -91,19 +97,24 @@ func (d *doctor) checkKernel(context.Context) finding {
 	}
 	release := unix.ByteSliceToString(name.Release[:])
 	var major, minor int
+	// Distributions append what they like to the two numbers.
 	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
 		return skipped("the release %q is not understood", release)
 	}
+	// cgroup v2 has programs for ingress and egress since 4.10, and several on one
+	// cgroup, which systemd's delegated units need, since 4.15.
 	if major < 4 || major == 4 && minor < 15 {
 		return failure("boot a kernel of version 4.15 or later", "Linux %s cannot count the traffic of slices and services", release)
 	}
 	found := "Linux " + release
+	// Where nobody kept the configuration, the counters themselves will tell.
 	switch value, err := kernelOption(release, "CONFIG_CGROUP_BPF"); {
 	case err == nil && value != "y":
 		return failure("boot a kernel that is built with CONFIG_CGROUP_BPF=y", "Linux %s is built without CONFIG_CGROUP_BPF, by which systemd counts", release)
 	case err == nil:
 		found += ", CONFIG_CGROUP_BPF=y"
 	}
+	// Only a hint: whether it keeps systemd from counting depends on the version.
 	if text, err := os.ReadFile("/sys/kernel/security/lockdown"); err == nil {
 		if strings.Contains(string(text), "[confidentiality]") {
 			found += ", lockdown=confidentiality (kernels before 5.9 may refuse BPF then)"
@@ -147,6 +158,7 @@ func (d *doctor) checkCgroup(context.Context) finding {
 
 // cgroupFinding tells the hierarchies apart by the types of the file systems.
 func cgroupFinding(root string) finding {
+	// The types tell more than the names: /sys/fs/cgroup is there in all of them.
 	kind := func(dir string) int64 {
 		var st unix.Statfs_t
 		if unix.Statfs(dir, &st) != nil {
@@ -173,6 +185,7 @@ func container() string {
 			return mark.name
 		}
 	}
+	// The kubelet sets it in each pod.
 	if os.Getenv("KUBERNETES_SERVICE_HOST") != "" {
 		return "kubernetes"
 	}
@@ -227,6 +240,7 @@ func stateFinding(dir string, outbox int64) finding {
 	case !info.IsDir():
 		return failure("set UNITMETER_STATE_DIR to another path, or move the file away: mv "+dir+" "+dir+".old", "%s is not a directory", dir)
 	}
+	// Before the mode: chmod by somebody else would fail.
 	if owner := int(info.Sys().(*syscall.Stat_t).Uid); owner != uid {
 		return failure(fmt.Sprintf("chown -R %d %s", uid, dir),
 			"%s belongs to %s, and this is uid %d (%s); or run this as that user", dir, userName(owner), uid, userName(uid))
@@ -234,6 +248,7 @@ func stateFinding(dir string, outbox int64) finding {
 	if perm := info.Mode().Perm(); perm&0o022 != 0 {
 		return failure("chmod 0700 "+dir, "others may write to %s (mode %#o)", dir, perm)
 	}
+	// The bits do not tell of a read-only mount, a full disk or a sandbox.
 	if err := writable(dir); err != nil {
 		mend := "chmod u+rwx " + dir
 		if errors.Is(err, syscall.EROFS) {
@@ -243,12 +258,14 @@ func stateFinding(dir string, outbox int64) finding {
 		}
 		return failure(mend, "%s cannot be written: %v", dir, err)
 	}
+	// Bavail and not Bfree: the rest is kept for root.
 	var disk unix.Statfs_t
 	if err := unix.Statfs(dir, &disk); err != nil {
 		return failure("df -h "+dir, "%s: %v", dir, err)
 	}
 	free := int64(min(disk.Bavail, math.MaxInt64/uint64(disk.Bsize)) * uint64(disk.Bsize))
 	found := fmt.Sprintf("%s, mode %#o, %s free", dir, info.Mode().Perm(), humanBytes(float64(free)))
+	// No fault: it should be the agent.
 	if holder := lockHolder(info); holder != "" {
 		found += ", in use by " + holder
 	}
@@ -261,8 +278,8 @@ func stateFinding(dir string, outbox int64) finding {
 	return good("%s", found)
 }
 
-// checkOutbox looks for requests that a receiver refused until they were set
-// aside.
+// checkOutbox looks for requests that wait for the Collector for too long, and
+// for those that it refused until they were set aside.
 func (d *doctor) checkOutbox(ctx context.Context) finding {
 	if !d.configured || d.cfg.StateDir == "" {
 		return skipped("there is no state directory")
@@ -271,19 +288,47 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	if errors.Is(err, fs.ErrNotExist) {
 		return skipped("the agent has not run with this state directory yet")
 	}
+	const look = "journalctl -u " + agentUnit + " -n 20"
 	if err != nil {
-		return failure("journalctl -u "+agentUnit+" -n 20", "%v", err)
+		return failure(look, "%v", err)
 	}
-	refused, err := reader.Quarantined(ctx)
-	if err := errors.Join(err, reader.Close()); err != nil {
-		return failure("journalctl -u "+agentUnit+" -n 20", "%v", err)
+	waiting, err := reader.Backlog(ctx)
+	refused, err2 := reader.Quarantined(ctx)
+	if err := errors.Join(err, err2, reader.Close()); err != nil {
+		return failure(look, "%v", err)
+	}
+	// A request is sent when it is made, so one of the cycle before last tells
+	// that something is in the way.
+	if age := time.Since(waiting.Oldest); waiting.Requests > 0 && age > 2*d.cfg.Interval+d.cfg.OTLP.Timeout {
+		return d.backlogFinding(waiting, age.Round(time.Second))
 	}
 	if n := len(refused); n > 0 {
 		last := refused[n-1]
 		return warning("unitmeter history --quarantined   (then look at the log of the Collector)",
 			"the Collector refused %d requests for good, the last at %s: %s", n, last.At.UTC().Format(time.RFC3339), last.Reason)
 	}
-	return good("no request was refused")
+	return good("no request was refused, and none waits for longer than it may take")
+}
+
+// backlogFinding says why requests wait: what the agent says of itself counts
+// first, since what was in its way may be gone by now.
+func (d *doctor) backlogFinding(waiting store.Backlog, age time.Duration) finding {
+	found := fmt.Sprintf("%d requests (%s) wait for the Collector, the oldest for %s", waiting.Requests, humanBytes(float64(waiting.Bytes)), age)
+	if d.agent != nil {
+		if _, why, failing := strings.Cut(d.agent.status, failingSince); failing {
+			found += "; the agent fails since " + why
+		}
+	}
+	switch {
+	case d.blocked != "":
+		return warning(d.blocked, "%s; the checks of the endpoint say why. They are sent when that is mended", found)
+	case d.agent == nil:
+		return warning("unitmeter run", "%s; there is no %s to send them", found, agentUnit)
+	case d.agent.state != "active":
+		return warning("systemctl enable --now "+agentUnit, "%s; %s does not run (%s)", found, agentUnit, d.agent.state)
+	}
+	// Between two tries an agent waits for up to minutes.
+	return warning("systemctl restart "+agentUnit, "%s; the Collector takes requests now, and the agent tries again by itself", found)
 }
 
 // absentState judges a directory that the agent would have to make.
@@ -295,6 +340,7 @@ func absentState(dir, mkdir string) finding {
 		}
 		parent = filepath.Dir(parent)
 	}
+	// By the kernel's own rules, and without making anything.
 	if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
 		return failure("as root: "+mkdir, "%s does not exist, and uid %d may not make it in %s: %v", dir, os.Geteuid(), parent, err)
 	}
@@ -307,6 +353,7 @@ func writable(dir string) error {
 	if err != nil {
 		return err
 	}
+	// One block, synced: some file systems tell of a full disk only then.
 	_, err = f.Write(make([]byte, 4096))
 	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
 }
@@ -319,6 +366,7 @@ func lockHolder(dir fs.FileInfo) string {
 	if !ok {
 		return ""
 	}
+	// It shows the locks of all processes that can be seen from here.
 	locks, err := os.ReadFile("/proc/locks")
 	if err != nil {
 		return ""

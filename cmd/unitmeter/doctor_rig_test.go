@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
@@ -71,6 +72,16 @@ func (w *ward) report(command string) map[string]finding {
 	return findings
 }
 
+// eventually waits for what others do in their own time.
+func (w *ward) eventually(what string, done func() bool) {
+	w.t.Helper()
+	for end := time.Now().Add(time.Minute); !done(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			w.t.Fatalf("within a minute it does not come true that %s", what)
+		}
+	}
+}
+
 // forward lets the rig reach a server of this test at an address of its own.
 func (w *ward) forward(inside, server string) {
 	w.t.Helper()
@@ -100,8 +111,11 @@ func (w *ward) forward(inside, server string) {
 	w.t.Cleanup(func() { l.Close(); stop(); running.Wait() })
 }
 
-// TestDoctorMends plants faults in a real systemd, one after the other. The
+// TestDoctorMends plants 21 faults in a real systemd, one after the other. The
 // doctor must name the mend; and the mend, applied as it is written, must help.
+// TestDoctorEndpoint does the same with 25 faults of an endpoint, TestDoctorState
+// with 3, TestDoctorEnvironment with 5, TestDoctorLost with 1, TestDoctorAsAgent
+// with 1: 56 in all.
 func TestDoctorMends(t *testing.T) {
 	t.Parallel()
 	w := newWard(t)
@@ -224,6 +238,7 @@ func TestDoctorAsAgent(t *testing.T) {
 	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\n")
 	w.sh("systemctl daemon-reload")
 
+	const settings = "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\nOTEL_METRIC_EXPORT_INTERVAL=200\nOTEL_EXPORTER_OTLP_TIMEOUT=500\n"
 	findings := w.report("unitmeter doctor --json 2>/dev/null")
 	want(t, findings, "collector", statusFail, "UNITMETER_OTLP_HEADERS_FILE")
 	want(t, findings, "agent", statusWarn, "systemctl enable --now unitmeter.service")
@@ -234,10 +249,20 @@ func TestDoctorAsAgent(t *testing.T) {
 	if found := findings["state-directory"].Found; !strings.Contains(found, "/var/lib/unitmeter, mode 0700") {
 		t.Errorf("state-directory: %s", found)
 	}
-	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\nOTEL_EXPORTER_OTLP_HEADERS=x-token=sesame\n")
+	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", settings)
 	w.sh(findings["agent"].Mend)
-	w.sh("usermod -aG systemd-journal unitmeter; unitmeter enable --default")
-	findings = w.report("unitmeter doctor --json 2>/dev/null")
+	// The requests that cannot be delivered wait, and the agent says why.
+	w.eventually("the doctor sees the backlog and its reason", func() bool {
+		findings = w.report("unitmeter doctor --json 2>/dev/null")
+		return strings.Contains(findings["outbox"].Found, "Unauthenticated")
+	})
+	want(t, findings, "outbox", statusWarn, findings["collector"].Mend)
+	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", settings+"OTEL_EXPORTER_OTLP_HEADERS=x-token=sesame\n")
+	w.sh("usermod -aG systemd-journal unitmeter; unitmeter enable --default; systemctl restart unitmeter.service")
+	w.eventually("the backlog is sent", func() bool {
+		findings = w.report("unitmeter doctor --json 2>/dev/null")
+		return findings["outbox"].Status == statusOK
+	})
 	delete(findings, "clock")
 	for name, f := range findings {
 		if f.Status != statusOK {

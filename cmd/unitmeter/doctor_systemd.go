@@ -14,6 +14,9 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // noBus is the finding of checks that need systemd and cannot reach it.
@@ -21,12 +24,12 @@ func noBus() finding { return skipped("systemd cannot be reached") }
 
 // checkBus connects to systemd as the agent would.
 func (d *doctor) checkBus(ctx context.Context) finding {
-	m, err := openManager(ctx, busAddresses(d.cfg)...)
+	m, err := openManager(ctx, receiverConfig(d.cfg).Addresses()...)
 	if err == nil {
 		// A bus without systemd on it is no use.
 		var version string
 		if err = m.get(ctx, managerPath, managerInterface, "Version", &version); err != nil {
-			err = &busError{m.address, err}
+			err = &busError{m.address, fmt.Errorf("use systemd at %s: %w", m.address, err)}
 			m.close()
 		}
 	}
@@ -34,7 +37,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 		return busFailure(err, booted(), container(), apparmor())
 	}
 	d.m = m
-	if m.private {
+	if m.address == receiver.PrivateBus {
 		return good("PID 1's own socket answers (%s), at half the cost of the system bus", m.address)
 	}
 	return good("systemd answers at %s", m.address)
@@ -42,6 +45,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 
 // booted reports whether systemd is the init of this system (sd_booted(3)).
 func booted() bool {
+	// The directory is there from early boot on, wherever systemd is process 1.
 	info, err := os.Stat("/run/systemd/system")
 	return err == nil && info.IsDir()
 }
@@ -49,8 +53,10 @@ func booted() bool {
 // busFailure says what to do about a bus that cannot be used. The last address
 // that was tried is the one that most systems have.
 func busFailure(err error, booted bool, container, profile string) finding {
-	address := usualSystemBus
+	address := receiver.UsualSystemBus
 	var last *busError
+	// As root two addresses were tried. The private socket is there or not; what
+	// is wrong with the bus can be mended.
 	for _, e := range flatten(err) {
 		if errors.As(e, &last) {
 			address = last.address
@@ -66,30 +72,34 @@ func busFailure(err error, booted bool, container, profile string) finding {
 		mount = "mount the host's socket into the pod: a hostPath volume of " + socket
 	}
 	switch {
-	case address != usualSystemBus && address != privateBus && errors.Is(err, fs.ErrNotExist):
+	case address != receiver.UsualSystemBus && address != receiver.PrivateBus && errors.Is(err, fs.ErrNotExist):
 		return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS, or name a socket that exists", "%s", found)
+	// Containers first: what mends a host does nothing in them.
 	case errors.Is(err, fs.ErrNotExist) && container != "" && !booted:
 		return failure(mount, "%s; this is a container (%s)", found, container)
 	case errors.Is(err, fs.ErrNotExist) && !booted:
 		return failure("run unitmeter on a host whose init is systemd", "%s; systemd is not the init of this system", found)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return failure("systemctl start dbus.socket dbus.service", "%s", found)
+	// dbus-daemon says so in the text of its refusal.
 	case denied(err) && strings.Contains(err.Error(), "AppArmor"):
 		return failure("run the container with --security-opt apparmor=unconfined", "%s (profile %s)", found, profile)
-	case address == privateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
+	case address == receiver.PrivateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
 		return failure("set UNITMETER_BUS=system, or run it as root", "%s", found)
+	// A profile refuses with the same error as the mode of the socket.
 	case errors.Is(err, fs.ErrPermission) && profile != "":
 		return failure("run it without the AppArmor profile "+profile+" (--security-opt apparmor=unconfined)", "%s", found)
 	case errors.Is(err, fs.ErrPermission):
 		return failure("chmod 0666 "+socket, "%s; every user may open it on most systems", found)
-	case strings.Contains(err.Error(), "authentication failed"):
+	case strings.Contains(err.Error(), "REJECTED"):
 		return failure("use a static user (no DynamicUser=yes), and no user namespace (docker: --userns=host)", "%s; the bus does not know uid %d", found, os.Geteuid())
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, net.ErrClosed):
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
 		return failure("systemctl restart dbus.service", "%s: no answer", found)
+	// A bus of a user's session, or of a container.
 	case dbusErrorIs(err, "org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner", "org.freedesktop.DBus.Error.Spawn.ChildExited"):
 		return failure("set DBUS_SYSTEM_BUS_ADDRESS to the bus of the host, or unset it", "%s; systemd is not on this bus", found)
 	}
-	return failure("set UNITMETER_BUS=auto and DBUS_SYSTEM_BUS_ADDRESS="+usualSystemBus, "%s", found)
+	return failure("set UNITMETER_BUS=auto and DBUS_SYSTEM_BUS_ADDRESS="+receiver.UsualSystemBus, "%s", found)
 }
 
 // flatten returns the parts of a joined error.
@@ -109,6 +119,7 @@ func (d *doctor) checkVersion(ctx context.Context) finding {
 	if err := d.m.get(ctx, managerPath, managerInterface, "Version", &text); err != nil {
 		return failure("systemctl --version", "%v", err)
 	}
+	// Distributions put their own revision behind it.
 	v, err := parseSystemdVersion(text)
 	if err != nil {
 		return warning("systemctl --version", "%v", err)
@@ -152,6 +163,8 @@ func (d *doctor) checkMachine(ctx context.Context) finding {
 	if profile := apparmor(); profile != "" {
 		where += ", AppArmor profile " + profile
 	}
+	// Over D-Bus it is the id of the host, read by systemd; the file is that of
+	// this mount namespace.
 	var host string
 	err := d.m.conn.Object(systemdName, managerPath).
 		CallWithContext(ctx, "org.freedesktop.DBus.Peer.GetMachineId", 0).Store(&host)
@@ -172,6 +185,7 @@ func (d *doctor) checkMachine(ctx context.Context) finding {
 
 // readUnits reads all units that the configuration asks for, once.
 func (d *doctor) readUnits(ctx context.Context) error {
+	// Two checks ask for it.
 	if d.unitsRead {
 		return nil
 	}
@@ -220,6 +234,7 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 	if err := d.readUnits(ctx); err != nil {
 		return failure("unitmeter once", "%s", oneLine(err))
 	}
+	// They are off on most hosts, and have nothing to count.
 	off := slices.DeleteFunc(d.inState("off"), func(name string) bool { return !carriesTraffic(name) })
 	on := len(d.inState("on"))
 	switch {
@@ -227,6 +242,7 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 		return failure("unset UNITMETER_INCLUDE, UNITMETER_EXCLUDE and UNITMETER_UNIT_TYPES", "no running unit is among those to meter")
 	case len(off) > 0 && on == 0:
 		return failure("unitmeter enable --all", "%d units have IP accounting off and none has counters, so there is nothing to send", len(off))
+	// A few names are better than "all": the rest may be off on purpose.
 	case len(off) > 3:
 		return warning("unitmeter enable --all", "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
 	case len(off) > 0:
@@ -252,6 +268,8 @@ func (d *doctor) checkCounters(ctx context.Context) finding {
 // countersFinding decides between one lost unit, the reload bug, and no BPF at
 // all: without BPF no unit has counters, whatever the version.
 func countersFinding(on, lost, failed []string, virtualization string, v systemdVersion) finding {
+	// With the bug, all units lost after a reload is what is to be expected, and
+	// says nothing of BPF.
 	reloadBug := !v.before(256, 0) && v.before(258, 0)
 	switch {
 	case len(failed) > 0:
@@ -284,11 +302,14 @@ func (d *doctor) checkStopEdge(ctx context.Context) finding {
 	if d.m == nil {
 		return noBus()
 	}
+	// With a configuration that is wrong it is empty, which is auto.
 	mode := d.cfg.StopEdge
 	if mode == "off" {
 		return warning("unset UNITMETER_STOP_EDGE", "UNITMETER_STOP_EDGE=off: what a unit sends between the last sweep and its end is not seen")
 	}
 	var reference, journal error
+	// What the settings do not ask for is not tried: it would say nothing about
+	// what the agent does.
 	if mode == "journal" {
 		reference = errors.New("not wanted")
 	} else if reference = d.tryReference(ctx); reference == nil && mode != "ref" && os.Geteuid() != 0 {
@@ -308,6 +329,7 @@ func stopEdgeFinding(mode string, reference, journal error) finding {
 	switch {
 	case mode == "ref" && reference != nil:
 		return failure("unset UNITMETER_STOP_EDGE, run as root, or allow the verb \"ref\" of org.freedesktop.systemd1.manage-units with a polkit rule", "%s", found)
+	// Either is enough: the agent takes the larger of what both tell.
 	case reference == nil || mode != "journal" && journal == nil:
 		return good("%s", found)
 	case mode == "journal" && journal == nil:
@@ -329,8 +351,8 @@ func yesOr(err error) string {
 // 1's own socket gives none.
 func (d *doctor) tryReference(ctx context.Context) error {
 	m := d.m
-	if m.private {
-		address := usualSystemBus
+	if m.address == receiver.PrivateBus {
+		address := receiver.UsualSystemBus
 		if d.cfg.SystemBusAddress != "" {
 			address = d.cfg.SystemBusAddress
 		}
@@ -340,6 +362,8 @@ func (d *doctor) tryReference(ctx context.Context) error {
 		}
 		defer m.close()
 	}
+	// init.scope is there on every host and never stops, so that no start or stop
+	// of a service can fall into this moment.
 	if err := m.call(ctx, "RefUnit", "init.scope").Err; err != nil {
 		return err
 	}
@@ -356,6 +380,7 @@ func tryJournal(ctx context.Context) error {
 	if text := strings.TrimSpace(stderr.String()); err != nil && text != "" {
 		return errors.New(text)
 	}
+	// journalctl without a right shows nothing, and calls that success.
 	if err == nil && len(out) == 0 {
 		return errors.New("it has no records of PID 1")
 	}
@@ -388,10 +413,12 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 	if !u.hasData {
 		return failure("unitmeter enable "+u.name, "this runs in %s: IP accounting is on, and systemd has no counters", u.name)
 	}
+	// Only the growth counts: the unit has sent before, to ask all of this.
 	var before, after uint64
 	if err := d.m.get(ctx, p, u.iface, "IPEgressBytes", &before); err != nil {
 		return failure("systemctl status "+u.name, "%v", err)
 	}
+	// D-Bus is no IP: what the doctor said to systemd is not in the counter.
 	what, err := d.speak(ctx)
 	if err != nil {
 		return failure("see the check of the endpoint", "nothing could be sent: %s", oneLine(err))
@@ -415,9 +442,11 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 // speak sends something over IP: a request where there is an endpoint, else a
 // datagram to this host.
 func (d *doctor) speak(ctx context.Context) (what string, err error) {
+	// What the agent will do is the better proof; a datagram to this host is
+	// counted all the same, whether or not somebody takes it.
 	if d.reachable {
 		if ep, err := parseEndpoint(d.cfg.OTLP); err == nil && ep.network == "tcp" {
-			if r := sendEmpty(ctx, d.cfg.OTLP); r.err == nil {
+			if exporter.Probe(ctx, otlpConfig(d.cfg.OTLP)) == nil {
 				return "an empty request to the Collector", nil
 			}
 		}

@@ -28,6 +28,7 @@ import (
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -282,9 +283,13 @@ func TestDoctorOutbox(t *testing.T) {
 	}
 	defer s.Close()
 	env := []string{noSystemd, "UNITMETER_STATE_DIR=" + dir}
-	if err := s.Commit(t.Context(), store.Cycle{Time: time.Now(), Request: []byte("request"), Points: 1}); err != nil {
-		t.Fatal(err)
+	commit := func(at time.Time) {
+		t.Helper()
+		if err := s.Commit(t.Context(), store.Cycle{Time: at, Request: []byte("request"), Points: 1}); err != nil {
+			t.Fatal(err)
+		}
 	}
+	commit(time.Now())
 	findings := examined(t, env...)
 	want(t, findings, "outbox", statusOK, "")
 	if found := findings["state-directory"].Found; !strings.Contains(found, "in use by process") {
@@ -303,6 +308,24 @@ func TestDoctorOutbox(t *testing.T) {
 		t.Errorf("outbox: %s", found)
 	}
 	want(t, examined(t, noSystemd), "outbox", statusSkip, "")
+
+	// What waits for longer than two cycles is told, with what is in its way.
+	commit(time.Now().Add(-time.Hour))
+	endpoint := "OTEL_EXPORTER_OTLP_ENDPOINT="
+	findings = examined(t, append(env, endpoint+"http://"+closedPort(t))...)
+	want(t, findings, "outbox", statusWarn, findings["endpoint-connection"].Mend)
+	if found := findings["outbox"].Found; !strings.Contains(found, "1 requests (") || !strings.Contains(found, "the oldest for 1h0m") {
+		t.Errorf("outbox: %s", found)
+	}
+	env = append(env, endpoint+otlptest.Start(t, otlptest.Config{}).URL())
+	want(t, examined(t, env...), "outbox", statusWarn, "unitmeter run")
+	if entries, err = s.Next(t.Context(), 1<<20); err != nil || len(entries) != 1 {
+		t.Fatalf("%d entries, %v", len(entries), err)
+	}
+	if err := s.Ack(t.Context(), entries[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	want(t, examined(t, env...), "outbox", statusWarn, "unitmeter history --quarantined")
 }
 
 func TestLockHolder(t *testing.T) {
@@ -374,21 +397,21 @@ func TestBusFailure(t *testing.T) {
 		container, aaprof string
 		mend              string
 	}{
-		{"not systemd", at(usualSystemBus, missing), false, "", "", "a host whose init is systemd"},
-		{"no dbus", at(usualSystemBus, missing), true, "", "", "systemctl start dbus.socket dbus.service"},
-		{"dead dbus", at(usualSystemBus, refused), true, "", "", "systemctl start dbus.socket dbus.service"},
-		{"docker", at(usualSystemBus, missing), false, "docker", "", "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket"},
-		{"kubernetes", at(usualSystemBus, missing), false, "kubernetes", "", "a hostPath volume of /run/dbus/system_bus_socket"},
+		{"not systemd", at(receiver.UsualSystemBus, missing), false, "", "", "a host whose init is systemd"},
+		{"no dbus", at(receiver.UsualSystemBus, missing), true, "", "", "systemctl start dbus.socket dbus.service"},
+		{"dead dbus", at(receiver.UsualSystemBus, refused), true, "", "", "systemctl start dbus.socket dbus.service"},
+		{"docker", at(receiver.UsualSystemBus, missing), false, "docker", "", "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket"},
+		{"kubernetes", at(receiver.UsualSystemBus, missing), false, "kubernetes", "", "a hostPath volume of /run/dbus/system_bus_socket"},
 		{"wrong address", at("unix:path=/x", missing), true, "", "", "unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS"},
-		{"socket mode", at(usualSystemBus, forbidden), true, "", "", "chmod 0666 /run/dbus/system_bus_socket"},
-		{"socket AppArmor", at(usualSystemBus, forbidden), false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
-		{"message AppArmor", at(usualSystemBus, dbus.Error{Name: "org.freedesktop.DBus.Error.AccessDenied", Body: []any{"An AppArmor policy prevents this sender from sending"}}),
+		{"socket mode", at(receiver.UsualSystemBus, forbidden), true, "", "", "chmod 0666 /run/dbus/system_bus_socket"},
+		{"socket AppArmor", at(receiver.UsualSystemBus, forbidden), false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
+		{"message AppArmor", at(receiver.UsualSystemBus, dbus.Error{Name: "org.freedesktop.DBus.Error.AccessDenied", Body: []any{"An AppArmor policy prevents this sender from sending"}}),
 			false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
-		{"dynamic user", at(usualSystemBus, errors.New("dbus: authentication failed")), true, "", "", "use a static user"},
-		{"silence", at(usualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
+		{"dynamic user", at(receiver.UsualSystemBus, errors.New(`authenticate to D-Bus: the bus answered "REJECTED EXTERNAL"`)), true, "", "", "use a static user"},
+		{"silence", at(receiver.UsualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
 		{"session bus", at("unix:path=/run/user/1000/bus", dbus.Error{Name: "org.freedesktop.DBus.Error.ServiceUnknown"}), true, "", "", "set DBUS_SYSTEM_BUS_ADDRESS"},
-		{"the last of two counts", errors.Join(&busError{privateBus, missing}, &busError{usualSystemBus, forbidden}), true, "", "", "chmod 0666 /run/dbus"},
-		{"anything", at(usualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
+		{"the last of two counts", errors.Join(&busError{receiver.PrivateBus, missing}, &busError{receiver.UsualSystemBus, forbidden}), true, "", "", "chmod 0666 /run/dbus"},
+		{"anything", at(receiver.UsualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
 	} {
 		want(t, map[string]finding{test.name: busFailure(test.err, test.booted, test.container, test.aaprof)}, test.name, statusFail, test.mend)
 	}

@@ -83,7 +83,7 @@ func newHost(t *testing.T, config string, env ...string) *host {
 }
 
 // tool returns the path of a program that .ci/tools has built.
-func tool(t *testing.T, name string) string {
+func tool(t testing.TB, name string) string {
 	t.Helper()
 	path, err := filepath.Abs("../../.tools/bin/" + name)
 	if err != nil {

@@ -58,7 +58,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
 	defer cancel()
-	m, err := openManager(ctx, busAddresses(cfg)...)
+	m, err := openManager(ctx, receiverConfig(cfg).Addresses()...)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}

@@ -257,10 +257,10 @@ func count(b bool) int {
 func printHints(w io.Writer, others map[string]int) error {
 	var err error
 	if n := others["off"]; n > 0 {
-		_, err = fmt.Fprintf(w, "\n%d units have IP accounting off. To switch it on: systemctl set-property UNIT IPAccounting=yes\n", n)
+		_, err = fmt.Fprintf(w, "\n%d units have IP accounting off. To switch it on: unitmeter enable --all\n", n)
 	}
 	if n := others["lost"]; n > 0 && err == nil {
-		_, err = fmt.Fprintf(w, "\nsystemd lost the counters of %d units. To count again: systemctl set-property --runtime UNIT IPAccounting=yes\n", n)
+		_, err = fmt.Fprintf(w, "\nsystemd lost the counters of %d units. To count again: unitmeter enable --lost\n", n)
 	}
 	return err
 }

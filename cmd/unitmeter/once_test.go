@@ -93,7 +93,7 @@ func TestOnceTable(t *testing.T) {
 	for _, want := range []string{
 		"IN B/S", "9223372036854774807", "b.service",
 		"off.service (IP accounting is off)", "lost.service (systemd lost its counters)",
-		"systemctl set-property UNIT IPAccounting=yes", "systemctl set-property --runtime UNIT IPAccounting=yes",
+		"unitmeter enable --all", "unitmeter enable --lost",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the table lacks %q:\n%s", want, &out)

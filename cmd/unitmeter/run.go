@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
@@ -49,6 +51,7 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		<-ctx.Done()
 		return nil
 	}
+	trimMemory()
 	otel.SetLogger(logr.FromSlogHandler(log.Handler()))
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Error("OpenTelemetry SDK", "err", err) }))
 
@@ -57,6 +60,16 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		if err != nil || !again {
 			return err
 		}
+	}
+}
+
+// trimMemory has the garbage collector run when the heap is half as large again
+// as what is in use, not twice as large. Little is in use, so that it costs next
+// to no time, and a cycle of 1,000 units then stays below 64 MiB of resident
+// memory also while a backlog is sent (BenchmarkOutage). GOGC= wins.
+func trimMemory() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
 	}
 }
 
@@ -102,7 +115,8 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 		sdkmetric.WithCardinalityLimit(0),
 	)...)
 	scope := provider.Meter("github.com/unitmeter/unitmeter", metric.WithInstrumentationVersion(buildVersion()))
-	if err := errors.Join(rcv.Register(scope), out.main.Register(scope), state.register(scope)); err != nil {
+	host, _ := res.Set().Value("host.name")
+	if err := errors.Join(rcv.Register(scope), out.main.Register(scope, host.AsString()), state.register(scope, host.AsString())); err != nil {
 		return false, err
 	}
 
@@ -165,14 +179,22 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			log.Info("listening for Prometheus", "address", out.prometheus.Addr())
 		}
 	}
-	out.main, err = exporter.New(ctx, exporter.Config{
-		Protocol: protocol, Endpoint: cfg.OTLP.Endpoint, Insecure: cfg.OTLP.Insecure, Headers: cfg.OTLP.Headers, Temporality: cfg.OTLP.Temporality,
-		Source: rcv, Ledger: state.restored(), Outbox: state.outbox(), Logger: log,
-	})
+	exporterConfig := otlpConfig(cfg.OTLP)
+	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Ledger = protocol, rcv, state.restored()
+	exporterConfig.Outbox, exporterConfig.Logger = state.outbox(), log
+	out.main, err = exporter.New(ctx, exporterConfig)
 	if err != nil {
 		return nil, errors.Join(err, out.close(ctx))
 	}
 	return out, nil
+}
+
+// otlpConfig maps the settings of the connection; the doctor tries the same.
+func otlpConfig(o config.OTLP) exporter.Config {
+	return exporter.Config{
+		Protocol: o.Protocol, Endpoint: o.Endpoint, Insecure: o.Insecure, TLS: o.TLS,
+		Headers: o.Headers, Gzip: o.Compression == "gzip", Timeout: o.Timeout, Temporality: o.Temporality,
+	}
 }
 
 // readers makes one reader for each exporter.
@@ -200,8 +222,13 @@ func (o *outputs) close(ctx context.Context) error {
 }
 
 // status tells the service manager how it goes, and feeds its watchdog for as
-// long as sweeps come in, until ctx ends.
+// long as sweeps come in, until ctx ends. What it says is in "systemctl status",
+// and where the doctor finds why nothing is delivered.
 func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *receiver.Receiver, out *outputs) {
+	if os.Getenv("NOTIFY_SOCKET") == "" { // nobody listens
+		<-ctx.Done()
+		return
+	}
 	watchdog, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		log.Warn("no watchdog", "err", err)
@@ -222,7 +249,7 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *recei
 		alive := began
 		if sweep := rcv.Last(); sweep != nil {
 			alive = sweep.Time
-			if text := statusText(rcv); text != last {
+			if text := statusText(sweep, out.main.Health()); text != last {
 				last = text
 				notify(log, "STATUS="+text)
 			}
@@ -235,15 +262,15 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *recei
 	}
 }
 
-func statusText(rcv *receiver.Receiver) string {
-	on, all := 0, 0
-	for _, u := range rcv.Units() {
-		all++
-		if u.Accounting == "on" {
-			on++
-		}
+// failingSince is what stands before the reason in a status text.
+const failingSince = "; failing since "
+
+func statusText(sweep *receiver.Sweep, health exporter.Health) string {
+	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
+	if health.Err != nil {
+		text += failingSince + health.Since.UTC().Format(time.RFC3339) + ": " + oneLine(health.Err)
 	}
-	return fmt.Sprintf("metering %d of %d units", on, all)
+	return text
 }
 
 // notify sends a message to the service manager, if there is one (sd_notify(3)).

@@ -86,11 +86,11 @@ func (s *state) outbox() exporter.Outbox {
 }
 
 // register makes the instruments of the outbox, where there is one.
-func (s *state) register(meter metric.Meter) error {
+func (s *state) register(meter metric.Meter, hostName string) error {
 	if s.durable == nil {
 		return nil
 	}
-	return s.durable.Register(meter)
+	return s.durable.Register(meter, hostName)
 }
 
 func (s *state) close() error {

@@ -1,20 +1,17 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 const (
@@ -22,26 +19,15 @@ const (
 	managerPath      = "/org/freedesktop/systemd1"
 	managerInterface = "org.freedesktop.systemd1.Manager"
 	unitInterface    = "org.freedesktop.systemd1.Unit"
-	privateBus       = "unix:path=/run/systemd/private"
-	usualSystemBus   = "unix:path=/run/dbus/system_bus_socket"
 )
 
-// accountable are the types of unit that have IP counters. Each has a D-Bus
-// interface of its own; see counterInterface.
-func accountable() []string {
-	return []string{"service", "scope", "socket", "mount", "swap", "slice"}
-}
+// accountable are the types of unit that have IP counters.
+func accountable() []string { return append(receiver.DefaultTypes(), "slice") }
 
 // counterInterface is the D-Bus interface that has IPAccounting and the
 // counters of a unit, or "" for a type of unit without.
 func counterInterface(unit string) string {
-	kind := unit[strings.LastIndexByte(unit, '.')+1:]
-	for _, t := range accountable() {
-		if t == kind {
-			return systemdName + "." + strings.ToUpper(t[:1]) + t[1:]
-		}
-	}
-	return ""
+	return receiver.CounterInterface(strings.TrimPrefix(path.Ext(unit), "."))
 }
 
 // manager is a connection to systemd for the few calls of a command that a
@@ -49,91 +35,30 @@ func counterInterface(unit string) string {
 type manager struct {
 	conn    *dbus.Conn
 	address string
-	// private is PID 1's own socket: there is no bus on it, and no references.
-	private bool
 }
 
-// busError is one bus that could not be used.
+// busError is one bus that could not be used; err names its address too.
 type busError struct {
 	address string
 	err     error
 }
 
-func (e *busError) Error() string {
-	return fmt.Sprintf("connect to systemd at %s: %v", e.address, e.err)
-}
+func (e *busError) Error() string { return e.err.Error() }
 
 func (e *busError) Unwrap() error { return e.err }
 
-// busAddresses are the addresses that the receiver would try, in its order.
-func busAddresses(cfg config.Config) []string {
-	system := cmp.Or(cfg.SystemBusAddress, usualSystemBus)
-	switch {
-	case cfg.Bus == "private":
-		return []string{privateBus}
-	case cfg.Bus == "system", (cfg.Bus == "auto" || cfg.Bus == "") && os.Geteuid() != 0:
-		return []string{system}
-	case cfg.Bus == "auto", cfg.Bus == "":
-		return []string{privateBus, system}
-	}
-	return []string{cfg.Bus}
-}
-
 // openManager connects to the first bus that answers. The error joins a
-// *busError for each that does not. The caller closes conn.
+// *busError for each that does not. The caller closes the manager.
 func openManager(ctx context.Context, addresses ...string) (*manager, error) {
 	var errs []error
 	for _, address := range addresses {
-		m, err := openBus(ctx, address)
+		conn, err := receiver.Dial(ctx, address)
 		if err == nil {
-			return m, nil
+			return &manager{conn, address}, nil
 		}
 		errs = append(errs, &busError{address, err})
 	}
 	return nil, errors.Join(errs...)
-}
-
-func openBus(ctx context.Context, address string) (*manager, error) {
-	conn, err := dbus.Dial(address)
-	if err != nil {
-		return nil, err
-	}
-	m := &manager{conn: conn, address: address, private: strings.HasSuffix(address, "/systemd/private")}
-	// A peer that takes the connection and never answers must not hang us.
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	err = conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Geteuid()))})
-	if err == nil && m.private {
-		err = m.awaken(ctx)
-	} else if err == nil {
-		err = conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.Hello", 0).Err
-	}
-	if !stop() && err == nil || ctx.Err() != nil {
-		err = context.Cause(ctx)
-	}
-	if err != nil {
-		_ = conn.Close() // the reason is in err
-		return nil, err
-	}
-	return m, nil
-}
-
-// awaken repeats a question until PID 1 answers. On its own socket it does not
-// look at a message that came together with the end of the handshake until
-// another one follows.
-func (m *manager) awaken(ctx context.Context) error {
-	answers := make(chan *dbus.Call, 1024)
-	repeat := time.NewTicker(20 * time.Millisecond)
-	defer repeat.Stop()
-	for {
-		m.conn.Object(systemdName, managerPath).Go("org.freedesktop.DBus.Peer.Ping", 0, answers)
-		select {
-		case call := <-answers:
-			return call.Err
-		case <-repeat.C:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
 }
 
 func (m *manager) close() { _ = m.conn.Close() }

@@ -36,6 +36,7 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
+	// Better an error with the way out than control sequences in a file.
 	screen, ok := t.stdout.(*os.File)
 	if !*single && !(ok && isTerminal(screen)) {
 		return usageError{errors.New("standard output is no terminal; use --once for one table")}
@@ -50,17 +51,21 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return usageError{err}
 	}
+	// Deferred calls run from the last: the receiver is told to end before it is
+	// waited for.
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer cancel()
 	running.Go(func() { _ = rcv.Run(ctx) }) // it ends with ctx and nothing else
 
+	// Before the screen is taken over: an error can still be read there.
 	ready, stop := context.WithTimeout(ctx, connectTimeout)
 	defer stop()
 	if err := rcv.Ready(ready); err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
+	// One goroutine at a time uses the board: this one, or that of Bubble Tea.
 	b := newBoard(wanted, *interval)
 	if *single {
 		return topOnce(ctx, t, rcv, b, *exact)
@@ -91,12 +96,16 @@ func unitPatterns(args []string) ([]string, error) {
 
 // isTerminal tells a terminal from a pipe or a file: only a terminal has a mode.
 func isTerminal(f *os.File) bool {
+	// The character devices that are no terminals, such as /dev/null, have none.
 	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	return err == nil
 }
 
-// topOnce prints the speeds over one interval.
+// topOnce prints the speeds over one interval. It is an error if there is nothing
+// to show of the units that were asked for, so that scripts notice.
 func topOnce(ctx context.Context, t *terminal, rcv *receiver.Receiver, b *board, exact bool) error {
+	// A speed needs two readings: nobody knows over which time systemd counted
+	// what was there at the first.
 	for i := range 2 {
 		if i > 0 {
 			select {
@@ -106,6 +115,7 @@ func topOnce(ctx context.Context, t *terminal, rcv *receiver.Receiver, b *board,
 			}
 		}
 		s := rcv.Sweep(ctx)
+		// A table that is read by a program must be whole, or not be at all.
 		if s.Partial {
 			return errors.New("read all units: systemd did not answer for all of them in time; raise UNITMETER_SWEEP_TIMEOUT, or try again")
 		}
@@ -126,6 +136,8 @@ type sweepMsg struct {
 
 // feed reads all units at each tick until ctx ends.
 func feed(ctx context.Context, rcv *receiver.Receiver, interval time.Duration, send func(tea.Msg)) {
+	// A ticker drops ticks that nobody waits for, so that slow sweeps do not
+	// queue up behind each other.
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {

@@ -26,6 +26,7 @@ type speeds struct {
 	known bool
 }
 
+// sum is both directions together, by which rows are ranked.
 func (s speeds) sum() float64 { return s.in + s.out }
 
 // topRow is one unit, or one slice, on the board.
@@ -71,6 +72,8 @@ type board struct {
 	others map[string]int
 }
 
+// newBoard makes an empty board. wanted are patterns of unit names, as the
+// receiver takes them.
 func newBoard(wanted []string, interval time.Duration) *board {
 	return &board{wanted: wanted, interval: interval, rows: map[string]*topRow{}, others: map[string]int{}}
 }
@@ -83,6 +86,8 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 	if b.began.IsZero() {
 		b.began = at
 	}
+	// The others are counted anew at each reading: a unit that was switched on is
+	// none of them any more.
 	clear(b.others)
 	here := make(map[string]bool, len(units))
 	for _, u := range units {
@@ -90,6 +95,8 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 			continue
 		}
 		r := b.rows[u.Name]
+		// A unit without numbers has no row, unless it had numbers before: then a
+		// row that vanished would look like the end of the unit.
 		if u.Accounting != "on" {
 			b.others[u.Accounting]++
 			if r == nil {
@@ -111,6 +118,7 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 		if r.ended.IsZero() {
 			r.ended = at
 		}
+		// What ended a moment ago is often what one is looking for.
 		if at.Sub(r.ended) > keepEnded {
 			delete(b.rows, name)
 			continue
@@ -127,6 +135,8 @@ func (r *topRow) advance(u receiver.Unit, since time.Time, keep int) {
 	from := time.Time{}
 	switch {
 	case u.Accounting != "on":
+	// The usual case: the same run as before. Where a counter fell, systemd has
+	// lost it or the accounting was switched, and the interval is left open.
 	case old.Accounting == "on" && old.Invocation == u.Invocation:
 		if d, ok := grown(old.Counters, u.Counters); ok {
 			delta, from = d, old.Time
@@ -136,6 +146,8 @@ func (r *topRow) advance(u receiver.Unit, since time.Time, keep int) {
 		delta, from = u.Counters, since
 	}
 	var now speeds
+	// The time of the unit's own reading, not that of the sweep: a sweep over
+	// thousands of units takes a noticeable part of an interval.
 	if seconds := u.Time.Sub(from).Seconds(); !from.IsZero() && seconds > 0 {
 		now = speeds{
 			float64(delta.IngressBytes) / seconds, float64(delta.EgressBytes) / seconds,
@@ -169,6 +181,7 @@ func grown(a, b receiver.Counters) (receiver.Counters, bool) {
 	}, true
 }
 
+// sum adds each counter of two runs or units.
 func sum(a, b receiver.Counters) receiver.Counters {
 	return receiver.Counters{
 		IngressBytes: a.IngressBytes + b.IngressBytes, IngressPackets: a.IngressPackets + b.IngressPackets,
@@ -194,6 +207,8 @@ func (b *board) bySlice() []*topRow {
 		}
 	}
 	var rows []*topRow
+	// The peak of a slice is that of the sum: the peaks of its units need not
+	// have been at the same time.
 	for _, s := range byName {
 		for _, h := range s.history {
 			s.peak.in, s.peak.out = max(s.peak.in, h.in), max(s.peak.out, h.out)
@@ -211,6 +226,8 @@ func (r *topRow) join(u *topRow) {
 	}
 	r.total, r.session = sum(r.total, u.total), sum(r.session, u.session)
 	r.now = plus(r.now, u.now)
+	// Histories are of different lengths, and have their newest value last: they
+	// are lined up at that end.
 	if missing := len(u.history) - len(r.history); missing > 0 {
 		r.history = append(make([]speeds, missing), r.history...)
 	}
@@ -220,6 +237,8 @@ func (r *topRow) join(u *topRow) {
 	}
 }
 
+// plus adds speeds. A sum with a part that is not known is still the best that
+// can be told of a slice.
 func plus(a, b speeds) speeds {
 	return speeds{a.in + b.in, a.out + b.out, a.packetsIn + b.packetsIn, a.packetsOut + b.packetsOut, a.known || b.known}
 }
@@ -278,6 +297,8 @@ func (b *board) sorted(rows []*topRow, by column, reverse bool) []*topRow {
 		}
 		return 0
 	}
+	// Once for each row, and not for each comparison: a mean goes through a
+	// minute of history.
 	values := make(map[*topRow]float64, len(rows))
 	for _, r := range rows {
 		values[r] = value(r)

@@ -39,6 +39,9 @@ type topModel struct {
 	rows   []*topRow // as shown: filtered and sorted
 }
 
+// newTopModel begins with the units, the busiest of the last minute first: a sort
+// by the present speed would jump with each reading. The size is that of the
+// smallest terminal until the real one is told.
 func newTopModel(b *board, exact bool) *topModel {
 	return &topModel{board: b, exact: exact, width: 80, height: 24, sort: byRecent, notice: "reading all units ..."}
 }
@@ -52,6 +55,8 @@ func (m *topModel) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 	case tea.WindowSizeMsg:
 		m.width, m.height = msg.Width, msg.Height
 	case sweepMsg:
+		// What is read while the screen is stopped is left out: the next interval
+		// then spans the pause, so that no byte is missing.
 		if m.paused {
 			return m, nil
 		}
@@ -72,6 +77,7 @@ func (m *topModel) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 // press handles a key. It returns true to end the program.
 func (m *topModel) press(key tea.KeyPressMsg) bool {
 	name := key.String()
+	// In raw mode a terminal sends no signal for it.
 	if name == "ctrl+c" {
 		return true
 	}
@@ -80,6 +86,8 @@ func (m *topModel) press(key tea.KeyPressMsg) bool {
 		return false
 	}
 	switch name {
+	// In a screen above a list, q is what esc is: nobody who wants to leave the
+	// help means to end the program.
 	case "q":
 		if m.screen == detailScreen || m.screen == helpScreen {
 			m.screen = m.list
@@ -118,6 +126,7 @@ func (m *topModel) pressInList(name string) {
 		m.move(-page)
 	case "pgdown":
 		m.move(page)
+	// Not the row that is first now, but whichever will be.
 	case "home", "g":
 		m.cursor = ""
 	case "end", "G":
@@ -126,6 +135,7 @@ func (m *topModel) pressInList(name string) {
 		if r := m.selected(); r != nil {
 			m.cursor, m.screen = r.name, detailScreen
 		}
+	// The cursor is on a name, which the other list does not have.
 	case "s", "tab":
 		m.list = sliceScreen
 		if m.screen == sliceScreen {
@@ -176,12 +186,16 @@ func (m *topModel) typeFilter(name, text string) {
 
 // sortBy sorts by a column, or turns the order around if it is that already.
 func (m *topModel) sortBy(c column) {
+	// A new column begins in its own order: names from a to z, numbers from the
+	// largest.
 	m.back = m.sort == c && !m.back
 	m.sort = c
 }
 
 // nextColumn goes through the columns that there is room for.
 func (m *topModel) nextColumn(back bool) {
+	// A column without room may be the one that was sorted by, when the window
+	// has become smaller: the search then begins before the first.
 	shown := m.columns()
 	i := slices.IndexFunc(shown, func(c shownColumn) bool { return c.column == m.sort })
 	step := 1
@@ -206,6 +220,7 @@ func (m *topModel) arrange() {
 		rows = m.board.bySlice()
 	}
 	if m.filter != "" {
+		// In small letters on both sides: a filter is typed in a hurry.
 		rows = slices.DeleteFunc(rows, func(r *topRow) bool {
 			return !strings.Contains(strings.ToLower(r.name), strings.ToLower(m.filter))
 		})
@@ -217,6 +232,8 @@ func (m *topModel) arrange() {
 	if m.selected() == nil {
 		m.cursor = ""
 	}
+	// First no further down than that the screen is full, then as far as the
+	// cursor needs it.
 	height, at := m.listHeight(), m.position()
 	m.top = max(0, min(m.top, len(m.rows)-height))
 	m.top = max(min(m.top, at), at-height+1)

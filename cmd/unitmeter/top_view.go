@@ -45,6 +45,7 @@ func (m *topModel) columns() []shownColumn {
 	}
 	all := []shownColumn{name, {byIn, "IN/s", number}, {byOut, "OUT/s", number},
 		{byPacketsIn, "IN pkt/s", 10}, {byPacketsOut, "OUT pkt/s", 10}, {byTotal, "TOTAL", number}, {byRecent, "LAST MINUTE", 16}}
+	// What is always there: the name, and the two speeds with a space before each.
 	used := 2*number + 2
 	// The graph is worth more than the total, and that more than the packets.
 	for _, optional := range [][]column{{byRecent}, {byTotal}, {byPacketsIn, byPacketsOut}} {
@@ -82,6 +83,8 @@ func (m *topModel) lines() []string {
 	default:
 		lines = m.table()
 	}
+	// Always as many lines as the terminal has: a shorter screen would leave old
+	// lines below.
 	for len(lines) < m.height-1 {
 		lines = append(lines, "")
 	}
@@ -92,6 +95,8 @@ func (m *topModel) lines() []string {
 // title is the first line.
 func (m *topModel) title(text string) string {
 	clock := ""
+	// The time of the numbers, not of the drawing: a systemd that has stopped
+	// answering shows in a clock that stands.
 	if !m.board.last.IsZero() {
 		clock = m.board.last.Local().Format("15:04:05")
 	}
@@ -112,6 +117,8 @@ func (m *topModel) table() []string {
 	var header strings.Builder
 	for _, c := range shown {
 		title := c.title
+		// Numbers begin with the largest, which is down; names with a, which is
+		// up.
 		if c.column == m.sort {
 			title += map[bool]string{false: "▼", true: "▲"}[m.back != (c.column == byName)]
 		}
@@ -140,6 +147,8 @@ func (m *topModel) status() string {
 	if m.filter != "" {
 		text = fmt.Sprintf("%d of %d with %q (esc: all)", len(m.rows), len(m.board.rows), m.filter)
 	}
+	// What is missing is said with the command that mends it, or it would be
+	// taken for silence.
 	if n := m.board.others["off"]; n > 0 {
 		text += fmt.Sprintf("; %d with accounting off (unitmeter enable --all)", n)
 	}
@@ -192,6 +201,8 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 	}
 	text := fit(b.String(), m.width-utf8.RuneCountInString(graph), false)
 	switch {
+	// A row that is selected has one style from end to end: an end of the
+	// graph's style within would end the selection too.
 	case selected:
 		return styleSelected + text + graph + styleEnd
 	case !r.ended.IsZero() || r.now.sum() == 0 && r.mean(m.board.intervals(recent)).sum() == 0:
@@ -203,6 +214,8 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 // detail is the screen of one unit or slice.
 func (m *topModel) detail() []string {
 	r := m.selected()
+	// The cursor keeps the name of what has gone, so that it comes back here when
+	// the unit does.
 	if r == nil {
 		return []string{m.title(m.cursor), "", fit("it has gone; esc goes back", m.width, false)}
 	}
@@ -210,6 +223,7 @@ func (m *topModel) detail() []string {
 	field := func(name, value string) {
 		lines = append(lines, fit(fmt.Sprintf("%-11s%s", name, value), m.width, false))
 	}
+	// A slice has no run and no start of its own on the board.
 	if r.units > 0 || m.list == sliceScreen {
 		field("units", strconv.Itoa(r.units))
 	} else {
@@ -223,6 +237,8 @@ func (m *topModel) detail() []string {
 	if !r.ended.IsZero() {
 		field("ended", r.ended.Local().Format("15:04:05"))
 	}
+	// Over all that is kept, while the total is over the run: what systemd
+	// counted before top began has no speed.
 	mean := r.mean(len(r.history))
 	lines = append(lines, "", styleTitle+fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", "", "now", "mean", "peak", "total"), m.width, false)+styleEnd)
 	number := func(name string, now, mean, peak string, total string) {
@@ -243,6 +259,8 @@ func (m *topModel) detail() []string {
 	// What is left of the screen is for the two graphs.
 	room := m.height - 1 - len(lines)
 	high := min(max((room-4)/2, 1), 6)
+	// At first a minute, then as much as there is: ten minutes of which nine are
+	// empty would show nothing.
 	n := min(m.board.intervals(keepHistory), max(m.board.intervals(recent), len(r.history)))
 	span := (time.Duration(n) * m.board.interval).Round(time.Second)
 	for _, g := range []struct {
@@ -312,6 +330,7 @@ func rateText(v float64, known, exact bool) string {
 	return humanBytes(v) + "/s"
 }
 
+// packets writes packets per second, without a unit: the column has it.
 func (m *topModel) packets(v float64, known bool) string {
 	if !known {
 		return "-"
@@ -319,6 +338,7 @@ func (m *topModel) packets(v float64, known bool) string {
 	return grouped(uint64(math.Round(v)))
 }
 
+// volume writes a number of bytes as the screen's mode has it.
 func (m *topModel) volume(n uint64) string { return volumeText(n, m.exact) }
 
 // volumeText writes a number of bytes.
@@ -334,6 +354,7 @@ func volumeText(n uint64, exact bool) string {
 func humanBytes(v float64) string {
 	units := []string{"B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB"}
 	i := 0
+	// 999.5 and not 1000: it would be rounded to 1000 kB.
 	for v >= 999.5 && i < len(units)-1 {
 		v /= 1000
 		i++
@@ -363,6 +384,7 @@ func grouped(n uint64) string {
 func fit(text string, width int, right bool) string {
 	width = max(width, 0)
 	runes := []rune(text)
+	// Too long: an ellipsis says that there is more, where there is room for it.
 	switch missing := width - len(runes); {
 	case missing < 0 && width > 1:
 		return string(runes[:width-1]) + "…"
@@ -393,6 +415,7 @@ func resample(history []speeds, value func(speeds) float64, n, width int) []floa
 		// Positions count back from the newest.
 		from, to := len(history)-n+i*n/width, len(history)-n+max((i+1)*n/width, i*n/width+1)
 		for _, s := range history[min(max(from, 0), len(history)):min(max(to, 0), len(history))] {
+			// The negation takes the first value too, since NaN compares with nothing.
 			if s.known && !(value(s) < out[i]) {
 				out[i] = value(s)
 			}
@@ -425,6 +448,7 @@ func chart(values []float64, most float64, high int) []string {
 	lines := make([]string, high)
 	for l := range lines {
 		var b strings.Builder
+		// Each line is eight levels high; the first line is the top one.
 		base := (high - 1 - l) * 8
 		for _, v := range values {
 			level := 0

@@ -62,14 +62,30 @@ func (ca *CA) Server(tb testing.TB, mutual bool) *tls.Config {
 	return config
 }
 
+// ServerFiles makes a certificate for a server at the address and returns its PEM
+// files.
+func (ca *CA) ServerFiles(tb testing.TB, address net.IP) (certFile, keyFile string) {
+	tb.Helper()
+	return ca.pair(tb, "server", &x509.Certificate{
+		SerialNumber: big.NewInt(4), Subject: pkix.Name{CommonName: "server"}, IPAddresses: []net.IP{address},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	})
+}
+
 // Client makes a client certificate with the given common name and returns its
 // PEM files, for OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and _CLIENT_KEY.
 func (ca *CA) Client(tb testing.TB, name string) (certFile, keyFile string) {
 	tb.Helper()
-	der, key := ca.issue(tb, &x509.Certificate{
+	return ca.pair(tb, name, &x509.Certificate{
 		SerialNumber: big.NewInt(3), Subject: pkix.Name{CommonName: name},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
+}
+
+// pair signs a certificate and returns it and its key as PEM files.
+func (ca *CA) pair(tb testing.TB, name string, template *x509.Certificate) (certFile, keyFile string) {
+	tb.Helper()
+	der, key := ca.issue(tb, template)
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		tb.Fatalf("make client key: %v", err)

@@ -781,10 +781,40 @@ func said(out, word string) int {
 	return n
 }
 
+// progress is how far commitForever had come when it ended.
+type progress struct{ committed, acked int }
+
+// survived opens the store after a crash of the child that said out, and checks
+// that all that the child said was durable is there: at most one cycle more, and
+// at most the deliveries back of one Ack that had not returned.
+func (p *progress) survived(t *testing.T, dir, out string) error {
+	p.committed, p.acked = max(p.committed, said(out, "committed")), max(p.acked, said(out, "acked"))
+	acking := max(p.acked, said(out, "acking"))
+	s := openTest(t, Config{Dir: dir, Now: clock})
+	defer s.Close()
+	if len(s.Recovered()) != 0 {
+		return fmt.Errorf("the store began anew: %v", s.Recovered())
+	}
+	n := ledgerCycle(t, s)
+	if n != p.committed && n != p.committed+1 {
+		return fmt.Errorf("ledger of cycle %d after Commit of %d", n, p.committed)
+	}
+	got := outboxCycles(t, s)
+	if !slices.Equal(got, numbers(p.acked+1, n)) && !slices.Equal(got, numbers(acking+1, n)) {
+		return fmt.Errorf("outbox has %v, want those after %d or %d up to %d", got, p.acked, acking, n)
+	}
+	if len(got) > 0 && got[0] == acking+1 || len(got) == 0 {
+		p.acked = acking
+	}
+	p.committed = n
+	integrity(t, s)
+	return nil
+}
+
 func TestKill(t *testing.T) {
 	r := rand.New(rand.NewPCG(13, uint64(time.Now().UnixNano())))
 	dir := filepath.Join(t.TempDir(), "state")
-	committed, acked := 0, 0
+	var done progress
 	for i := range *kills {
 		cmd, out := child(dir)
 		if err := cmd.Start(); err != nil {
@@ -795,35 +825,18 @@ func TestKill(t *testing.T) {
 		if err := cmd.Wait(); err == nil || cmd.ProcessState.Exited() {
 			t.Fatalf("the child ended by itself: %s", out)
 		}
-		committed, acked = max(committed, said(out.String(), "committed")), max(acked, said(out.String(), "acked"))
-		acking := max(acked, said(out.String(), "acking"))
-
-		s := openTest(t, Config{Dir: dir, Now: clock})
-		if len(s.Recovered()) != 0 {
-			t.Fatalf("kill %d: %v", i, s.Recovered())
+		if err := done.survived(t, dir, out.String()); err != nil {
+			t.Fatalf("kill %d: %v", i, err)
 		}
-		n := ledgerCycle(t, s)
-		if n != committed && n != committed+1 {
-			t.Fatalf("kill %d: ledger of cycle %d after Commit of %d", i, n, committed)
-		}
-		got := outboxCycles(t, s)
-		if !slices.Equal(got, numbers(acked+1, n)) && !slices.Equal(got, numbers(acking+1, n)) {
-			t.Fatalf("kill %d: outbox has %v, want those after %d or %d up to %d", i, got, acked, acking, n)
-		}
-		if len(got) > 0 && got[0] == acking+1 || len(got) == 0 {
-			acked = acking
-		}
-		committed = n
-		integrity(t, s)
-		s.Close()
+		n := done.committed
 		if u := ask(t, dir, Query{}); n > 0 && u.Units[0].Steps[0].Total != [4]uint64{uint64(n), 2 * uint64(n), 3 * uint64(n), uint64(n)} {
 			t.Fatalf("kill %d: history adds up to %v after %d cycles", i, u.Units[0].Steps[0].Total, n)
 		}
 	}
-	if committed < *kills {
-		t.Errorf("only %d cycles were committed", committed)
+	if done.committed < *kills {
+		t.Errorf("only %d cycles were committed", done.committed)
 	}
-	t.Logf("%d kills, %d cycles committed, %d acknowledged", *kills, committed, acked)
+	t.Logf("%d kills, %d cycles committed, %d acknowledged", *kills, done.committed, done.acked)
 }
 
 // fsync fails for a while: those cycles are not there, all others are, and the
@@ -914,7 +927,7 @@ func makeExt4(t testing.TB) (image string) {
 func TestPowerCut(t *testing.T) {
 	r := rand.New(rand.NewPCG(15, uint64(time.Now().UnixNano())))
 	image := makeExt4(t)
-	committed, acked := 0, 0
+	var done progress
 	for i := range *powerCuts {
 		disk := t.TempDir()
 		loop := ext4(t, image, disk)
@@ -937,35 +950,17 @@ func TestPowerCut(t *testing.T) {
 		_ = cmd.Wait()
 		command(t, "umount", disk)
 		command(t, "losetup", "-d", loop)
-		committed, acked = max(committed, said(out.String(), "committed")), max(acked, said(out.String(), "acked"))
-		acking := max(acked, said(out.String(), "acking"))
-
 		loop = ext4(t, image, disk)
-		s := openTest(t, Config{Dir: dir, Now: clock})
-		if len(s.Recovered()) != 0 {
-			t.Fatalf("cut %d: %v", i, s.Recovered())
+		if err := done.survived(t, dir, out.String()); err != nil {
+			t.Fatalf("cut %d: %v", i, err)
 		}
-		n := ledgerCycle(t, s)
-		if n != committed && n != committed+1 {
-			t.Fatalf("cut %d: ledger of cycle %d after Commit of %d", i, n, committed)
-		}
-		got := outboxCycles(t, s)
-		if !slices.Equal(got, numbers(acked+1, n)) && !slices.Equal(got, numbers(acking+1, n)) {
-			t.Fatalf("cut %d: outbox has %v, want those after %d or %d up to %d", i, got, acked, acking, n)
-		}
-		if len(got) > 0 && got[0] == acking+1 || len(got) == 0 {
-			acked = acking
-		}
-		committed = n
-		integrity(t, s)
-		s.Close()
 		command(t, "umount", disk)
 		command(t, "losetup", "-d", loop)
 	}
-	if committed < *powerCuts {
-		t.Errorf("only %d cycles were committed", committed)
+	if done.committed < *powerCuts {
+		t.Errorf("only %d cycles were committed", done.committed)
 	}
-	t.Logf("%d power cuts, %d cycles committed, %d acknowledged", *powerCuts, committed, acked)
+	t.Logf("%d power cuts, %d cycles committed, %d acknowledged", *powerCuts, done.committed, done.acked)
 }
 
 // freeze stops all threads of a process; those in a system call finish it first.

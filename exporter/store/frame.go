@@ -19,11 +19,10 @@ const (
 // frameWriter compresses requests. Each list of requests that lie side by side
 // in the outbox has its own.
 type frameWriter struct {
-	plain *zstd.Encoder
-	dict  *zstd.Encoder // with the current frame as dictionary
-	id    int64         // of the current frame; 0 = none
-	uses  int
-	best  int // bytes of the smallest request made with this frame
+	dict *zstd.Encoder // with the current frame as dictionary
+	id   int64         // of the current frame; 0 = none
+	uses int
+	best int // bytes of the smallest request made with this frame
 }
 
 // encoded is a compressed request. If newFrame is not nil, it must be stored
@@ -36,14 +35,8 @@ type encoded struct {
 
 // encode compresses request; nextID is the id to give to a frame it starts.
 func (w *frameWriter) encode(request []byte, nextID int64) (encoded, error) {
-	if w.plain == nil {
-		var err error
-		if w.plain, err = newEncoder(); err != nil {
-			return encoded{}, fmt.Errorf("make encoder: %w", err)
-		}
-	}
 	if len(request) < frameMinRequest {
-		return encoded{body: w.plain.EncodeAll(request, nil)}, nil
+		return encoded{body: compress(request)}, nil
 	}
 	if w.id != 0 && w.uses < frameMaxUses {
 		body := w.dict.EncodeAll(request, nil)
@@ -58,7 +51,7 @@ func (w *frameWriter) encode(request []byte, nextID int64) (encoded, error) {
 		return encoded{}, fmt.Errorf("make encoder: %w", err)
 	}
 	w.dict, w.id, w.uses, w.best = dict, nextID, 1, len(request)
-	return encoded{body: dict.EncodeAll(request, nil), frame: nextID, newFrame: w.plain.EncodeAll(request, nil)}, nil
+	return encoded{body: dict.EncodeAll(request, nil), frame: nextID, newFrame: compress(request)}, nil
 }
 
 // forget makes the next request start a new frame.
@@ -108,6 +101,15 @@ func (r *frameReader) close() {
 		r.dict.Close()
 	}
 	r.dict, r.id = nil, 0
+}
+
+// release gives up both decoders, and a MiB or two with them.
+func (r *frameReader) release() {
+	r.close()
+	if r.plain != nil {
+		r.plain.Close()
+	}
+	r.plain = nil
 }
 
 // size returns how long the request in body is, or 0 if body is damaged.

@@ -14,7 +14,7 @@ import (
 type Entry struct {
 	ID      int64     // grows with each entry and is never used again
 	Time    time.Time // of its cycle; of the newest cycle if thinning merged some
-	Points  int       // as given to Commit; of the newest cycle if thinning merged some
+	Points  int       // in Request
 	Request []byte
 }
 
@@ -51,6 +51,10 @@ type outbox struct {
 	thin   frameWriter // for merged ones
 	reader frameReader
 
+	// fresh is the newest request as it was committed. Mostly it is the next one
+	// to be sent, and need not be decompressed for that.
+	fresh Entry
+
 	// Thinning walks from the oldest to the newest and merges neighbours that
 	// together are not more than limit cycles. Each walk doubles the limit.
 	limit  int64
@@ -75,6 +79,7 @@ func (o *outbox) load(db *database) error {
 	o.writer.forget()
 	o.thin.forget()
 	o.reader.close()
+	o.fresh = Entry{}
 	o.limit, o.cursor = 0, 0
 	o.entries, o.bytes, o.frames = 0, 0, map[int64]frameUse{}
 	for table, last := range map[string]*int64{"outbox": &o.lastID, "frame": &o.lastFrame} {
@@ -180,6 +185,10 @@ func (o *outbox) remove(db *database, from, to int64) (cycles, points int64, err
 	}
 	if o.entries == 0 {
 		o.limit, o.cursor = 0, 0
+		o.reader.release()
+	}
+	if o.fresh.ID <= to {
+		o.fresh = Entry{}
 	}
 	return cycles, points, o.removeFrames(db)
 }
@@ -245,6 +254,9 @@ func (o *outbox) first(db *database, from, to int64) (row outboxRow, err error) 
 // decode returns the request in row. The error is errDamaged unless the file
 // could not be read.
 func (o *outbox) decode(db *database, row outboxRow) ([]byte, error) {
+	if row.id == o.fresh.ID && row.cycles == 1 {
+		return o.fresh.Request, nil
+	}
 	request, err := o.reader.decode(row.body, row.frame, func(id int64) (body []byte, err error) {
 		return body, db.row("SELECT body FROM frame WHERE id = ?", []any{id}, &body)
 	})
@@ -566,8 +578,9 @@ func (s *Store) merge(older, newer int64) (bool, error) {
 		if _, err := s.db.exec("UPDATE outbox SET cycles = ? WHERE id = ?", a.cycles+b.cycles, b.id); err != nil {
 			return false, err
 		}
+		o.counts.thinnedPoints += a.points
 	} else {
-		merged, err := s.mergeRequests(a, b)
+		merged, points, err := s.mergeRequests(a, b)
 		if errors.Is(err, errUnmergeable) {
 			if !o.thinning {
 				o.thinning = true
@@ -581,36 +594,35 @@ func (s *Store) merge(older, newer int64) (bool, error) {
 		if _, _, err := o.remove(s.db, a.id, b.id); err != nil {
 			return false, err
 		}
-		b.cycles += a.cycles
+		o.counts.thinnedPoints += a.points + b.points - points
+		b.cycles, b.points = a.cycles+b.cycles, points
 		if err := o.put(s.db, &o.thin, b, merged); err != nil {
 			return false, err
 		}
 	}
 	o.counts.thinned++
-	o.counts.thinnedPoints += a.points
 	return true, nil
 }
 
 var errUnmergeable = errors.New("requests cannot be merged")
 
-func (s *Store) mergeRequests(a, b outboxRow) ([]byte, error) {
+func (s *Store) mergeRequests(a, b outboxRow) (merged []byte, points int64, err error) {
 	var requests [2][]byte
 	for i, row := range []outboxRow{a, b} {
-		var err error
 		if requests[i], err = s.outbox.decode(s.db, row); errors.Is(err, errDamaged) {
-			return nil, fmt.Errorf("%w: %w", errUnmergeable, err)
+			return nil, 0, fmt.Errorf("%w: %w", errUnmergeable, err)
 		} else if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 	}
-	merged, err := s.cfg.Merge(requests[0], requests[1])
+	merged, n, err := s.cfg.Merge(requests[0], requests[1])
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errUnmergeable, err)
+		return nil, 0, fmt.Errorf("%w: %w", errUnmergeable, err)
 	}
 	if len(merged) > maxRequest {
-		return nil, fmt.Errorf("%w: the result has %d bytes", errUnmergeable, len(merged))
+		return nil, 0, fmt.Errorf("%w: the result has %d bytes", errUnmergeable, len(merged))
 	}
-	return merged, nil
+	return merged, int64(n), nil
 }
 
 // Stats is a snapshot of the store. Counts begin at Open.

@@ -42,10 +42,13 @@ func cyclesOf(t testing.TB, request []byte) (out []int) {
 	return out
 }
 
-// mergeNumbered names the cycles of both and keeps the newer content.
-func mergeNumbered(older, newer []byte) ([]byte, error) {
+// mergeNumbered names the cycles of both and keeps the newer content. It says
+// that one point of each cycle but the newest is left beside its seven.
+func mergeNumbered(older, newer []byte) ([]byte, int, error) {
 	head, _, _ := bytes.Cut(older, []byte("\n"))
-	return append(append([]byte(nil), head...), newer...), nil
+	merged := append(append([]byte(nil), head...), newer...)
+	cycles, _, _ := bytes.Cut(merged, []byte("\n"))
+	return merged, 6 + len(bytes.Fields(cycles)), nil
 }
 
 // A random walk over all calls, with restarts, against what must hold: each
@@ -284,10 +287,13 @@ func TestThinningKeepsResolutionOfTheNewest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	next := 0
+	next, points := 0, int64(0)
 	var sizes []int
 	for _, e := range entries {
 		names := cyclesOf(t, e.Request)
+		if points += int64(e.Points); e.Points != 6+len(names) {
+			t.Errorf("entry of %d cycles has %d points", len(names), e.Points)
+		}
 		sizes = append(sizes, len(names))
 		for _, n := range names {
 			if n != next {
@@ -300,7 +306,7 @@ func TestThinningKeepsResolutionOfTheNewest(t *testing.T) {
 		}
 	}
 	st := s.Stats()
-	if next != cycles || st.Dropped != 0 || st.Thinned != int64(cycles-len(entries)) || st.ThinnedPoints != 7*st.Thinned {
+	if next != cycles || st.Dropped != 0 || st.Thinned != int64(cycles-len(entries)) || points+st.ThinnedPoints != 7*cycles {
 		t.Errorf("%d cycles of %d, %d entries, %+v", next, cycles, len(entries), st)
 	}
 	if sizes[0] < 2 || sizes[len(sizes)-1] != 1 {
@@ -314,7 +320,7 @@ func TestMergeThatFailsDropsInstead(t *testing.T) {
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
 	s := openTest(t, Config{
 		OutboxMaxBytes: 20 << 10, Now: func() time.Time { return now }, Logger: slog.New(slog.NewTextHandler(&log, nil)),
-		Merge: func(older, newer []byte) ([]byte, error) { return nil, errors.New("not a request") },
+		Merge: func(older, newer []byte) ([]byte, int, error) { return nil, 0, errors.New("not a request") },
 	})
 	for n := range 100 {
 		now = now.Add(time.Second)
@@ -445,5 +451,45 @@ func TestAckOfUnknown(t *testing.T) {
 	s.Close()
 	if err := s.Commit(t.Context(), Cycle{Time: time.Now()}); !errors.Is(err, ErrClosed) {
 		t.Errorf("commit after close: %v", err)
+	}
+}
+
+func TestBacklog(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	s := openTest(t, Config{Dir: dir, Now: clock})
+	backlog := func() Backlog {
+		r, err := OpenReader(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		b, err := r.Backlog(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	for n := range 5 {
+		commitNumbered(t, s, n+1)
+	}
+	st := s.Stats()
+	if got, want := backlog(), (Backlog{Requests: 5, Bytes: st.OutboxBytes, Oldest: numberedCycle(1).Time}); got.Requests != want.Requests || got.Bytes != want.Bytes || !got.Oldest.Equal(want.Oldest) {
+		t.Errorf("backlog %+v, want %+v", got, want)
+	}
+	entries, err := s.Next(t.Context(), 1<<20)
+	if err != nil || len(entries) != 5 {
+		t.Fatalf("%d entries, %v", len(entries), err)
+	}
+	if err := s.Ack(t.Context(), entries[1].ID); err != nil {
+		t.Fatal(err)
+	}
+	if got := backlog(); got.Requests != 3 || !got.Oldest.Equal(numberedCycle(3).Time) {
+		t.Errorf("after two deliveries: backlog %+v", got)
+	}
+	if err := s.Ack(t.Context(), entries[4].ID); err != nil {
+		t.Fatal(err)
+	}
+	if got := backlog(); got != (Backlog{}) {
+		t.Errorf("after all deliveries: backlog %+v", got)
 	}
 }

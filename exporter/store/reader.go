@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -335,4 +336,36 @@ func (r *Reader) Quarantined(ctx context.Context) ([]Quarantined, error) {
 		return nil, fmt.Errorf("list quarantine: %w", err)
 	}
 	return out, nil
+}
+
+// Backlog is the outbox as it stands in the file.
+type Backlog struct {
+	Requests int
+	Bytes    int64     // on disk, compressed
+	Oldest   time.Time // of the cycle of the oldest request; zero if there is none
+}
+
+// Backlog returns how much no server has taken yet. What an agent delivered
+// while its disk failed still counts until the next cycle is committed.
+func (r *Reader) Backlog(ctx context.Context) (Backlog, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var b Backlog
+	err := ctx.Err()
+	if err == nil {
+		var oldest sql.NullInt64
+		// A frame is part of the requests that need it; one is kept for the next
+		// request when there is none.
+		err = r.db.row(`SELECT count(*),
+			coalesce(sum(length(body)) + count(*) * ?1, 0) +
+			(SELECT coalesce(sum(length(body) + ?1), 0) FROM frame WHERE id IN (SELECT frame FROM outbox)),
+			(SELECT time FROM outbox ORDER BY id LIMIT 1) FROM outbox`, []any{rowOverhead}, &b.Requests, &b.Bytes, &oldest)
+		if oldest.Valid {
+			b.Oldest = fromNanos(oldest.Int64)
+		}
+	}
+	if err != nil {
+		return Backlog{}, fmt.Errorf("read backlog: %w", err)
+	}
+	return b, nil
 }

@@ -49,12 +49,12 @@ type Config struct {
 	SeriesMaxAge time.Duration // 0 = 30 days
 	// SeriesMax is how many series are kept; those seen longest ago go first.
 	SeriesMax int // 0 = 20,000
-	// Merge makes one request of two consecutive ones; it is used to thin an
-	// outbox that is full. It must not retain or change its arguments. It is
+	// Merge makes one request of two consecutive ones, and says how many points
+	// it has; it is used to thin an outbox that is full. It must not retain or change its arguments. It is
 	// called while the store is locked and must not call back. With nil the
 	// older request is dropped, which keeps the totals of cumulative series
 	// that are in both.
-	Merge func(older, newer []byte) ([]byte, error)
+	Merge func(older, newer []byte) (merged []byte, points int, err error)
 	// Logger is told when the store degrades and when it recovers, once each.
 	Logger *slog.Logger // nil = discard
 	// Now is the clock for bounds of age. nil = time.Now.
@@ -95,7 +95,8 @@ type Cycle struct {
 	// Ledger is the whole present state. The store keeps just this, within the
 	// bounds of Config, and writes what changed. Ledger.Time is not used.
 	Ledger Ledger
-	// Request is to be delivered; empty = nothing. At most 64 MiB.
+	// Request is to be delivered; empty = nothing. At most 64 MiB. It must not
+	// be changed any more: Next may return it as it is.
 	Request []byte
 	Points  int // in Request, for the statistics
 	Samples []Sample
@@ -217,6 +218,9 @@ func (s *Store) Commit(ctx context.Context, c Cycle) error {
 		return err
 	}
 	s.outbox.settled()
+	if len(c.Request) > 0 {
+		s.outbox.fresh = Entry{ID: s.outbox.lastID, Request: c.Request}
+	}
 	s.failures = 0
 	// The cycle is durable: what fails from here on is tried again next time.
 	if err := s.maintain(); err != nil {
@@ -305,7 +309,7 @@ func (s *Store) release() (err error) {
 		err = errors.Join(err, s.lock.Close())
 		s.lock = nil
 	}
-	s.outbox.reader.close()
+	s.outbox.reader.release()
 	return err
 }
 

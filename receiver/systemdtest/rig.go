@@ -32,9 +32,10 @@ var bootScript string
 const (
 	// bootTimeout ends a boot that hangs. A boot takes about a second; a loaded
 	// machine may need ten.
-	bootTimeout = time.Minute
-	trafficPath = "/usr/local/bin/traffic"
-	searchPath  = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	bootTimeout   = time.Minute
+	trafficPath   = "/usr/local/bin/traffic"
+	wallClockPath = "/usr/local/bin/wallclock"
+	searchPath    = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
 // Config says how to boot a Rig. The zero value boots the machine's own systemd,
@@ -130,7 +131,7 @@ func boot(ctx context.Context, cfg Config) (*Rig, error) {
 	var buildErr error
 	var builder sync.WaitGroup
 	if !cfg.NoTraffic {
-		builder.Go(func() { program, buildErr = buildTraffic(cfg.Dir) })
+		builder.Go(func() { program, buildErr = build(cfg.Dir, "traffic", trafficSource) })
 	}
 	if err = rig.awaitBus(ctx); err != nil {
 		log, _ := os.ReadFile(filepath.Join(cfg.Dir, "boot.log")) // a help only
