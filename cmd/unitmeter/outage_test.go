@@ -57,7 +57,8 @@ func newFleet(units, active int, begin time.Time) *fleet {
 			return attribute.NewSet(host, attribute.String("systemd.unit.name", name), attribute.String("network.io.direction", direction))
 		}
 		f.series = append(f.series, receiver.Series{
-			Name: name, Start: begin.Add(-time.Duration(1 + f.rand.Int64N(int64(30*24*time.Hour)))), Observed: true,
+			// Long before, also for a clock that is set back: a total cannot end before it begins.
+			Name: name, Start: begin.Add(-72*time.Hour - time.Duration(f.rand.Int64N(int64(30*24*time.Hour)))), Observed: true,
 			Total: receiver.Counters{
 				IngressBytes: f.rand.Uint64N(1e11), IngressPackets: f.rand.Uint64N(1e8),
 				EgressBytes: f.rand.Uint64N(1e11), EgressPackets: f.rand.Uint64N(1e8),
