@@ -71,7 +71,7 @@ func newLab(t *testing.T, r *recorder) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.serve(t, otlp)
+	serve(t, otlp, r)
 	if l.conn, err = dbus.Connect(l.SystemBus()); err != nil {
 		t.Fatalf("connect to the rig's bus: %v", err)
 	}

@@ -59,16 +59,22 @@ func newRecorder() *recorder {
 	return &recorder{series: map[string]*trail{}, gauges: map[string]int64{}}
 }
 
-// serve serves on l until the test ends. A recorder can serve several listeners.
-func (r *recorder) serve(t *testing.T, l net.Listener) {
+// serve has an OTLP receiver answer on l until the test ends. It can answer on
+// several listeners.
+func serve(tb testing.TB, l net.Listener, r colmetricpb.MetricsServiceServer) {
 	server := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 20))
 	colmetricpb.RegisterMetricsServiceServer(server, r)
+	serveUntilEnd(tb, l, server)
+}
+
+// serveUntilEnd has the server answer on l until the test ends.
+func serveUntilEnd(tb testing.TB, l net.Listener, server *grpc.Server) {
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(l) }()
-	t.Cleanup(func() {
+	tb.Cleanup(func() {
 		server.Stop()
 		if err := <-done; err != nil {
-			t.Errorf("the OTLP receiver: %v", err)
+			tb.Errorf("the OTLP receiver: %v", err)
 		}
 	})
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,7 +11,6 @@ import (
 	"time"
 
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
-	"google.golang.org/grpc"
 	_ "google.golang.org/grpc/encoding/gzip" // the server takes gzip, as a Collector does
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
@@ -70,7 +68,7 @@ func newSite(t *testing.T, collector string) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.serve(t, l)
+	serve(t, l, s.witness)
 	s.WriteFile(t, "/etc/otelcol/config.yaml", collector)
 	s.WriteFile(t, "/etc/systemd/system/collector.service", "[Unit]\nStartLimitIntervalSec=0\n[Service]\nRestart=always\nRestartSec=10ms\nExecStart="+
 		tool(t, "otelcol")+" --config=/etc/otelcol/config.yaml\n")
@@ -211,20 +209,6 @@ func newWitness() *witness { return &witness{series: map[string]*heard{}} }
 
 // pulse is a gauge that every cycle has just once.
 const pulse = "unitmeter.outbox.requests"
-
-// serve serves on l until the test ends.
-func (w *witness) serve(t *testing.T, l net.Listener) {
-	server := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 20))
-	colmetricpb.RegisterMetricsServiceServer(server, w)
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(l) }()
-	t.Cleanup(func() {
-		server.Stop()
-		if err := <-done; err != nil {
-			t.Errorf("the witness: %v", err)
-		}
-	})
-}
 
 // Export implements the OTLP service.
 func (w *witness) Export(_ context.Context, request *colmetricpb.ExportMetricsServiceRequest) (*colmetricpb.ExportMetricsServiceResponse, error) {

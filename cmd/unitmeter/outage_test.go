@@ -296,14 +296,7 @@ func (r *tape) serve(tb testing.TB, l net.Listener) {
 		}
 		return stream.SendMsg([]byte{}) // all accepted
 	}))
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(l) }()
-	tb.Cleanup(func() {
-		server.Stop()
-		if err := <-done; err != nil {
-			tb.Errorf("the OTLP receiver: %v", err)
-		}
-	})
+	serveUntilEnd(tb, l, server)
 }
 
 // take compares the points of one request, which may be of several cycles.
