@@ -51,8 +51,9 @@ type lab struct {
 	*systemdtest.Rig
 	*recorder
 	t     *testing.T
-	conn  *dbus.Conn // to the rig's system bus
-	agent agent      // as it was started last
+	conn  *dbus.Conn    // to the rig's system bus
+	agent agent         // as it was started last
+	clock time.Duration // by how much the agent's wall clock is off
 }
 
 // newLab boots a rig, from UNITMETER_TEST_ROOT or the host's own systemd, and
@@ -163,9 +164,10 @@ func (l *lab) arrives(d time.Duration, condition func() bool) bool {
 	end := time.Now().Add(d)
 	within(5*time.Minute, func() bool {
 		l.mu.Lock()
-		reached := l.reached
+		reached := l.reached.Add(-l.clock)
 		l.mu.Unlock()
-		return reached.After(end) || condition()
+		// A point that is yet to come is one from before the clock was set.
+		return reached.After(end) && reached.Before(time.Now().Add(time.Second)) || condition()
 	})
 	return condition()
 }

@@ -384,6 +384,7 @@ func stepped(id, title string) scenario {
 func (s *scene) setClock(off time.Duration) {
 	s.t.Helper()
 	s.in("echo $1 >$2.new && mv $2.new $2", strconv.Itoa(int(off.Seconds())), clockFile)
+	s.clock = off
 }
 
 // burst is 200 services of about 10 ms, each of which sends 100 kB over TCP.
