@@ -44,7 +44,7 @@ func TestRigEarlierBoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.journalctl = []string{"nsenter", "-t", strconv.Itoa(rig.PID()), "-m", "--", "journalctl"} // with -p it would fork
+	r.journalctl = []string{"nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "setpriv", "--pdeathsig", "KILL", "journalctl"}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = r.Run(ctx) }()
