@@ -60,13 +60,17 @@ func (r *Receiver) followJournal(ctx context.Context, since time.Time) {
 }
 
 // readJournal runs journalctl until it or ctx ends. Only PID 1's own records
-// count: anybody can log a message with that id.
+// count: anybody can log a message with that id. Those of an earlier boot are of
+// runs that nobody remembers, and the ledger may have them already; --follow
+// leaves them out by itself only in newer versions (not in systemd 247).
 func (r *Receiver) readJournal(ctx context.Context, since time.Time) error {
+	ctx, end := context.WithCancel(ctx)
+	defer end()
 	command := r.journalctl
 	if command == nil {
 		command = []string{"journalctl"}
 	}
-	args := append(command[1:len(command):len(command)], "--system", "--follow", "--quiet", "--output=json",
+	args := append(command[1:len(command):len(command)], "--system", "--follow", "--boot", "--quiet", "--output=json",
 		fmt.Sprintf("--since=@%d.%06d", since.Unix(), since.Nanosecond()/1000), "--no-tail", "MESSAGE_ID="+stopRecord, "_PID=1")
 	cmd := exec.CommandContext(ctx, command[0], args...)
 	var stderr bytes.Buffer
@@ -83,6 +87,7 @@ func (r *Receiver) readJournal(ctx context.Context, since time.Time) error {
 	for lines.Scan() {
 		r.takeRecord(lines.Bytes())
 	}
+	end() // it may still run if a line was too long, and wait for its reader
 	err = errors.Join(lines.Err(), cmd.Wait())
 	return fmt.Errorf("follow the journal: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
 }

@@ -154,3 +154,27 @@ func TestMadeUp(t *testing.T) {
 		}
 	}
 }
+
+// TestIdleFold: the total of a fold without members is known, so that its point
+// is of the sweep. One with the time of the last member would soon be older than
+// what a backend takes: Prometheus refuses the whole request for it.
+func TestIdleFold(t *testing.T) {
+	long := time.Now().Add(-3 * time.Hour)
+	const fold = "run-*.service"
+	r, err := New(Config{HostName: "host", State: State{Time: long, Series: []Series{
+		{Name: fold, Total: all(7), Start: long.Add(-time.Hour), Time: long},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Nobody knows of members that systemd could not be asked for.
+	now := time.Now()
+	s := r.snapshot(now, now, true)
+	if got, ok := s.seriesOf(fold); ok {
+		t.Errorf("a sweep that was cut short has the point %+v", got)
+	}
+	s = r.snapshot(now, now, false)
+	if got := want(t, s, fold, all(7)); !got.Time.Equal(now) || !got.Start.Equal(long.Add(-time.Hour)) {
+		t.Errorf("its point is at %v from %v, the sweep at %v", got.Time, got.Start, now)
+	}
+}

@@ -516,16 +516,21 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 	over, live := map[*series]bool{}, map[*series]bool{}
 	for _, run := range r.runs {
 		if run.closed.IsZero() {
-			live[run.series] = true
+			// One that ended long ago, of a unit that is still loaded, is not read.
+			live[run.series] = live[run.series] || run.ended.IsZero() || now.Sub(run.ended) <= lateTraffic
 		} else if now.Sub(run.closed) <= keepClosed {
 			over[run.series] = true
 		}
 	}
 	for i, s := range r.order {
-		// A fold is a sum that holds whether or not a member was read just now.
 		// The last point of a unit that has gone is repeated while its run is
 		// remembered, so that each of several readers gets it.
-		s.observed = s.observed || s.moved || s.shared && !s.time.IsZero() || over[s] && !live[s]
+		s.observed = s.observed || s.moved || over[s] && !live[s]
+		// The sum of a fold without members is known, and of now: Prometheus
+		// refuses a request with a point that is an hour old.
+		if !s.observed && s.shared && !live[s] && !partial && !s.time.IsZero() {
+			s.observed, s.time = true, now
+		}
 		// What comes late, from the journal or of a member of a fold, must not
 		// change a point that has been shown; and a delta needs an interval.
 		if s.moved && (!s.time.After(s.shown) || !s.time.After(s.start)) {
