@@ -11,16 +11,10 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 )
 
-// trimMemory has the garbage collector run when the heap is half as large again
-// as what is in use, not twice as large, so that a cycle of 1,000 units stays
-// below 64 MiB of resident memory also while a backlog is sent (BenchmarkOutage).
-// And it leaves two processors to the agent, since the runtime has caches and
+// trimMemory leaves two processors to the agent, since the runtime has caches and
 // workers for each: with one, the thread that waits for D-Bus would hold up all
-// others for some milliseconds. GOGC= and GOMAXPROCS= win.
+// others for some milliseconds. GOMAXPROCS= wins.
 func trimMemory() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
-	}
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
 	}
