@@ -283,12 +283,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			f.ended = nil
 		case units := <-f.ending.read:
 			for _, u := range units {
-				f.mu.Lock()
-				running := u.status.running() // started again, or about to be
-				f.mu.Unlock()
-				if !running {
-					f.release(u.name)
-				}
+				f.releaseEnded(u.name)
 			}
 		case call := <-f.places:
 			f.placed(call)
@@ -355,7 +350,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 	case managerInterface + ".UnitRemoved":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil {
 			delete(f.fresh, name)
-			f.unsuppress(name)
+			f.unloaded(name)
 			f.removed(name)
 		}
 	case managerInterface + ".Reloading":
@@ -599,6 +594,7 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	if u, ok := r.units[name]; ok {
 		next = u.status
 	}
+	ran := next.running()
 	r.mu.Unlock()
 	for property, value := range properties {
 		if err := next.change(property, value.Value()); err != nil {
@@ -611,6 +607,9 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	u := r.units[name]
 	unbegun := u != nil && u.run.unbegun
 	r.mu.Unlock()
+	if !ran && next.running() {
+		f.reference(name) // the one on the run before may just have gone, and no UnitNew comes
+	}
 	switch {
 	case u == nil:
 	case !next.running() || next.restarting():

@@ -53,6 +53,10 @@ ExecStop=`+rig.Traffic()+" udp-send "+sinkAddress+" -count 5\n")
 	for range 6 {
 		rig.Run(t, "systemctl", "start", "stoponly.service")
 		r.Sweep(t.Context())
+		// A unit that ends before PID 1 gets to the call is unloaded unread.
+		eventually(t, "the unit is referenced", func() bool {
+			return strings.TrimSpace(rig.Run(t, "systemctl", "show", "stoponly.service", "-p", "Refs", "--value")) != ""
+		})
 		rig.Run(t, "systemctl", "stop", "stoponly.service")
 		total += 5
 		s := sweepUntil(t, r, "the run is counted", func(s *Sweep) bool {
@@ -60,6 +64,9 @@ ExecStop=`+rig.Traffic()+" udp-send "+sinkAddress+" -count 5\n")
 			return got.Total.EgressPackets >= uint64(total)
 		})
 		want(t, s, "stoponly.service", sent(total))
+		eventually(t, "the unit is unloaded", func() bool {
+			return rig.Run(t, "systemctl", "list-units", "--all", "--no-legend", "stoponly.service") == ""
+		})
 	}
 }
 

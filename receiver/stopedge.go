@@ -110,10 +110,8 @@ func (f *follower) askReferences() {
 	for f.asked < maxAsked && len(f.wanted) > 0 {
 		name := f.wanted[0]
 		f.wanted = f.wanted[1:]
-		if _, ok := f.held[name]; ok { // else it has gone meanwhile
-			f.asked++
-			f.refs.Object(systemdName, managerPath).Go(managerInterface+".RefUnit", 0, f.refReplies, name)
-		}
+		f.asked++
+		f.refs.Object(systemdName, managerPath).Go(managerInterface+".RefUnit", 0, f.refReplies, name)
 	}
 }
 
@@ -127,16 +125,7 @@ func (f *follower) referenced(call *dbus.Call) {
 	}
 	if call.Err == nil {
 		f.held[name] = true
-		f.mu.Lock()
-		u := f.units[name]
-		over := u != nil && !u.status.running() && !u.run.unbegun
-		f.mu.Unlock()
-		switch {
-		case over:
-			f.release(name) // it ended before the reference came
-		case u == nil:
-			f.noteFresh(name) // it has yet to start, or has gone
-		}
+		f.releaseEnded(name) // it may have ended before the reference came
 		return
 	}
 	delete(f.held, name)
@@ -163,6 +152,21 @@ func (f *follower) release(name string) {
 	f.refs.Object(systemdName, managerPath).Go(managerInterface+".UnrefUnit", dbus.FlagNoReplyExpected, nil, name)
 }
 
+// releaseEnded gives the reference on a unit back, unless it runs or is about to:
+// what ended may have been the run before the one that is referenced.
+func (f *follower) releaseEnded(name string) {
+	f.mu.Lock()
+	u := f.units[name]
+	over := u != nil && !u.status.running() && !u.run.unbegun
+	f.mu.Unlock()
+	switch {
+	case over:
+		f.release(name)
+	case u == nil && f.held[name]:
+		f.noteFresh(name) // it has yet to start, or has gone
+	}
+}
+
 // releaseAbsent gives back the references on names that are not among the loaded
 // ones.
 func (f *follower) releaseAbsent(names, loaded []string) {
@@ -173,10 +177,16 @@ func (f *follower) releaseAbsent(names, loaded []string) {
 	}
 }
 
-// unsuppress forgets a name that systemd has unloaded.
-func (f *follower) unsuppress(name string) {
+// unloaded takes that systemd has unloaded a name. PID 1 counts references: while
+// a call is under way, another would leave one too many, for good.
+func (f *follower) unloaded(name string) {
 	delete(f.suppressed, name)
-	delete(f.held, name)
+	if i := slices.Index(f.wanted, name); i >= 0 {
+		f.wanted = slices.Delete(f.wanted, i, i+1)
+		delete(f.held, name)
+	} else if f.held[name] {
+		f.noteFresh(name) // it came after all, and has loaded the name again
+	}
 }
 
 // ending is the reading of units that have ended. It has a goroutine of its
