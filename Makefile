@@ -2,6 +2,7 @@
 # .ci/tools builds or installs.
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+BINARY ?= bin/unitmeter
 TESTFLAGS ?=
 PKG ?= ./...
 
@@ -14,7 +15,7 @@ TESTENV = $(if $(CAN_RUN_ALL),UNITMETER_TEST_NO_SKIP=1)
 .PHONY: build test demo lint fmt bench conformance test-matrix tools clean help
 
 build: ## build bin/unitmeter, a static binary
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)' -o bin/unitmeter ./cmd/unitmeter
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)' -o $(BINARY) ./cmd/unitmeter
 
 # The race detector needs cgo. `make lint` has vetted already. The timeout is for
 # each package.

@@ -11,6 +11,7 @@ import (
 
 // capture receives a request that an official exporter was about to send.
 type capture struct {
+	bulk    bulk // to be put into the request
 	request []byte
 	target  string // where it would have gone, for logs; without secrets
 	// wire makes the wire that sends as the exporter would have done.
@@ -25,13 +26,13 @@ func captureFrom(ctx context.Context) *capture {
 }
 
 // encode has the official exporter build the request for rm, and stops it before
-// the network. The error may come with a request: some metrics could not be
+// the network. It takes the points of the unit instruments out of rm. The error may come with a request: some metrics could not be
 // encoded, and the request has the others.
 func encode(ctx context.Context, official sdkmetric.Exporter, rm *metricdata.ResourceMetrics) (*capture, error) {
 	// The exporter gives up on a context that has ended, though there is
 	// nothing to wait for: a cycle that was collected must not be lost so late.
 	ctx = context.WithoutCancel(ctx)
-	c := &capture{}
+	c := &capture{bulk: takeBulk(rm)}
 	err := official.Export(context.WithValue(ctx, captureKey{}, c), rm)
 	if err == nil && c.wire == nil {
 		err = errors.New("the official exporter sent nothing")

@@ -3,8 +3,9 @@
 //
 // It has no network code of its own for OTLP's details: the official exporters
 // (otlpmetricgrpc, otlpmetrichttp) encode each request and own the connection,
-// with the endpoint, headers, TLS and compression of OTEL_EXPORTER_OTLP_*. The
-// package stops the finished request on its way out, so that it can be made
+// with the endpoint, headers, TLS and compression of OTEL_EXPORTER_OTLP_*. Only
+// the points of the unit instruments, thousands in each cycle, it encodes itself.
+// The package stops the finished request on its way out, so that it can be made
 // durable first and be sent again, byte for byte, for as long as it takes.
 //
 // # Glossary

@@ -18,11 +18,10 @@ type Durable struct {
 	store *store.Store
 	state receiver.State // as it was at the start
 
-	// Of the last commit, for the samples of the next one. Only Commit uses
-	// them.
-	ledger store.Ledger
-	at     time.Time
-	last   map[string]reading
+	// Of the last commit, for the next one. Only Commit uses them.
+	now  receiver.State
+	at   time.Time
+	last map[string]reading
 }
 
 // reading is the end of the last history sample of a series.
@@ -41,7 +40,7 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 		return nil, fmt.Errorf("restore the totals of all units: %w", err)
 	}
 	d := &Durable{
-		store: s, state: receiver.State{Time: ledger.Time}, ledger: ledger, at: ledger.Time,
+		store: s, state: receiver.State{Time: ledger.Time}, at: ledger.Time,
 		last: make(map[string]reading, len(ledger.Series)),
 	}
 	for _, row := range ledger.Series {
@@ -55,6 +54,7 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 			Last: counters(row.Last), Time: row.Seen,
 		})
 	}
+	d.now = d.state
 	return d, nil
 }
 
@@ -64,19 +64,20 @@ func (d *Durable) State() receiver.State { return d.state }
 
 // Commit implements Outbox.
 func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
-	c := store.Cycle{Time: time.Now(), Ledger: d.ledger, Request: cycle.Request, Points: cycle.Points}
+	now := d.now
+	c := store.Cycle{Time: time.Now(), Request: cycle.Request, Points: cycle.Points}
 	if cycle.Sweep != nil {
-		c.Time = cycle.Sweep.Time
-		c.Ledger = ledgerOf(cycle.Sweep.State)
+		now, c.Time = cycle.Sweep.State, cycle.Sweep.Time
 		c.Samples = d.samples(cycle.Sweep.State.Series)
 	}
+	c.Ledger = ledgerOf(now)
 	if err := d.store.Commit(ctx, c); err != nil {
 		return err
 	}
 	if cycle.Sweep == nil {
 		return nil
 	}
-	d.ledger, d.at = c.Ledger, c.Time
+	d.now, d.at = now, c.Time
 	for _, s := range cycle.Sweep.State.Series {
 		if s.Observed {
 			d.last[s.Name] = reading{s.Total, s.Time}

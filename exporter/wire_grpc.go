@@ -70,11 +70,11 @@ func captureUnary(ctx context.Context, method string, req, reply any, cc *grpc.C
 	if c == nil {
 		return invoke(ctx, method, req, reply, cc, opts...)
 	}
-	m, ok := req.(proto.Message)
+	m, ok := req.(*colmetricpb.ExportMetricsServiceRequest)
 	if !ok {
-		return fmt.Errorf("capture request: %T is no protobuf message", req)
+		return fmt.Errorf("capture request: %T is no metrics", req)
 	}
-	body, err := proto.Marshal(m)
+	body, err := c.bulk.complete(m)
 	if err != nil {
 		return fmt.Errorf("capture request: %w", err)
 	}

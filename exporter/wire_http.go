@@ -85,6 +85,13 @@ func (t captureTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, fmt.Errorf("capture request: %w", err)
 	}
+	var m colmetricpb.ExportMetricsServiceRequest
+	if err := proto.Unmarshal(body, &m); err != nil {
+		return nil, fmt.Errorf("capture request: %w", err)
+	}
+	if body, err = c.bulk.complete(&m); err != nil {
+		return nil, fmt.Errorf("capture request: %w", err)
+	}
 	target, header := *req.URL, req.Header.Clone()
 	c.request = body
 	c.target = target.Redacted()

@@ -41,8 +41,7 @@ trap 'rm -rf "$stage"' EXIT
 # -n: no name and no time in the header.
 pack() { gzip -9nc >"$stage/$1"; }
 
-GOOS=linux GOARCH=$arch GOARM=7 CGO_ENABLED=0 GOFLAGS=-mod=readonly \
-  go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$version" -o "$stage/unitmeter" ./cmd/unitmeter
+GOOS=linux GOARCH=$arch GOARM=7 GOFLAGS=-mod=readonly make -s build BINARY="$stage/unitmeter"
 
 cp -r packaging/{unitmeter.service,unitmeter.sysusers,unitmeter.env,completion,examples,scripts,copyright,nfpm.yaml} "$stage/"
 pack unitmeter.8.gz <packaging/unitmeter.8

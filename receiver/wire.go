@@ -37,8 +37,9 @@ const (
 	// maxMessage bounds one incoming message. ListUnits answers with about
 	// 250 bytes for each unit; the D-Bus specification allows 128 MiB.
 	maxMessage = 64 << 20
-	// keepBuffer is the largest message buffer kept between messages.
-	keepBuffer = 256 << 10
+	// keepBuffer is the largest message buffer kept between messages. Only a list
+	// of units needs a larger one.
+	keepBuffer = 64 << 10
 )
 
 // wire is one D-Bus connection that two users share. godbus speaks through

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
@@ -60,16 +59,6 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		if err != nil || !again {
 			return err
 		}
-	}
-}
-
-// trimMemory has the garbage collector run when the heap is half as large again
-// as what is in use, not twice as large. Little is in use, so that it costs next
-// to no time, and a cycle of 1,000 units then stays below 64 MiB of resident
-// memory also while a backlog is sent (BenchmarkOutage). GOGC= wins.
-func trimMemory() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
 	}
 }
 
@@ -203,7 +192,7 @@ func (o *outputs) readers(cfg config.Config) []sdkmetric.Option {
 		return sdkmetric.WithReader(sdkmetric.NewPeriodicReader(e,
 			sdkmetric.WithInterval(cfg.Interval), sdkmetric.WithTimeout(cfg.ExportTimeout)))
 	}
-	options := []sdkmetric.Option{periodic(o.main)}
+	options := []sdkmetric.Option{periodic(&frugal{Exporter: o.main})}
 	if o.console != nil {
 		options = append(options, periodic(o.console))
 	}

@@ -46,7 +46,9 @@ func (w *frameWriter) encode(request []byte, nextID int64) (encoded, error) {
 			return encoded{body: body, frame: w.id}, nil
 		}
 	}
-	dict, err := newEncoder(zstd.WithEncoderDictRaw(uint32(nextID), request))
+	// What a request repeats lies as far back as the frame is long, and a little
+	// more where units have come since. With many more, it fits badly anyway.
+	dict, err := newEncoder(len(request)+len(request)/64, zstd.WithEncoderDictRaw(uint32(nextID), request))
 	if err != nil {
 		return encoded{}, fmt.Errorf("make encoder: %w", err)
 	}

@@ -186,6 +186,7 @@ func (o *outbox) remove(db *database, from, to int64) (cycles, points int64, err
 	if o.entries == 0 {
 		o.limit, o.cursor = 0, 0
 		o.reader.release()
+		o.thin.forget()
 	}
 	if o.fresh.ID <= to {
 		o.fresh = Entry{}
