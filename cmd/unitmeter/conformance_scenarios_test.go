@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -34,12 +35,12 @@ func conformance() []group {
 		},
 		{
 			name:      "short as root",
-			scenarios: []scenario{burst("ten", "200 services of 10 ms with 100 kB each, agent as root", func(s *scene) { s.exact(receiver.Counters{}) }), churn, unnamed, sameName},
+			scenarios: []scenario{burst("ten", "200 services of 10 ms with 100 kB each, agent as root", wholly), churn, unnamed, sameName},
 		},
 		{
 			name:      "short with the journal",
 			agent:     agent{properties: []string{"User=nobody", "SupplementaryGroups=systemd-journal"}},
-			scenarios: []scenario{burst("journal", "200 services of 10 ms with 100 kB each, agent as `nobody` in the group `systemd-journal`", func(s *scene) { s.exact(receiver.Counters{}) })},
+			scenarios: []scenario{burst("journal", "200 services of 10 ms with 100 kB each, agent as `nobody` in the group `systemd-journal`", wholly)},
 		},
 		{
 			name:      "short with nothing",
@@ -387,6 +388,10 @@ func (s *scene) setClock(off time.Duration) {
 	s.clock = off
 }
 
+// stopRecord is the MESSAGE_ID of what PID 1 logs of the resources that a unit used
+// (SD_MESSAGE_UNIT_RESOURCES).
+const stopRecord = "ae8f7b866b0347b9af31fe1c80b127c0"
+
 // burst is 200 services of about 10 ms, each of which sends 100 kB over TCP.
 func burst(id, title string, check func(*scene)) scenario {
 	return scenario{
@@ -406,6 +411,46 @@ func burst(id, title string, check func(*scene)) scenario {
 			}
 		},
 	}
+}
+
+// wholly wants each byte of the slice in a series of its units. On a loaded machine
+// systemd 252 has left out a whole run in the counters of the slice, though not in
+// those of the unit: then the sum of what it recorded of the units is the truth.
+func wholly(s *scene) {
+	s.t.Helper()
+	slice, units := s.sliceCounted(), s.recorded()
+	if units.EgressBytes <= slice.EgressBytes {
+		s.exact(receiver.Counters{})
+		return
+	}
+	s.equal(units, s.receivedNow)
+	s.note("systemd's own counter of the slice has %d B less than its units", units.EgressBytes-slice.EgressBytes)
+}
+
+// recorded returns the sum of PID 1's records of the scenario's units that ended.
+func (s *scene) recorded() (sum receiver.Counters) {
+	s.t.Helper()
+	for line := range strings.Lines(s.in("journalctl --no-pager -o json _PID=1 MESSAGE_ID=" + stopRecord)) {
+		var record map[string]any
+		if err := json.Unmarshal([]byte(line), &record); err != nil {
+			s.t.Fatalf("%v: %s", err, line)
+		}
+		if unit, _ := record["UNIT"].(string); !s.mine(unit) {
+			continue
+		}
+		for field, to := range map[string]*uint64{
+			"IP_METRIC_INGRESS_BYTES": &sum.IngressBytes, "IP_METRIC_INGRESS_PACKETS": &sum.IngressPackets,
+			"IP_METRIC_EGRESS_BYTES": &sum.EgressBytes, "IP_METRIC_EGRESS_PACKETS": &sum.EgressPackets,
+		} {
+			text, _ := record[field].(string)
+			n, err := strconv.ParseUint(text, 10, 64)
+			if err != nil {
+				s.t.Fatalf("%s: %v: %s", field, err, line)
+			}
+			*to += n
+		}
+	}
+	return sum
 }
 
 // partly wants each byte of the slice in a series of its units or in
