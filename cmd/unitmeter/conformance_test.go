@@ -303,7 +303,8 @@ the systemd of another root tree. Needs root on Linux with cgroup v2.
 
 - "accounted" is what ` + "`systemctl show`" + ` says of the scenario's own slice, which holds
   all of its units, those that are gone included; where systemd itself loses
-  traffic (reload, re-execution), it is what ` + "`systemctl show`" + ` says of the unit.
+  traffic (reload, re-execution), it is what ` + "`systemctl show`" + ` says of the unit, and
+  where its counter of the slice left out short runs, the sum of its records of them.
 - "exact" means that the difference is 0, that it stayed so, and that no point of
   any series broke the rules: no total fell, no start moved, no delta was negative
   or overlapped with another. Where the truth is the slice's, nothing was in
