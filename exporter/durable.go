@@ -49,6 +49,10 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 		d.last[row.Key] = reading{total, row.Seen}
 	}
 	for _, row := range ledger.Runs {
+		if row.Key == journalKey {
+			d.state.Journal = receiver.Position{Cursor: row.Epoch, Boot: row.Boot}
+			continue
+		}
 		d.state.Runs = append(d.state.Runs, receiver.Run{
 			Unit: strings.TrimSuffix(row.Key, " "+row.Epoch), Series: row.Series, Epoch: row.Epoch, Boot: row.Boot,
 			Last: counters(row.Last), Time: row.Seen,
@@ -176,11 +180,15 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 	return nil
 }
 
+// journalKey is the row of the position in the journal. No run has it: theirs
+// have a space.
+const journalKey = "journal"
+
 func ledgerOf(state receiver.State) store.Ledger {
 	ledger := store.Ledger{
 		Time:   state.Time,
 		Series: make([]store.Series, len(state.Series)),
-		Runs:   make([]store.Run, len(state.Runs)),
+		Runs:   make([]store.Run, len(state.Runs), len(state.Runs)+1),
 	}
 	for i, s := range state.Series {
 		ledger.Series[i] = store.Series{Key: s.Name, Total: array(s.Total), Start: s.Start, Seen: s.Time}
@@ -189,6 +197,9 @@ func ledgerOf(state receiver.State) store.Ledger {
 		// Units without an invocation id share an epoch, the boot; and two runs
 		// of one unit may be in the ledger at the same time.
 		ledger.Runs[i] = store.Run{Key: r.Unit + " " + r.Epoch, Series: r.Series, Epoch: r.Epoch, Boot: r.Boot, Last: array(r.Last), Seen: r.Time}
+	}
+	if at := state.Journal; at != (receiver.Position{}) {
+		ledger.Runs = append(ledger.Runs, store.Run{Key: journalKey, Epoch: at.Cursor, Boot: at.Boot})
 	}
 	return ledger
 }

@@ -46,6 +46,7 @@ func TestDurableKeepsTheLedger(t *testing.T) {
 			{Unit: "system.slice", Series: "system.slice", Epoch: "b", Boot: "b", Time: at(97)},
 			{Unit: `odd-\x20name.mount`, Series: "", Epoch: "", Boot: "b", Time: at(97)},
 		},
+		Journal: receiver.Position{Cursor: "s=1;i=2;b=3", Boot: "b"},
 	}
 	s, d := openStore(t, dir)
 	if got := d.State(); len(got.Series)+len(got.Runs) > 0 || !got.Time.IsZero() {
@@ -85,6 +86,9 @@ func TestDurableKeepsTheLedger(t *testing.T) {
 	}
 	if len(got.Series) != len(want.Series) || len(got.Runs) != len(want.Runs) {
 		t.Errorf("%d series and %d runs came back", len(got.Series), len(got.Runs))
+	}
+	if got.Journal != want.Journal {
+		t.Errorf("the position in the journal came back as %+v", got.Journal)
 	}
 }
 

@@ -78,12 +78,14 @@ const (
 
 // run is one invocation of a unit.
 type run struct {
-	unit   string
-	epoch  string // invocation id; the boot id for units that have none
-	path   string
-	series *series   // nil before the first reading, and for hidden units
-	slice  string    // "" while not known
-	start  time.Time // when systemd began to count, as of the first reading
+	unit  string
+	epoch string // invocation id; the boot id for units that have none
+	// earlier is the id of the boot that the run was of, if not of this one.
+	earlier string
+	path    string
+	series  *series   // nil before the first reading, and for hidden units
+	slice   string    // "" while not known
+	start   time.Time // when systemd began to count, as of the first reading
 	odometer
 	// quiet says that the packet counters stood still over the last full
 	// reading: then the bytes need no reading until a packet counter moves.

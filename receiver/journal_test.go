@@ -3,58 +3,281 @@ package receiver
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
-// TestRigEarlierBoot: the stop records of an earlier boot are of runs that the
-// ledger may have counted already, and that no Receiver remembers.
-func TestRigEarlierBoot(t *testing.T) {
-	rig := theRig(t)
-	sink(t, rig)
-	const path = "/proc/sys/kernel/random/boot_id"
+const (
+	bootIDPath    = "/proc/sys/kernel/random/boot_id"
+	earlierBootID = "11111111-2222-4333-8444-555555555555"
+)
+
+// earlierBoot has the rig's journald take what f logs for an earlier boot's.
+func earlierBoot(t *testing.T, rig *systemdtest.Rig, f func()) {
+	t.Helper()
 	restart := func() {
 		rig.Run(t, "journalctl", "--sync")
 		rig.Run(t, "systemctl", "reset-failed", "systemd-journald.service")
 		rig.Run(t, "systemctl", "restart", "systemd-journald.service")
 	}
-	run := func(unit string) {
-		rig.Run(t, "systemd-run", "--wait", "--unit="+unit, "-p", "IPAccounting=yes", rig.Traffic(), "udp-send", sinkAddress, "-count", "5")
-		rig.Run(t, "journalctl", "--sync")
-	}
-	rig.WriteFile(t, "/etc/earlier-boot", "11111111-2222-4333-8444-555555555555\n")
-	before := time.Now()
-	rig.Run(t, "mount", "--bind", "/etc/earlier-boot", path)
+	rig.WriteFile(t, "/etc/earlier-boot", earlierBootID+"\n")
+	rig.Run(t, "mount", "--bind", "/etc/earlier-boot", bootIDPath)
 	restart()
-	run("earlier-boot")
-	rig.Run(t, "umount", path)
+	f()
+	rig.Run(t, "umount", bootIDPath)
 	restart()
-	run("this-boot")
-	if log := rig.Run(t, "journalctl", "-o", "export", "UNIT=earlier-boot.service", "MESSAGE_ID="+stopRecord); !strings.Contains(log, "_BOOT_ID=11111111222243338444555555555555") {
-		t.Fatalf("the journal has no record of the earlier boot:\n%s", log)
-	}
+}
 
-	r, err := New(Config{
-		Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), HostName: "host", StopEdge: "journal", Include: []string{"*-boot.service"},
-		State: State{Time: before, Series: []Series{{Name: "earlier-boot.service", Total: sent(5), Start: before, Time: before}}},
-	})
+// sends runs a unit that sends 5 datagrams and ends. The journal has its record.
+func sends(t *testing.T, rig *systemdtest.Rig, unit string) {
+	t.Helper()
+	rig.Run(t, "systemd-run", "--wait", "--unit="+unit, "-p", "IPAccounting=yes", rig.Traffic(), "udp-send", sinkAddress, "-count", "5")
+	rig.Run(t, "journalctl", "--sync")
+}
+
+// journaled runs a receiver with the rig's journal until stop is called.
+func journaled(t *testing.T, rig *systemdtest.Rig, cfg Config, wrapper ...string) (r *Receiver, stop func()) {
+	t.Helper()
+	cfg.Bus, cfg.SystemBus, cfg.HostName, cfg.StopEdge = rig.SystemBus(), rig.SystemBus(), "host", "journal"
+	l := &logs{}
+	cfg.Logger = newLogger(l)
+	r, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.journalctl = []string{"nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "setpriv", "--pdeathsig", "KILL", "journalctl"}
+	r.journalctl = append(wrapper, "nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "journalctl")
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = r.Run(ctx) }()
-	defer func() { cancel(); <-done }()
-	s := sweepUntil(t, r, "the later record is read", func(s *Sweep) bool {
-		got, _ := s.seriesOf("this-boot.service")
-		return got.Total == sent(5)
+	stop = func() { cancel(); <-done }
+	t.Cleanup(func() {
+		stop()
+		if t.Failed() {
+			t.Logf("the receiver logged:\n%s", l)
+		}
 	})
-	if got, _ := s.seriesOf("earlier-boot.service"); got.Total != sent(5) {
-		t.Errorf("it counted the earlier boot again: %+v", got.Total)
+	eventually(t, "the journal is read", func() bool { return r.position() != Position{} })
+	return r, stop
+}
+
+// readTo runs a unit and waits until the receiver has its record, and so all
+// before it. It returns a sweep after that.
+func readTo(t *testing.T, rig *systemdtest.Rig, r *Receiver, unit string) *Sweep {
+	t.Helper()
+	sends(t, rig, unit)
+	last := parseRecord(t, rig.Run(t, "journalctl", "--system", "--lines=1", "--output=json", "MESSAGE_ID="+stopRecord, "_PID=1"))
+	if last.Unit != unit+".service" {
+		t.Fatalf("the last record is of %q", last.Unit)
+	}
+	eventually(t, "the record of "+unit+" is read", func() bool { return r.position().Cursor == last.Cursor })
+	return r.Sweep(t.Context())
+}
+
+// TestRigEarlierBoot: what a unit sent between the last sweep and the shutdown is
+// in the journal of that boot only, and is counted once however often and
+// wherever the agent is killed after it.
+func TestRigEarlierBoot(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	include := []string{"*-boot.service"}
+	var state State
+	earlierBoot(t, rig, func() {
+		sends(t, rig, "before-boot") // before the agent: nobody's
+		talker(t, rig, "tail-boot.service")
+		talk(t, rig, "tail-boot.service", 5)
+		r, stop := journaled(t, rig, Config{BootID: earlierBootID, Include: include})
+		want(t, readTo(t, rig, r, "early-boot"), "tail-boot.service", sent(5))
+		state = r.Sweep(t.Context()).State
+		stop()
+		talk(t, rig, "tail-boot.service", 3)
+		rig.Run(t, "systemctl", "stop", "tail-boot.service")
+		sends(t, rig, "unseen-boot")
+	})
+	check := func(s *Sweep) {
+		t.Helper()
+		for unit, total := range map[string]Counters{
+			"early-boot": sent(5), "tail-boot": sent(8), "unseen-boot": sent(5),
+		} {
+			got, _ := s.seriesOf(unit + ".service")
+			if got.Total != total {
+				t.Errorf("%s has %+v, want %+v", unit, got.Total, total)
+			}
+			if got.Time.After(s.Time) || !got.Time.After(got.Start) {
+				t.Errorf("%s has a point at %v from %v", unit, got.Time, got.Start)
+			}
+		}
+		if got, ok := s.seriesOf("before-boot.service"); ok {
+			t.Errorf("a unit that ended before the first agent has %+v", got.Total)
+		}
+	}
+	var states []State
+	for i, unit := range []string{"killed-boot", "again-boot"} { // the first leaves no state
+		r, stop := journaled(t, rig, Config{Include: include, State: state})
+		s := readTo(t, rig, r, unit)
+		check(s)
+		if h := r.healthNow(); h.badRecords != 0 || h.missed != 0 {
+			t.Errorf("try %d: %+v", i, h)
+		}
+		states = append(states, s.State)
+		stop()
+	}
+	for i, unit := range []string{"third-boot", "fourth-boot"} {
+		r, stop := journaled(t, rig, Config{Include: include, State: states[i]})
+		check(r.Sweep(t.Context()))
+		s := readTo(t, rig, r, unit)
+		check(s)
+		if got, _ := s.seriesOf("killed-boot.service"); got.Total != sent(5) {
+			t.Errorf("a unit of this boot has %+v", got.Total)
+		}
+		stop()
+	}
+}
+
+// TestEarlierBootInParts: an agent that is killed while it takes the records of an
+// earlier boot knows afterwards which it has taken, and what it had of the others.
+func TestEarlierBootInParts(t *testing.T) {
+	began := time.Now().Add(-time.Hour)
+	earlier := strings.ReplaceAll(earlierBootID, "-", "")
+	a, b := strings.Repeat("a", 32), strings.Repeat("b", 32)
+	state := State{
+		Time: began, Journal: Position{"c0", earlier},
+		Series: []Series{
+			{Name: "a.service", Total: all(5), Start: began.Add(-time.Hour), Time: began},
+			{Name: "b.service", Total: all(50), Start: began.Add(-time.Hour), Time: began},
+		},
+		Runs: []Run{
+			{Unit: "a.service", Series: "a.service", Epoch: a, Boot: earlierBootID, Last: all(5), Time: began},
+			{Unit: "b.service", Series: "b.service", Epoch: b, Boot: earlierBootID, Last: all(50), Time: began},
+			{Unit: "init.scope", Series: "init.scope", Epoch: earlierBootID, Boot: earlierBootID, Last: all(5), Time: began},
+		},
+	}
+	recordOf := func(cursor, unit, invocation, value string) record {
+		return record{
+			Cursor: cursor, Boot: earlier, Unit: unit, Invocation: invocation,
+			Realtime:     strconv.FormatInt(began.Add(time.Second).UnixMicro(), 10),
+			IngressBytes: value, IngressPackets: value, EgressBytes: value, EgressPackets: value,
+		}
+	}
+	records := []record{
+		recordOf("c0", "z.service", strings.Repeat("f", 32), "9"), // taken before
+		recordOf("c1", "a.service", a, "7"), recordOf("c2", "b.service", b, "60"),
+	}
+	for killedAfter := range records {
+		r, err := New(Config{HostName: "host", State: state})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, rec := range records[:killedAfter+1] {
+			r.takeRecord(rec)
+		}
+		now := time.Now()
+		between := r.snapshot(now, now, false)
+		if r, err = New(Config{HostName: "host", State: between.State}); err != nil {
+			t.Fatal(err)
+		}
+		for _, rec := range records[killedAfter:] { // journalctl begins with the one of the cursor
+			r.takeRecord(rec)
+		}
+		now = time.Now()
+		s := r.snapshot(now, now, false)
+		if got := totals(s.State); len(got) != 2 || got["a.service"] != all(7) || got["b.service"] != all(60) {
+			t.Errorf("killed after %d: %+v", killedAfter, got)
+		}
+		for _, point := range append(between.State.Series, s.State.Series...) {
+			if point.Observed && now.Sub(point.Time) > lateRecord {
+				t.Errorf("killed after %d: the point of %s is at %v; backends refuse what is old", killedAfter, point.Name, point.Time)
+			}
+		}
+	}
+}
+
+// TestRigJournalctlKilled: the records that journalctl had not printed when it
+// died are printed by the next one.
+func TestRigJournalctlKilled(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	pidFile := filepath.Join(t.TempDir(), "pid")
+	r, _ := journaled(t, rig, Config{Include: []string{"*-killed.service"}}, "sh", "-c", `echo $$ >"$0" && exec "$@"`, pidFile)
+	want(t, readTo(t, rig, r, "first-killed"), "first-killed.service", sent(5))
+	text, err := os.ReadFile(pidFile)
+	pid, err2 := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err = errors.Join(err, err2, syscall.Kill(-pid, syscall.SIGSTOP)); err != nil {
+		t.Fatal(err)
+	}
+	sends(t, rig, "second-killed")
+	if err := syscall.Kill(-pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s := readTo(t, rig, r, "third-killed")
+	for _, unit := range []string{"first-killed", "second-killed"} {
+		if got, _ := s.seriesOf(unit + ".service"); got.Total != sent(5) {
+			t.Errorf("%s has %+v", unit, got.Total)
+		}
+	}
+}
+
+// TestRigClockSetBack: the records of a clock that is behind the one of the state
+// are taken, and those of before are not taken again.
+func TestRigClockSetBack(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	include := []string{"*-back.service"}
+	r, stop := journaled(t, rig, Config{Include: include})
+	state := readTo(t, rig, r, "before-back").State
+	stop()
+	sends(t, rig, "away-back")
+	state.Time = state.Time.Add(time.Hour)
+	for i := range state.Series {
+		state.Series[i].Time = state.Series[i].Time.Add(time.Hour)
+	}
+	state.Runs = nil // those before have been forgotten meanwhile
+	again, _ := journaled(t, rig, Config{Include: include, State: state})
+	s := readTo(t, rig, again, "after-back")
+	for _, unit := range []string{"before-back", "away-back"} {
+		if got, _ := s.seriesOf(unit + ".service"); got.Total != sent(5) {
+			t.Errorf("%s has %+v", unit, got.Total)
+		}
+	}
+}
+
+// TestRigLostCursor: where the record of the position has been vacuumed, all that
+// the journal has of later is taken.
+func TestRigLostCursor(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	include := []string{"*-vacuumed.service"}
+	var state State
+	earlierBoot(t, rig, func() {
+		r, stop := journaled(t, rig, Config{BootID: earlierBootID, Include: include})
+		state = readTo(t, rig, r, "old-vacuumed").State
+		stop()
+	})
+	sends(t, rig, "first-vacuumed")
+	for _, file := range []string{"s=" + strings.Repeat("1", 32), ""} {
+		// As from a journal that is gone; one that was never there has no cursor.
+		state := state
+		if _, rest, ok := strings.Cut(state.Journal.Cursor, ";"); ok && file != "" {
+			state.Journal.Cursor = file + ";" + strings.Replace(rest, "b="+state.Journal.Boot, "b="+strings.Repeat("2", 32), 1)
+			state.Journal.Boot = strings.Repeat("2", 32)
+		}
+		r, stop := journaled(t, rig, Config{Include: include, State: state})
+		s := sweepUntil(t, r, "the record is read", func(s *Sweep) bool {
+			got, _ := s.seriesOf("first-vacuumed.service")
+			return got.Total == sent(5)
+		})
+		if got, _ := s.seriesOf("old-vacuumed.service"); got.Total != sent(5) {
+			t.Errorf("what was taken before is taken again: %+v", got.Total)
+		}
+		stop()
 	}
 }
 
@@ -68,7 +291,16 @@ func TestLongRecord(t *testing.T) {
 	r.journalctl = []string{"sh", "-c", "exec tr '\\0' x </dev/zero"}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := r.readJournal(ctx, time.Now()); !errors.Is(err, bufio.ErrTooLong) || ctx.Err() != nil {
+	if err := r.readJournal(ctx); !errors.Is(err, bufio.ErrTooLong) || ctx.Err() != nil {
 		t.Errorf("it returned %v; context: %v", err, ctx.Err())
 	}
+}
+
+// parseRecord is a line of journalctl.
+func parseRecord(t *testing.T, line string) (rec record) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(line), &rec); err != nil {
+		t.Fatal(err)
+	}
+	return rec
 }

@@ -80,7 +80,7 @@ func TestLateGrowth(t *testing.T) {
 	ended := time.Now().Add(-time.Second)
 	recorded := func(i int) {
 		t.Helper()
-		r.takeRecord([]byte(fmt.Sprintf(`{"UNIT":"a.service","INVOCATION_ID":"%032d","__REALTIME_TIMESTAMP":"%d","IP_METRIC_EGRESS_BYTES":"128","IP_METRIC_EGRESS_PACKETS":"1"}`, i, ended.UnixMicro())))
+		r.takeRecord(parseRecord(t, fmt.Sprintf(`{"__CURSOR":"c%d","UNIT":"a.service","INVOCATION_ID":"%032d","__REALTIME_TIMESTAMP":"%d","IP_METRIC_EGRESS_BYTES":"128","IP_METRIC_EGRESS_PACKETS":"1"}`, i, i, ended.UnixMicro())))
 	}
 	var before Series
 	for i := range 4 {

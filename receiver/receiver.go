@@ -90,6 +90,8 @@ type Receiver struct {
 	balances map[string]*balance
 	// unplaced is the growth of units whose slice nobody could find out.
 	unplaced Counters
+	// journal is how far the stop records are on the odometers.
+	journal Position
 	// journalctl is the command and its first arguments; tests set it.
 	journalctl []string
 }
@@ -175,7 +177,8 @@ func New(cfg Config) (*Receiver, error) {
 }
 
 // restore takes over the series and runs of an earlier Receiver. The run of an
-// earlier boot can never be read again, but for its series that is no loss.
+// earlier boot can never be read again, but the journal may have its end. One
+// without an invocation id has no stop record.
 //
 // A time after now is one of a clock that was stepped back since. It becomes
 // now: else no reading would count until the clock is there again.
@@ -209,14 +212,20 @@ func (r *Receiver) restore(state State) {
 		}
 		restored.total, restored.start, restored.time, restored.fresh = s.Total, s.Start, past(s.Time), false
 	}
+	if r.readsJournal() {
+		r.journal = state.Journal
+	}
 	for _, saved := range state.Runs {
+		var earlier string
 		if saved.Boot != r.cfg.BootID {
-			continue
+			if earlier = saved.Boot; saved.Epoch == saved.Boot || !r.readsJournal() {
+				continue
+			}
 		}
 		// Without its series, which the ledger may have forgotten, a new one
 		// begins with what the run grows by from here.
 		r.runs[r.runKey(saved.Unit, saved.Epoch)] = &run{
-			unit: saved.Unit, epoch: saved.Epoch, series: r.series[saved.Series], closed: time.Now(), restored: true,
+			unit: saved.Unit, epoch: saved.Epoch, earlier: earlier, series: r.series[saved.Series], closed: time.Now(), restored: true,
 			odometer: odometer{last: saved.Last, time: past(saved.Time)},
 		}
 	}
@@ -226,13 +235,9 @@ func (r *Receiver) restore(state State) {
 // again with growing pauses whenever the connection is lost. It returns
 // ctx.Err(). It must be called once.
 func (r *Receiver) Run(ctx context.Context) error {
-	if r.cfg.StopEdge != "off" && r.cfg.StopEdge != "ref" {
-		since := time.Now()
-		if !r.cfg.State.Time.IsZero() {
-			since = r.cfg.State.Time.Add(-journalOverlap)
-		}
+	if r.readsJournal() {
 		var journal sync.WaitGroup
-		journal.Go(func() { r.followJournal(ctx, since) })
+		journal.Go(func() { r.followJournal(ctx) })
 		defer journal.Wait()
 	}
 	const shortest, longest = 250 * time.Millisecond, 15 * time.Second

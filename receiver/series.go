@@ -54,9 +54,10 @@ type Run struct {
 // continue each series where it stood. Sweep.State returns it; Config.State
 // takes it.
 type State struct {
-	Time   time.Time // when it was taken; zero for none
-	Series []Series  // Receive, Transmit and Observed are not part of the state
-	Runs   []Run
+	Time    time.Time // when it was taken; zero for none
+	Series  []Series  // Receive, Transmit and Observed are not part of the state
+	Runs    []Run
+	Journal Position // the stop records up to here are in Series and Runs
 }
 
 // Sweep is the result of one reading of all units. It is immutable.

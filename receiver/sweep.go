@@ -499,7 +499,7 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 		}
 		// Before the first list, nobody knows which of the restored runs are over.
 		over := r.listed && !run.closed.IsZero() && now.Sub(run.closed) > keep
-		if over && !run.final && !run.time.IsZero() {
+		if over && !run.final && !run.time.IsZero() && run.earlier == "" {
 			r.health.missed++
 		}
 		return over
@@ -511,15 +511,15 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 	sweep := &Sweep{
 		Time: now, Duration: now.Sub(began), Partial: partial,
-		State: State{Time: now, Series: make([]Series, len(r.order)), Runs: make([]Run, 0, len(r.runs))},
+		State: State{Time: now, Series: make([]Series, len(r.order)), Runs: make([]Run, 0, len(r.runs)), Journal: r.journal},
 	}
 	over, live := map[*series]bool{}, map[*series]bool{}
 	for _, run := range r.runs {
 		if run.closed.IsZero() {
 			// One that ended long ago, of a unit that is still loaded, is not read.
 			live[run.series] = live[run.series] || run.ended.IsZero() || now.Sub(run.ended) <= lateTraffic
-		} else if now.Sub(run.closed) <= keepClosed {
-			over[run.series] = true
+		} else if now.Sub(run.closed) <= keepClosed && (!run.restored || run.final) {
+			over[run.series] = true // an earlier Receiver has shown what else it had
 		}
 	}
 	for i, s := range r.order {
@@ -532,8 +532,9 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 			s.observed, s.time = true, now
 		}
 		// What comes late, from the journal or of a member of a fold, must not
-		// change a point that has been shown; and a delta needs an interval.
-		if s.moved && (!s.time.After(s.shown) || !s.time.After(s.start)) {
+		// change a point that has been shown; a delta needs an interval; and
+		// backends refuse what is old.
+		if s.moved && (!s.time.After(s.shown) || !s.time.After(s.start) || now.Sub(s.time) > lateRecord) {
 			s.time = now
 		}
 		s.shown = s.time
@@ -552,7 +553,7 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 				name = unattributedPrefix + run.unit
 			}
 			sweep.State.Runs = append(sweep.State.Runs, Run{
-				Unit: run.unit, Series: name, Epoch: run.epoch, Boot: r.cfg.BootID,
+				Unit: run.unit, Series: name, Epoch: run.epoch, Boot: cmp.Or(run.earlier, r.cfg.BootID),
 				Last: run.last, Time: run.time,
 			})
 		}
