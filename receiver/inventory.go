@@ -243,6 +243,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	if err := r.relist(ctx, b); err != nil {
 		return false, err
 	}
+	r.reloadEnds()
 	r.mu.Lock()
 	r.bus, r.listed = b, true
 	recovered := r.broken != nil
@@ -360,8 +361,10 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	case managerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
+			f.reloadBegins()
 			f.thaw, f.reloading = time.After(reloadTimeout), true
 		} else if ok {
+			f.reloadEnds()
 			f.reloaded(func(h *health) { h.reloads++ })
 			return f.relist(ctx, f.bus)
 		}
@@ -369,6 +372,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		if owner, ok := argument[string](signal, 2); ok && owner == "" {
 			f.thaw = time.After(reloadTimeout)
 		} else if ok {
+			f.reloadEnds()
 			f.reloading = true // systemd 261 may leave out the signal
 			f.reloaded(func(h *health) { h.reexecs++ })
 			// Before systemd 258, one that has lost the bus forgets its
