@@ -81,6 +81,7 @@ type run struct {
 	unit   string
 	epoch  string // invocation id; the boot id for units that have none
 	path   string
+	rest   *tally    // its maps when its cgroup is gone; nil for none
 	series *series   // nil before the first reading, and for hidden units
 	slice  string    // "" while not known
 	start  time.Time // when systemd began to count, as of the first reading

@@ -350,6 +350,9 @@ func (k *kernelSource) retire(s *tally) bool {
 		return false
 	}
 	k.ended = append(k.ended, s)
+	if s.run != nil {
+		s.run.rest = s
+	}
 	if len(k.ended) > maxEnded {
 		k.ended[0].close()
 		k.ended = k.ended[1:]
@@ -361,6 +364,9 @@ func (s *tally) close() {
 	if s.dir >= 0 {
 		_ = unix.Close(s.dir)
 		s.dir = -1
+	}
+	if s.run != nil && s.run.rest == s {
+		s.run.rest = nil
 	}
 	s.now.close()
 	s.endGap()
@@ -452,9 +458,7 @@ func (r *Receiver) lookAt(t *target) {
 	k := r.kernel
 	s := k.find(t.unit.name, t.unit.slice)
 	if s == nil {
-		if !t.run.ended.IsZero() {
-			r.lookAtEnded(t)
-		}
+		r.lookAtEnded(t)
 		return
 	}
 	value, err := k.calls.read(s.now)
@@ -500,6 +504,7 @@ func (r *Receiver) lookAt(t *target) {
 		s.latest = value
 	}
 	if !r.belongs(s, t.run) {
+		t.restarted = s.confirmed
 		return
 	}
 	if s.run != t.run {
@@ -514,18 +519,16 @@ func (r *Receiver) lookAt(t *target) {
 
 // lookAtEnded is lookAt for a run whose cgroup is gone. The caller holds mu.
 func (r *Receiver) lookAtEnded(t *target) {
-	for _, s := range r.kernel.ended {
-		if s.run != t.run || !s.known && s.gap == nil {
-			continue
-		}
-		held, err := r.kernel.calls.read(s.now)
-		if err != nil {
-			return
-		}
-		if next := r.kernel.find(s.unit, s.slice); next == nil || !next.now.shares(s.now) {
-			t.tally, t.held = s, held
-		}
+	s := t.run.rest
+	if s == nil || !s.known && s.gap == nil {
 		return
+	}
+	held, err := r.kernel.calls.read(s.now)
+	if err != nil {
+		return
+	}
+	if next := r.kernel.find(s.unit, s.slice); next == nil || !next.now.shares(s.now) {
+		t.tally, t.held = s, held
 	}
 }
 
@@ -772,10 +775,10 @@ func (r *Receiver) readRest(s *tally) bool {
 		return false
 	}
 	if s.run == nil {
-		s.run = r.runOf(s)
-	}
-	if s.run == nil {
-		return true
+		if s.run = r.runOf(s); s.run == nil {
+			return true
+		}
+		s.run.rest = s
 	}
 	u := r.units[s.unit]
 	switch {

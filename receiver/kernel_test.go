@@ -24,6 +24,9 @@ func (r *Receiver) heldExactly(unit string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := r.kernel.tallies[unit]
+	if u := r.units[unit]; s == nil && u != nil {
+		s = u.run.rest
+	}
 	return s != nil && s.run != nil && s.known
 }
 
@@ -139,11 +142,12 @@ func TestKernelAccountingSwitched(t *testing.T) {
 }
 
 // TestKernelReloads: systemd loses what is sent while it reloads. The maps do
-// not; but they count twice what is sent while systemd has both the old and the
-// new program attached (docs/decisions/kernel-mode.md).
+// not, but for a moment both the old and the new one count. What is counted is
+// never more than what was sent, and with what is stated never less.
 func TestKernelReloads(t *testing.T) {
 	const packets = 60000
 	rig := theRig(t)
+	version := systemdVersion(t, rig)
 	for _, operation := range []string{"daemon-reload", "daemon-reexec"} {
 		t.Run(operation, func(t *testing.T) {
 			sink(t, rig)
@@ -151,38 +155,44 @@ func TestKernelReloads(t *testing.T) {
 			rig.WriteFile(t, "/etc/systemd/system/"+unit, "[Service]\nIPAccounting=yes\nType=oneshot\nRemainAfterExit=yes\nExecStart="+
 				rig.Traffic()+" udp-send "+sinkAddress+fmt.Sprintf(" -count %d -rate 10000\nExecStart=/bin/sleep 2\n", packets))
 			rig.Run(t, "systemctl", "daemon-reload")
-			r, _ := start(t, kernelConfig(rig, Config{}))
+			r, _ := start(t, kernelConfig(rig, Config{Include: []string{unit}}))
 			r.Sweep(t.Context())
 			rig.Run(t, "systemctl", "start", "--no-block", unit)
 			t.Cleanup(func() { rig.Run(t, "systemctl", "stop", unit) })
-			for i := range 5 {
-				time.Sleep(500 * time.Millisecond)
-				if i%2 == 0 {
-					r.Sweep(t.Context())
-				}
-				rig.Run(t, "systemctl", operation)
-			}
 			var last uint64
-			s := sweepUntil(t, r, "all are sent", func(s *Sweep) bool {
-				got, _ := s.seriesOf(unit)
-				if got.Total.EgressPackets < last {
-					t.Fatalf("the total fell from %d to %d", last, got.Total.EgressPackets)
+			sweep := func() Series {
+				t.Helper()
+				got, _ := r.Sweep(t.Context()).seriesOf(unit)
+				if got.Total.EgressPackets < last || got.Total.EgressPackets > packets || got.Total != sent(int(got.Total.EgressPackets)) {
+					t.Fatalf("after %d packets, the total of at most %d is %+v", last, packets, got.Total)
 				}
 				last = got.Total.EgressPackets
-				return last >= packets
-			})
+				return got
+			}
+			held(t, r, unit)
+			for range 5 {
+				time.Sleep(500 * time.Millisecond)
+				sweep()
+				rig.Run(t, "systemctl", operation)
+			}
 			rig.Run(t, "sh", "-c", "while [ $(systemctl show -p ActiveState --value "+unit+") = activating ]; do sleep .1; done")
-			got, _ := r.Sweep(t.Context()).seriesOf(unit)
-			if again, _ := r.Sweep(t.Context()).seriesOf(unit); again.Total != got.Total || s.Partial {
+			held(t, r, unit)
+			got := sweep()
+			if again := sweep(); again.Total != got.Total {
 				t.Errorf("at rest the total goes from %+v to %+v", got.Total, again.Total)
 			}
-			lost, twice := int64(packets-shown(t, rig, unit).EgressPackets), int64(got.Total.EgressPackets)-packets
-			t.Logf("over 5 times %s, systemd lost %d of %d packets, and %d were counted twice", operation, lost, packets, twice)
-			if lost <= 0 {
-				t.Error("systemd lost nothing; then this test shows nothing")
+			missing, stated := packets-got.Total.EgressPackets, r.healthNow().uncertain
+			t.Logf("over 5 times %s, %d of %d packets are counted, and %d are stated as uncertain", operation, got.Total.EgressPackets, packets, stated.EgressPackets)
+			if missing > stated.EgressPackets || missing*datagramBytes > stated.EgressBytes {
+				t.Errorf("%d packets are missing, %+v are stated", missing, stated)
 			}
-			if twice < 0 || twice > max(lost/4, 20) || got.Total != sent(int(packets+twice)) {
-				t.Errorf("the total is %+v, want %+v", got.Total, sent(packets))
+			if version == 256 || version == 257 {
+				return // they show no data
+			}
+			lost := packets - shown(t, rig, unit).EgressPackets
+			t.Logf("systemd itself lost %d", lost)
+			if lost == 0 || missing > lost {
+				t.Errorf("systemd itself lost %d, and %d are missing here", lost, missing)
 			}
 		})
 	}

@@ -59,6 +59,8 @@ type target struct {
 	tally *tally   // the maps that are read, or compared; nil for none
 	held  Counters // their value
 	waits bool     // for systemd, which is replacing the maps
+	// restarted says that the cgroup is another run's by now.
+	restarted bool
 }
 
 // Sweep reads the counters of all metered units and returns the result. It
@@ -453,7 +455,7 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 	var names []string
 	r.mu.Lock()
 	for i := range targets {
-		if t := &targets[i]; t.gone && t.run.ended.IsZero() {
+		if t := &targets[i]; t.gone && (t.run.ended.IsZero() || t.restarted) {
 			names = append(names, t.unit.name)
 		}
 	}
