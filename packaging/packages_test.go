@@ -141,6 +141,7 @@ func testContents(t *testing.T, dir string) {
 		"usr/share/doc/unitmeter/examples/credentials.conf":       "-rw-r--r--",
 		"usr/share/doc/unitmeter/LICENSES.gz":                     "-rw-r--r--",
 		"usr/share/doc/unitmeter/examples/stop-edge-journal.conf": "-rw-r--r--",
+		"usr/share/doc/unitmeter/examples/unitmeter-kernel.conf":  "-rw-r--r--",
 	}
 	list := map[string]*exec.Cmd{
 		"unitmeter_0.1.0_amd64.deb":    exec.Command("dpkg-deb", "-c", "unitmeter_0.1.0_amd64.deb"),

@@ -152,11 +152,14 @@ func (r *Receiver) chooseSource() (err error) {
 		return fmt.Errorf("read counters from %q: there is no such source; use dbus, kernel or auto", r.cfg.Source)
 	}
 	r.kernel, err = openKernel(r.cfg)
-	if err != nil && r.cfg.Source == "auto" {
+	switch {
+	case err == nil:
+		return nil
+	case r.cfg.Source == "auto":
 		r.log.Info("reading all counters over D-Bus", "reason", err)
 		return nil
 	}
-	return err
+	return fmt.Errorf("UNITMETER_SOURCE=kernel: %w", err)
 }
 
 // invocation returns what systemd says is the unit's invocation. The link

@@ -265,7 +265,7 @@ func mayReadMaps() error {
 	case err == nil || errors.Is(err, unix.ENOENT): // there is none
 		return nil
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("read counters from the kernel: %w; the capability CAP_SYS_ADMIN of the host is missing: install packaging/examples/unitmeter-kernel.conf as a drop-in of the unit, or set UNITMETER_SOURCE=dbus", err)
+		return fmt.Errorf("read counters from the kernel: %w; the capability CAP_SYS_ADMIN of the host is missing: install examples/unitmeter-kernel.conf as a drop-in of unitmeter.service (see docs/install.md), or set UNITMETER_SOURCE=dbus", err)
 	}
 	return fmt.Errorf("read counters from the kernel: %w; the kernel needs CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF; set UNITMETER_SOURCE=dbus", err)
 }
