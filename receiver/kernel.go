@@ -68,6 +68,7 @@ type tally struct {
 	// latest is the last reading of now that is known to be from before other
 	// programs were attached.
 	latest    Counters
+	dead      bool // nothing is attached any more
 	switching int  // sweeps in a row that found programs of two maps attached
 	active    bool // something was counted since the sweep before
 
@@ -265,11 +266,10 @@ func (k *kernelSource) look(s *tally) sighting {
 		s.switching++
 		return waiting
 	case !ok:
-		s.attached = attached
 		return detached
 	case next.ids == s.now.ids:
 		next.close()
-		s.attached = attached
+		s.attached, s.dead = attached, false
 		return unchanged
 	}
 	s.switching = 0
@@ -290,7 +290,7 @@ func (s *tally) replace(attached programs, next counterMaps) {
 		s.now.close() // systemd's values were counted so far, and carry on
 		s.born = false
 	}
-	s.attached, s.now, s.latest = attached, next, Counters{}
+	s.attached, s.now, s.latest, s.dead = attached, next, Counters{}, false
 	s.doubt()
 }
 
@@ -422,7 +422,9 @@ func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
 		case t.waits:
 		case t.tally == nil:
 			rest = append(rest, i)
-		case !t.tally.known:
+		// Of an ended run, systemd may have more: if its last maps came and went
+		// unseen.
+		case !t.tally.known, t.tally.dir < 0:
 			t.quiet = false
 			rest = append(rest, i)
 		default:
@@ -487,11 +489,12 @@ func (r *Receiver) lookAt(t *target) {
 		t.waits = true
 		return
 	case detached:
-		if s.run == t.run && s.known {
+		if value, err = k.calls.read(s.now); err == nil && !s.dead && s.run == t.run && s.known {
 			r.takeRest(s, value)
 			s.startGap()
 			s.gap.base = value
 		}
+		s.dead = true
 		s.doubt()
 		return
 	case renewed:
@@ -596,8 +599,15 @@ func (r *Receiver) probe(ctx context.Context, b *bus, t *target) error {
 // systemd's own value stands. The caller holds Receiver.mu.
 func (t *target) calibrate() {
 	s := t.tally
-	_, whole := t.counters()
+	shown, whole := t.counters()
 	switch {
+	case s.dir < 0 && s.known:
+		held, _ := s.extra.plus(t.held)
+		if more, less := shown.minus(held); whole && !less && more != (Counters{}) {
+			t.tally = nil
+			return
+		}
+		t.fill()
 	case !whole, t.mayBeUnreset && (!t.got[execMainStart] || t.executedNothing()):
 		t.tally = nil
 	case s.known: // by another reading meanwhile
@@ -849,14 +859,19 @@ func (r *Receiver) leave(unit string) {
 	}
 }
 
-// renew takes new maps after a reload, before they can be replaced again.
-func (r *Receiver) renew() {
+// renew takes new maps after a reload, before they can be replaced again. It
+// reports whether systemd is still at it. The caller holds mu.
+func (r *Receiver) renew() (more bool) {
 	for _, s := range r.kernel.tallies {
-		if r.kernel.look(s) == left {
+		switch r.kernel.look(s) {
+		case left:
 			r.leave(s.unit)
+		case waiting:
+			more = true
 		}
 	}
 	r.scan("/")
+	return more
 }
 
 // scan opens the tallies of the units in a slice and in the slices below. The

@@ -405,7 +405,7 @@ func (r *Receiver) watchReloads(ctx context.Context) {
 		for more := true; more; {
 			units := r.pollable()
 			w.poll(ctx, calls, units)
-			more = r.polled(units)
+			more = r.polled(ctx, units)
 		}
 	}
 }
@@ -481,9 +481,9 @@ func (p *polled) look(calls *bpfCalls) bool {
 	return !p.over[0] || !p.over[1]
 }
 
-// polled takes what the polling has found, and the new maps. It reports whether
-// the next reload has begun.
-func (r *Receiver) polled(units []*polled) (more bool) {
+// polled takes what the polling has found, and the new maps, as soon as systemd
+// is done with them. It reports whether the next reload has begun.
+func (r *Receiver) polled(ctx context.Context, units []*polled) (more bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	w := &r.kernel.reload
@@ -495,7 +495,11 @@ func (r *Receiver) polled(units []*polled) (more bool) {
 		p.maps.close()
 		_ = unix.Close(p.dir)
 	}
-	r.renew()
+	for pause := time.Millisecond; r.renew() && pause < time.Second && ctx.Err() == nil && !w.again.Load(); pause *= 2 {
+		r.mu.Unlock()
+		time.Sleep(pause)
+		r.mu.Lock()
+	}
 	if w.again.Swap(false) {
 		return true
 	}
