@@ -159,30 +159,36 @@ type counterMaps struct {
 // attached: the last is the newer, and several says so.
 func (c *bpfCalls) openMaps(p *programs) (m counterMaps, several, ok bool) {
 	for direction := range m.fds {
-		for _, program := range p.in(direction) {
-			// Opening them makes calls: the slice does not survive that.
-			candidates := [8]uint32{}
-			for _, id := range candidates[:copy(candidates[:], c.mapsOf(program))] {
-				fd, ok := c.openCounter(id)
-				switch {
-				case !ok:
-				case id == m.ids[direction]:
-					_ = unix.Close(fd)
-				default:
-					if m.ids[direction] != 0 {
-						several = true
-						_ = unix.Close(m.fds[direction])
-					}
-					m.ids[direction], m.fds[direction] = id, fd
-				}
-			}
-		}
+		several = c.openMap(&m, p, direction) || several
 	}
 	if m.ids[0] == 0 || m.ids[1] == 0 {
 		m.close()
 		return counterMaps{}, several, false
 	}
 	return m, several, true
+}
+
+// openMap is openMaps for one direction.
+func (c *bpfCalls) openMap(m *counterMaps, p *programs, direction int) (several bool) {
+	for _, program := range p.in(direction) {
+		// Opening them makes calls: the slice does not survive that.
+		candidates := [8]uint32{}
+		for _, id := range candidates[:copy(candidates[:], c.mapsOf(program))] {
+			fd, ok := c.openCounter(id)
+			switch {
+			case !ok:
+			case id == m.ids[direction]:
+				_ = unix.Close(fd)
+			default:
+				if m.ids[direction] != 0 {
+					several = true
+					_ = unix.Close(m.fds[direction])
+				}
+				m.ids[direction], m.fds[direction] = id, fd
+			}
+		}
+	}
+	return several
 }
 
 // read returns the present values. The program counts a packet before its

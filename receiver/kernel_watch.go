@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -373,8 +374,11 @@ type polled struct {
 	dir      int
 	maps     counterMaps
 	attached programs
-	latest   Counters // known to be from before other programs were attached
-	over     [2]bool
+	// latest is what is in the maps and not in those that replace them, at least.
+	latest Counters
+	next   counterMaps // those that replace them
+	gone   [2]bool     // the programs of maps, by direction
+	over   [2]bool
 }
 
 // watchReloads polls at each reload, until ctx ends. It has a thread of its own
@@ -460,25 +464,51 @@ func (w *reloadWatch) poll(ctx context.Context, calls *bpfCalls, units []*polled
 	}
 }
 
-// look reads the maps, and then whether the same programs are attached still. It
-// reports whether it is worth looking again.
+// look reads the maps, and reports whether it is worth looking again.
 func (p *polled) look(calls *bpfCalls) bool {
 	for direction := range p.over {
-		if p.over[direction] {
-			continue
+		if !p.over[direction] {
+			p.over[direction] = !p.lookAt(calls, direction)
 		}
-		packets, bytes, err := calls.readOne(p.maps, direction)
-		var now programs
-		if err == nil {
-			err = calls.attachedTo(p.dir, direction, &now)
-		}
-		if err != nil || now.n[direction] != p.attached.n[direction] || now.ids[direction] != p.attached.ids[direction] {
-			p.over[direction] = true
-			continue
-		}
-		p.latest.set(direction, packets, bytes)
 	}
 	return !p.over[0] || !p.over[1]
+}
+
+// lookAt is look for one direction. As long as the same programs are attached
+// after the reading, all of it is from before the new ones.
+//
+// Once the old program is detached, the two maps have in common only what the
+// new one has by then: the old map's value less the new one's is in no other.
+// That is read in the round after, when no packet is between the two programs.
+func (p *polled) lookAt(calls *bpfCalls, direction int) (more bool) {
+	packets, bytes, err := calls.readOne(p.maps, direction)
+	var now programs
+	if err == nil {
+		err = calls.attachedTo(p.dir, direction, &now)
+	}
+	if err != nil {
+		return false
+	}
+	if now.n[direction] == p.attached.n[direction] && now.ids[direction] == p.attached.ids[direction] {
+		p.latest.set(direction, packets, bytes)
+		return true
+	}
+	if p.next.ids[direction] == 0 {
+		calls.openMap(&p.next, &now, direction)
+	}
+	switch {
+	case p.next.ids[direction] == p.maps.ids[direction]:
+		return false // no new map after all
+	case p.next.ids[direction] == 0 || !p.gone[direction]:
+		p.gone[direction] = !slices.ContainsFunc(now.in(direction), func(id uint32) bool { return slices.Contains(p.attached.in(direction), id) })
+		return true
+	}
+	if newPackets, newBytes, err := calls.readOne(p.next, direction); err == nil {
+		var both Counters
+		both.set(direction, packets-min(packets, newPackets), bytes-min(bytes, newBytes))
+		p.latest = p.latest.max(both)
+	}
+	return false
 }
 
 // polled takes what the polling has found, and the new maps, as soon as systemd
@@ -493,6 +523,7 @@ func (r *Receiver) polled(ctx context.Context, units []*polled) (more bool) {
 			s.latest = s.latest.max(p.latest)
 		}
 		p.maps.close()
+		p.next.close()
 		_ = unix.Close(p.dir)
 	}
 	for pause := time.Millisecond; r.renew() && pause < time.Second && ctx.Err() == nil && !w.again.Load(); pause *= 2 {
