@@ -726,7 +726,9 @@ func (r *Receiver) removed(name string) {
 
 // drop forgets a unit that cannot be read any more. The caller holds mu.
 func (r *Receiver) drop(u *unit) {
-	delete(r.units, u.name)
+	if r.units[u.name] == u { // else it has been loaded again meanwhile
+		delete(r.units, u.name)
+	}
 	if u.run != nil && u.run.closed.IsZero() {
 		u.run.closed = time.Now()
 	}
