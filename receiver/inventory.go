@@ -615,6 +615,7 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	r.update(name, next)
 	u := r.units[name]
 	unbegun := u != nil && u.run.unbegun
+	unplaced := u != nil && u.slice == ""
 	r.mu.Unlock()
 	switch {
 	case u == nil:
@@ -622,7 +623,7 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 		if !unbegun {
 			f.ended = append(f.ended, u)
 		}
-	case u.slice == "" && next.invocation != "":
+	case unplaced && next.invocation != "":
 		f.place(u)
 	}
 	return nil
