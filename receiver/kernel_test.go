@@ -63,20 +63,21 @@ func TestKernelRestart(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rig := theRig(t)
-			talker(t, rig, "krestart.service", append(settings, "StartLimitInterval=0")...)
-			t.Cleanup(func() { rig.Run(t, "systemctl", "kill", "--kill-who=all", "--signal=KILL", "krestart.service") })
+			unit := "krestart-" + strings.Fields(name)[0] + ".service"
+			talker(t, rig, unit, append(settings, "StartLimitInterval=0")...)
+			t.Cleanup(func() { rig.Run(t, "systemctl", "kill", "--kill-who=all", "--signal=KILL", unit) })
 			r, _ := start(t, kernelConfig(rig, Config{}))
 			total := 0
 			for i := range 6 {
-				talk(t, rig, "krestart.service", 3+i)
+				talk(t, rig, unit, 3+i)
 				total += 3 + i
-				want(t, r.Sweep(t.Context()), "krestart.service", sent(total))
+				want(t, r.Sweep(t.Context()), unit, sent(total))
 				if i%3 == 0 {
-					held(t, r, "krestart.service")
+					held(t, r, unit)
 				}
-				rig.Run(t, "systemctl", "restart", "krestart.service")
+				rig.Run(t, "systemctl", "restart", unit)
 				if i%2 == 0 {
-					want(t, r.Sweep(t.Context()), "krestart.service", sent(total))
+					want(t, r.Sweep(t.Context()), unit, sent(total))
 				}
 			}
 			if h := r.healthNow(); h.resets != 0 || h.dbusErrors != 0 {
@@ -198,7 +199,7 @@ func TestKernelReloads(t *testing.T) {
 	}
 }
 
-// TestKernelShortUnits: 200 runs of about 10 ms, without a reference on them.
+// TestKernelShortUnits: 200 runs of 10 ms with 100 kB each, without a reference on them.
 func TestKernelShortUnits(t *testing.T) {
 	const runs = 200
 	rig := theRig(t)
@@ -213,7 +214,7 @@ func TestKernelShortUnits(t *testing.T) {
 	go func() {
 		defer close(done)
 		rig.Run(t, "sh", "-c", fmt.Sprintf(`i=0; while [ $i -lt %d ]; do
-			systemd-run -q --no-block --collect --unit=kshort-$i.service --slice=kshort.slice -p IPAccounting=yes %s udp-send %s -bytes 1000 -count 7
+			systemd-run -q --no-block --collect --unit=kshort-$i.service --slice=kshort.slice -p IPAccounting=yes %s udp-send %s -bytes 1000 -count 100 -rate 10000
 			i=$((i+1)); done`, runs, rig.Traffic(), sinkAddress))
 	}()
 	for swept := false; !swept; {
@@ -224,7 +225,7 @@ func TestKernelShortUnits(t *testing.T) {
 			r.Sweep(t.Context())
 		}
 	}
-	all := Counters{EgressBytes: runs * 7 * 1028, EgressPackets: runs * 7}
+	all := Counters{EgressBytes: runs * 100 * 1028, EgressPackets: runs * 100}
 	sweepUntil(t, r, "all have ended", func(s *Sweep) bool {
 		slice, _ := s.seriesOf("kshort.slice")
 		return slice.Total == all
@@ -233,9 +234,9 @@ func TestKernelShortUnits(t *testing.T) {
 	// On a busy machine a run may end before its cgroup is looked at. Each of the
 	// others is counted whole, and what is missed is known to be missing.
 	got, _ := s.seriesOf("kshort-*")
-	caught := got.Total.EgressPackets / 7
+	caught := got.Total.EgressPackets / 100
 	t.Logf("counted %d of %d runs", caught, runs)
-	if caught < runs/2 || got.Total != (Counters{EgressBytes: caught * 7 * 1028, EgressPackets: caught * 7}) {
+	if caught < runs/2 || got.Total != (Counters{EgressBytes: caught * 100 * 1028, EgressPackets: caught * 100}) {
 		t.Errorf("the units have %+v, their slice %+v", got.Total, all)
 	}
 	sum := got.Total
@@ -261,6 +262,8 @@ func TestKernelAgentRestart(t *testing.T) {
 	kernel := kernelConfig(rig, Config{})
 	var state State
 	total := 0
+	version := systemdVersion(t, rig)
+	loses := version == 256 || version == 257 // and then D-Bus has nothing to go on with
 	for i, cfg := range []Config{dbus, kernel, kernel, dbus, kernel, dbus, dbus, kernel} {
 		talk(t, rig, "kagent.service", 13)
 		total += 13
@@ -279,7 +282,7 @@ func TestKernelAgentRestart(t *testing.T) {
 		talk(t, rig, "kagent.service", 17)
 		total += 17
 		want(t, r.Sweep(ctx), "kagent.service", sent(total))
-		if i%2 == 0 {
+		if i%2 == 0 && !loses {
 			rig.Run(t, "systemctl", "daemon-reload")
 			talk(t, rig, "kagent.service", 19)
 			total += 19
@@ -501,30 +504,31 @@ func TestCompare(t *testing.T) {
 	}
 }
 
-// BenchmarkKernelSweep is BenchmarkSweep with the maps held: 1,000 idle units.
-// The time is all there is: systemd and dbus-daemon do nothing.
-func BenchmarkKernelSweep(b *testing.B) {
-	rig := theRig(b)
-	thousand(b, rig)
-	r, _ := start(b, kernelConfig(rig, Config{Include: []string{"thousand@*.service"}}))
-	for range 5 {
-		r.Sweep(b.Context())
+// TestKernelLost: systemd 256 and 257 lose the counters of running units at a
+// reload (systemd#38112), but go on to count in the same maps. An agent that held
+// them goes on too; one that comes later has nothing to go on.
+func TestKernelLost(t *testing.T) {
+	rig := theRig(t)
+	version := systemdVersion(t, rig)
+	talker(t, rig, "klost.service")
+	talk(t, rig, "klost.service", 7)
+	r, _ := start(t, kernelConfig(rig, Config{}))
+	held(t, r, "klost.service")
+	for i := range 3 {
+		rig.Run(t, "systemctl", "daemon-reload")
+		talk(t, rig, "klost.service", 10)
+		held(t, r, "klost.service")
+		want(t, r.Sweep(t.Context()), "klost.service", sent(17+10*i))
 	}
-	r.mu.Lock()
-	exact := 0
-	for _, s := range r.kernel.tallies {
-		if s.known {
-			exact++
-		}
+	late, _ := start(t, kernelConfig(rig, Config{}))
+	if s, ok := late.Sweep(t.Context()).seriesOf("klost.service"); version != 256 && version != 257 {
+		want(t, late.Sweep(t.Context()), "klost.service", shown(t, rig, "klost.service"))
+	} else if ok || late.unitNamed("klost.service").Accounting != "lost" {
+		t.Errorf("a unit whose counters are lost has the total %+v", s.Total)
 	}
-	r.mu.Unlock()
-	if exact < thousandUnits {
-		b.Fatalf("%d of %d units are read from the kernel", exact, thousandUnits)
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		if s := r.Sweep(b.Context()); s.Partial || len(s.State.Runs) < thousandUnits {
-			b.Fatalf("a sweep of %d runs, partial: %v", len(s.State.Runs), s.Partial)
-		}
-	}
+	// Set up again, systemd counts in new maps, and perhaps from 0.
+	rig.Run(t, "systemctl", "set-property", "--runtime", "klost.service", "IPAccounting=yes")
+	talk(t, rig, "klost.service", 5)
+	held(t, r, "klost.service")
+	want(t, r.Sweep(t.Context()), "klost.service", sent(42))
 }
