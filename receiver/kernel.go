@@ -22,6 +22,10 @@ const (
 	maxCompared = 64
 	// maxSwitching is how many sweeps a unit waits for that counts in two maps.
 	maxSwitching = 3
+	// settling is for how long after any program was loaded into the kernel the
+	// cgroups are asked at each sweep which programs they have. systemd attaches
+	// what it has loaded at once.
+	settling = 10 * time.Second
 )
 
 // kernelSource reads the counters where systemd's programs count, in BPF maps
@@ -40,6 +44,10 @@ type kernelSource struct {
 	tallies map[string]*tally // of the cgroups that are there, by unit
 	ended   []*tally          // of cgroups that are gone, oldest first
 	reload  reloadWatch
+	// newest is the largest program id that was seen, and appeared when it was
+	// seen first; see fresh.
+	newest   uint32
+	appeared time.Time
 	// open and uncertain are the units of which something was left out since the
 	// last sweep, and what at most; see tally.bridge.
 	open      int
@@ -71,6 +79,7 @@ type tally struct {
 	dead      bool // nothing is attached any more
 	switching int  // sweeps in a row that found programs of two maps attached
 	active    bool // something was counted since the sweep before
+	looks     int  // of sweeps
 
 	// extra is what systemd adds to the value of now: the total that it carried
 	// over its last reload. Systemd's own values count until it is known.
@@ -238,11 +247,17 @@ const (
 // look finds out what became of the cgroup, and takes new maps. Values that
 // were read before are of this tally's run unless a later tally shares the
 // maps.
-func (k *kernelSource) look(s *tally) sighting {
+func (k *kernelSource) look(s *tally) sighting { return k.lookAs(s, true) }
+
+// lookAs is look. Without query, nothing was attached since the last look.
+func (k *kernelSource) lookAs(s *tally, query bool) sighting {
 	if s.dir < 0 {
 		return left
 	}
-	attached, err := k.calls.attached(s.dir)
+	attached, err := s.attached, error(nil)
+	if query {
+		attached, err = k.calls.attached(s.dir)
+	}
 	if named := string(k.invocation(s)) == s.epoch; named && (!s.born || s.epoch != "") {
 		s.confirmed = true
 	} else if !named && s.confirmed {
@@ -416,8 +431,12 @@ func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
 	var rest []int
 	r.mu.Lock()
 	for i := range targets {
+		r.readMaps(&targets[i])
+	}
+	fresh := r.kernel.fresh() // after the readings: what follows is on them
+	for i := range targets {
 		t := &targets[i]
-		r.lookAt(t)
+		r.lookAt(t, fresh)
 		switch {
 		case t.waits:
 		case t.tally == nil:
@@ -457,23 +476,53 @@ func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
 	return err
 }
 
-// lookAt reads the maps of a target, and sets its tally if they count the
-// target's run. The caller holds mu.
-func (r *Receiver) lookAt(t *target) {
+// fresh reports whether a program may have been attached anywhere since it was
+// called before. Programs have rising ids, so one call tells for all units.
+func (k *kernelSource) fresh() bool {
+	now := time.Now()
+	for {
+		id, ok := k.calls.nextProgram(k.newest)
+		if !ok {
+			return now.Sub(k.appeared) < settling
+		}
+		k.newest, k.appeared = id, now
+	}
+}
+
+// readMaps reads the maps of a target, if they are held. Bytes of a unit whose
+// packet counters stand still were read when they had stood still already.
+func (r *Receiver) readMaps(t *target) {
 	k := r.kernel
 	s := k.find(t.unit.name, t.unit.slice)
 	if s == nil {
-		r.lookAtEnded(t)
 		return
 	}
-	value, err := k.calls.read(s.now)
+	if !s.active && s.known && k.calls.still(s.now, s.latest) {
+		t.tally, t.held = s, s.latest
+		return
+	}
+	held, err := k.calls.read(s.now)
 	if err != nil {
 		r.log.Warn("cannot read a unit's counters from the kernel; asking systemd", "unit", s.unit, "err", err)
 		delete(k.tallies, s.unit)
 		s.close()
 		return
 	}
-	switch k.look(s) {
+	t.tally, t.held = s, held
+}
+
+// lookAt looks whether what was read of a target counts its run, and clears its
+// tally if not. The caller holds mu.
+func (r *Receiver) lookAt(t *target, fresh bool) {
+	k, s, value := r.kernel, t.tally, t.held
+	t.tally = nil
+	if s == nil {
+		r.lookAtEnded(t)
+		return
+	}
+	var err error
+	s.looks++
+	switch k.lookAs(s, fresh || k.watch == nil || !s.known || s.dead || s.switching > 0 || s.looks%recheckEvery == 0) {
 	case left:
 		if k.retire(s) && s.run == t.run && (s.known || s.gap != nil) {
 			t.tally, t.held = s, value

@@ -208,6 +208,29 @@ func (c *bpfCalls) read(m counterMaps) (v Counters, err error) {
 	return v, nil
 }
 
+// still reports whether the packet counters have the values of v.
+func (c *bpfCalls) still(m counterMaps, v Counters) bool {
+	clear(c.attr[:])
+	c.u64(8, unsafe.Pointer(&c.key))
+	c.u64(16, unsafe.Pointer(&c.value))
+	c.key = 0
+	for direction, want := range [2]uint64{v.IngressPackets, v.EgressPackets} {
+		c.u32(0, uint32(m.fds[direction]))
+		if _, err := c.call(unix.BPF_MAP_LOOKUP_ELEM, 32); err != nil || c.value != want {
+			return false
+		}
+	}
+	return true
+}
+
+// nextProgram returns the smallest id of a program above the given one.
+func (c *bpfCalls) nextProgram(id uint32) (next uint32, ok bool) {
+	clear(c.attr[:])
+	c.u32(0, id)
+	_, err := c.call(unix.BPF_PROG_GET_NEXT_ID, 12)
+	return binary.NativeEndian.Uint32(c.attr[4:]), err == nil
+}
+
 // readOne returns the values of one direction.
 func (c *bpfCalls) readOne(m counterMaps, direction int) (packets, bytes uint64, err error) {
 	clear(c.attr[:])
