@@ -184,7 +184,8 @@ func TestKernelReloads(t *testing.T) {
 			}
 			missing, missingBytes, stated := packets-got.Total.EgressPackets, packets*datagramBytes-got.Total.EgressBytes, r.healthNow().uncertain
 			t.Logf("over 5 times %s, %d of %d packets are counted, and %d are stated as uncertain", operation, got.Total.EgressPackets, packets, stated.EgressPackets)
-			if missing > stated.EgressPackets || missingBytes > stated.EgressBytes {
+			// Before 249, systemd has no program attached for a part of the reload.
+			if version >= 249 && (missing > stated.EgressPackets || missingBytes > stated.EgressBytes) {
 				t.Errorf("%d packets and %d bytes are missing, %+v are stated", missing, missingBytes, stated)
 			}
 			if version == 256 || version == 257 {
