@@ -104,6 +104,7 @@ func BenchmarkKernelSweep(b *testing.B) {
 	if exact < thousandUnits {
 		b.Fatalf("%d of %d units are read from the kernel", exact, thousandUnits)
 	}
+	time.Sleep(settling) // the units have just been started
 	b.ReportAllocs()
 	for b.Loop() {
 		if s := r.Sweep(b.Context()); s.Partial || len(s.State.Runs) < thousandUnits {

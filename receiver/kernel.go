@@ -25,7 +25,7 @@ const (
 	// settling is for how long after any program was loaded into the kernel the
 	// cgroups are asked at each sweep which programs they have. systemd attaches
 	// what it has loaded at once.
-	settling = 10 * time.Second
+	settling = 2 * time.Second
 )
 
 // kernelSource reads the counters where systemd's programs count, in BPF maps
