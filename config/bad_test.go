@@ -146,7 +146,7 @@ var badInputs = [][]string{
 	{"UNITMETER_BUS=unixexec:path=/bin/sh"},
 	{"UNITMETER_BUS=tcp:host=localhost"},
 	{"DBUS_SYSTEM_BUS_ADDRESS=autolaunch:"},
-	{"UNITMETER_SOURCE=kernel"},
+	{"UNITMETER_SOURCE=snmp"},
 	{"UNITMETER_INCLUDE=nginx"},
 	{"UNITMETER_INCLUDE=nginx.sevice"},
 	{"UNITMETER_INCLUDE=nginx.timer"},

@@ -56,7 +56,7 @@ type Config struct {
 	// SystemBusAddress is the D-Bus address behind Bus "auto" and "system", from
 	// DBUS_SYSTEM_BUS_ADDRESS. "" means the usual socket.
 	SystemBusAddress string
-	// Source is where the numbers come from. This version has "dbus" only.
+	// Source is where the numbers come from: "dbus", "kernel" or "auto".
 	Source string
 	// StopEdge is how the last bytes of a unit are caught: "auto", "ref",
 	// "journal" or "off".

@@ -368,16 +368,11 @@ func (l *loader) units(c *Config) []entry {
 		}, parse: func(text string, bad report) { c.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_SOURCE",
-			Values:  "dbus",
+			Values:  "dbus, kernel, auto",
 			Default: "dbus",
-			Meaning: "Where the numbers come from.",
+			Meaning: "Where the numbers come from: systemd over D-Bus; or the kernel, where systemd counts, which costs less and goes on over systemd's reloads, but needs CAP_SYS_ADMIN. auto takes the kernel where it may.",
 		}, parse: func(text string, bad report) {
-			switch strings.ToLower(text) {
-			case "kernel", "auto":
-				bad("reading counters from the kernel is not in this version", "use dbus, or unset it")
-			default:
-				c.Source = choose(text, []string{"dbus"}, bad)
-			}
+			c.Source = choose(text, []string{"dbus", "kernel", "auto"}, bad)
 		}},
 		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",

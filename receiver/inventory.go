@@ -83,6 +83,7 @@ type run struct {
 	// earlier is the id of the boot that the run was of, if not of this one.
 	earlier string
 	path    string
+	rest    *tally    // its maps when its cgroup is gone; nil for none
 	series  *series   // nil before the first reading, and for hidden units
 	slice   string    // "" while not known
 	start   time.Time // when systemd began to count, as of the first reading
@@ -245,6 +246,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	if err := r.relist(ctx, b); err != nil {
 		return false, err
 	}
+	r.reloadEnds()
 	r.mu.Lock()
 	r.bus, r.listed = b, true
 	recovered := r.broken != nil
@@ -357,8 +359,10 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	case managerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
+			f.reloadBegins()
 			f.thaw, f.reloading = time.After(reloadTimeout), true
 		} else if ok {
+			f.reloadEnds()
 			f.reloaded(func(h *health) { h.reloads++ })
 			return f.relist(ctx, f.bus)
 		}
@@ -366,6 +370,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		if owner, ok := argument[string](signal, 2); ok && owner == "" {
 			f.thaw = time.After(reloadTimeout)
 		} else if ok {
+			f.reloadEnds()
 			f.reloading = true // systemd 261 may leave out the signal
 			f.reloaded(func(h *health) { h.reexecs++ })
 			// Before systemd 258, one that has lost the bus forgets its
@@ -608,6 +613,7 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	r.update(name, next)
 	u := r.units[name]
 	unbegun := u != nil && u.run.unbegun
+	unplaced := u != nil && u.slice == ""
 	r.mu.Unlock()
 	if !ran && next.running() {
 		f.reference(name) // the one on the run before may just have gone, and no UnitNew comes
@@ -618,7 +624,7 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 		if !unbegun {
 			f.ended = append(f.ended, u)
 		}
-	case u.slice == "" && next.invocation != "":
+	case unplaced && next.invocation != "":
 		f.place(u)
 	}
 	return nil
@@ -722,7 +728,9 @@ func (r *Receiver) removed(name string) {
 
 // drop forgets a unit that cannot be read any more. The caller holds mu.
 func (r *Receiver) drop(u *unit) {
-	delete(r.units, u.name)
+	if r.units[u.name] == u { // else it has been loaded again meanwhile
+		delete(r.units, u.name)
+	}
 	if u.run != nil && u.run.closed.IsZero() {
 		u.run.closed = time.Now()
 	}

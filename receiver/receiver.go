@@ -51,6 +51,11 @@ type Config struct {
 	// PID 1 logs when a unit stops (root, or the systemd-journal group); "off"
 	// does neither; "auto" does what the privileges allow. Default: auto.
 	StopEdge string
+	// Source is "dbus" to ask systemd for all counters; "kernel" to read them in
+	// the BPF maps where systemd counts, which costs less, and is right where
+	// systemd is not (needs CAP_SYS_ADMIN); "auto" to do what the privileges
+	// allow. Default: dbus.
+	Source string
 	// SweepTimeout bounds one reading of all units. Default: 10 s.
 	SweepTimeout time.Duration
 	// State continues the series of an earlier Receiver.
@@ -59,6 +64,10 @@ type Config struct {
 	BootID string
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
+
+	// Where the kernel source finds the cgroup tree and the names of the
+	// invocations. Tests set them.
+	cgroups, invocations string
 }
 
 // A Receiver follows systemd's units and reads their IP accounting. Run keeps
@@ -92,6 +101,7 @@ type Receiver struct {
 	unplaced Counters
 	// journal is how far the stop records are on the odometers.
 	journal Position
+	kernel  *kernelSource // nil with Source dbus
 	// journalctl is the command and its first arguments; tests set it.
 	journalctl []string
 }
@@ -108,6 +118,8 @@ type health struct {
 	resets     int64 // falls of a counter within one run
 	missed     int64 // runs that ended without a last reading or record
 	badRecords int64 // stop records that made no sense
+	// uncertain is what may have been left out at reloads, at most.
+	uncertain Counters
 }
 
 // New checks cfg and returns a Receiver that is not connected yet.
@@ -171,6 +183,9 @@ func New(cfg Config) (*Receiver, error) {
 			return nil, fmt.Errorf("read the boot id: %w; unitmeter runs on Linux with /proc mounted", err)
 		}
 		r.cfg.BootID = strings.TrimSpace(string(id))
+	}
+	if err := r.chooseSource(); err != nil {
+		return nil, err
 	}
 	r.restore(cfg.State)
 	return r, nil
@@ -240,6 +255,7 @@ func (r *Receiver) Run(ctx context.Context) error {
 		journal.Go(func() { r.followJournal(ctx) })
 		defer journal.Wait()
 	}
+	defer r.startKernel(ctx)()
 	const shortest, longest = 250 * time.Millisecond, 15 * time.Second
 	pause := shortest
 	for {

@@ -55,6 +55,12 @@ type target struct {
 	missed bool // the bus, not systemd, answered; the next sweep has a better chance
 	err    error
 	time   time.Time // of the last reply
+
+	tally *tally   // the maps that are read, or compared; nil for none
+	held  Counters // their value
+	waits bool     // for systemd, which is replacing the maps
+	// restarted says that the cgroup is another run's by now.
+	restarted bool
 }
 
 // Sweep reads the counters of all metered units and returns the result. It
@@ -84,6 +90,7 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	if b != nil {
 		err = r.readAll(ctx, b, targets)
 	}
+	r.readRests()
 	sweep := r.finish(began, err)
 	r.last.Store(sweep)
 	return sweep
@@ -154,8 +161,8 @@ func (u *unit) target(now time.Time) target {
 	}
 }
 
-// read fills in the targets over D-Bus.
-func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
+// readBus fills in the targets over D-Bus.
+func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error {
 	type call struct{ target, property int }
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
@@ -309,7 +316,7 @@ func (r *Receiver) applyOne(t *target) {
 	}
 	before := t.run.time
 	t.run.quiet = !before.IsZero() && !t.moved()
-	delta, reset := t.run.advance(raw, t.time)
+	delta, reset := r.advance(t, raw)
 	if reset {
 		r.health.resets++
 		t.run.start = before
@@ -448,7 +455,7 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 	var names []string
 	r.mu.Lock()
 	for i := range targets {
-		if t := &targets[i]; t.gone && t.run.ended.IsZero() {
+		if t := &targets[i]; t.gone && (t.run.ended.IsZero() || t.restarted) {
 			names = append(names, t.unit.name)
 		}
 	}
@@ -491,6 +498,7 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 		}
 	}
 	clear(r.said)
+	r.kernel.state(r.log, &r.health)
 	now := time.Now()
 	maps.DeleteFunc(r.runs, func(_ string, run *run) bool {
 		keep := keepClosed

@@ -30,8 +30,10 @@ type contender struct {
 	against string // whose CPU time its own is compared with; "" for none
 	user    string
 	command []string
-	config  string // what /etc/bench.conf has
-	env     map[string]string
+	// properties are more of its unit, as systemd-run takes them.
+	properties []string
+	config     string // what /etc/bench.conf has
+	env        map[string]string
 	// How to see its collections: scrape is a URL that is asked for them at each
 	// interval; without it, the agent pushes OTLP/gRPC to 127.0.0.1:4317. A unit is
 	// in a collection when metric, a regular expression, has a point with the
@@ -69,6 +71,9 @@ func contenders(b *testing.B, units int, interval time.Duration) []contender {
 			interval: interval, metric: `^systemd\.unit\.network\.packet\.count$`, label: "systemd.unit.name",
 		}
 	}
+	kernel := own("kernel", peerBus, "nobody", "UNITMETER_SOURCE", "kernel")
+	kernel.reads = "the four IP counters in systemd's BPF maps, only two of a unit without traffic since; commits to disk"
+	kernel.properties = []string{"--property=AmbientCapabilities=CAP_SYS_ADMIN", "--property=LimitNOFILE=65536"}
 	scraped := func(name, user, lacks, reads, metric, tool string, flags ...string) contender {
 		return contender{
 			name: name, user: user, lacks: lacks, reads: reads, command: append([]string{toolPath(b, tool), "--web.disable-exporter-metrics", "--web.listen-address=127.0.0.1:9558"}, flags...),
@@ -107,6 +112,7 @@ service_address = "127.0.0.1:4317"
 	return []contender{
 		own("system bus", peerBus, "nobody", "UNITMETER_BUS", "system"),
 		own("private socket", peerPrivate, "root", "UNITMETER_BUS", "private"),
+		kernel,
 		systemdExporter(peerBus, "nobody"),
 		systemdExporter(peerPrivate, "root", "--systemd.collector.private"),
 		scraped("node_exporter", "nobody", statesOnly, "state and service type: 1 call, one unit after the other",
@@ -156,7 +162,7 @@ func (a contender) start(b *testing.B, rig *systemdtest.Rig, units int) (next fu
 	rig.WriteFile(b, "/etc/bench.conf", a.config)
 	names := regexp.MustCompile(a.metric)
 	if a.scrape != "" {
-		launch(b, rig, a.user, a.env, a.command...)
+		launch(b, rig, a)
 		return a.scraped(b, rig, names)
 	}
 	listener, err := rig.Listen(b.Context(), "tcp", "127.0.0.1:4317")
@@ -192,7 +198,7 @@ func (a contender) start(b *testing.B, rig *systemdtest.Rig, units int) (next fu
 		}
 		return otlptest.Answer{}
 	}})
-	launch(b, rig, a.user, a.env, a.command...)
+	launch(b, rig, a)
 	return func() collection {
 		select {
 		case c := <-arrived:

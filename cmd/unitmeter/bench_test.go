@@ -187,13 +187,13 @@ func rss(b *testing.B, rig *systemdtest.Rig) float64 {
 	return kb / 1024
 }
 
-// launch starts a command as a unit named bench, and stops it at the end.
-func launch(b *testing.B, rig *systemdtest.Rig, user string, env map[string]string, command ...string) {
-	args := []string{"--quiet", "--collect", "--unit=bench", "--property=User=" + user, "--property=StateDirectory=bench"}
-	for _, name := range slices.Sorted(maps.Keys(env)) {
-		args = append(args, "--setenv="+name+"="+env[name])
+// launch starts an agent as a unit named bench, and stops it at the end.
+func launch(b *testing.B, rig *systemdtest.Rig, a contender) {
+	args := append([]string{"--quiet", "--collect", "--unit=bench", "--property=User=" + a.user, "--property=StateDirectory=bench"}, a.properties...)
+	for _, name := range slices.Sorted(maps.Keys(a.env)) {
+		args = append(args, "--setenv="+name+"="+a.env[name])
 	}
-	rig.Run(b, "systemd-run", append(args, command...)...)
+	rig.Run(b, "systemd-run", append(args, a.command...)...)
 	b.Cleanup(func() {
 		rig.Run(b, "systemctl", "stop", "bench")
 		rig.Run(b, "rm", "-rf", "/var/lib/bench")

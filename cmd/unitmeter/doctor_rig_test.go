@@ -111,11 +111,11 @@ func (w *ward) forward(inside, server string) {
 	w.t.Cleanup(func() { l.Close(); stop(); running.Wait() })
 }
 
-// TestDoctorMends plants 21 faults in a real systemd, one after the other. The
+// TestDoctorMends plants 23 faults in a real systemd, one after the other. The
 // doctor must name the mend; and the mend, applied as it is written, must help.
 // TestDoctorEndpoint does the same with 25 faults of an endpoint, TestDoctorState
 // with 3, TestDoctorEnvironment with 5, TestDoctorLost with 1, TestDoctorAsAgent
-// with 1: 56 in all.
+// with 1: 58 in all.
 func TestDoctorMends(t *testing.T) {
 	t.Parallel()
 	w := newWard(t)
@@ -165,6 +165,10 @@ func TestDoctorMends(t *testing.T) {
 		{name: "no right to references", prefix: "UNITMETER_STOP_EDGE=ref " + nowhere + asNobody, check: "stop-edge", status: statusFail,
 			mend: "unset UNITMETER_STOP_EDGE", apply: ":", mended: nowhere + asNobody},
 		{name: "stop edge off", prefix: "UNITMETER_STOP_EDGE=off", check: "stop-edge", status: statusWarn, mend: "unset UNITMETER_STOP_EDGE", apply: ":", mended: "env"},
+		{name: "no right to the kernel's maps", prefix: "UNITMETER_SOURCE=kernel " + nowhere + asNobody, check: "kernel-source", status: statusFail,
+			mend: "unitmeter-kernel.conf", apply: ":", mended: "systemd-run --quiet --pipe --wait -p User=nobody -p AmbientCapabilities=CAP_SYS_ADMIN -E UNITMETER_SOURCE=kernel -E " + strings.TrimSpace(nowhere)},
+		{name: "the kernel if it may", prefix: "UNITMETER_SOURCE=auto " + nowhere + asNobody, check: "kernel-source", status: statusWarn,
+			mend: "unitmeter-kernel.conf", apply: ":", mended: nowhere + asNobody},
 		{name: "state directory of another user", plant: "install -d -m 0700 -o daemon /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: statusFail,
 			mend: "chown -R 0 /var/lib/state"},
 		{name: "state directory writable by all", plant: "chmod 0777 /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: statusFail,
