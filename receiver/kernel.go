@@ -597,6 +597,7 @@ func (r *Receiver) compareAll(targets []target) {
 			continue
 		}
 		before := t.held
+		t.before = before
 		after, err := r.kernel.calls.read(t.tally.now)
 		if shown, ok := t.counters(); ok && err == nil && r.counting(t.tally) {
 			t.held = after
@@ -637,7 +638,7 @@ func (r *Receiver) probe(ctx context.Context, b *bus, t *target) error {
 		}
 		r.compareAll(one)
 		if _, ok := one[0].counters(); ok {
-			t.held, t.time = one[0].held, one[0].time
+			t.held, t.before, t.time = one[0].held, one[0].before, one[0].time
 			copy(t.value[:ipAccounting], one[0].value[:ipAccounting])
 		}
 	}
@@ -684,11 +685,16 @@ func (r *Receiver) advance(t *target, raw Counters) (delta Counters, reset bool)
 	if t.tally == nil || t.tally.run != t.run || t.tally.gap == nil {
 		return t.run.advance(raw, t.time)
 	}
+	if !t.tally.known {
+		// What came after systemd's value will be in the next one.
+		return r.bridge(t.tally, raw, t.before, t.time)
+	}
 	return r.bridge(t.tally, raw, t.held, t.time)
 }
 
 // bridge is advance for a tally with a gap. It adds the larger of what systemd
-// says and what the maps prove: each is no more than what there was. Once extra
+// says and what the maps prove: each is no more than what there was. held must not
+// be from later than raw, or the next raw would have that once more. Once extra
 // is known, the gap is closed, and what is left of the uncertainty stated. The
 // caller holds mu.
 func (r *Receiver) bridge(s *tally, raw, held Counters, at time.Time) (delta Counters, fell bool) {

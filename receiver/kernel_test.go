@@ -505,6 +505,33 @@ func TestCompare(t *testing.T) {
 	}
 }
 
+// TestGapCountsOnce: while a gap is open, systemd's values and those of the maps
+// take turns in being the larger, and no packet is counted by both.
+func TestGapCountsOnce(t *testing.T) {
+	r, err := New(Config{HostName: "host", BootID: "boot"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := &run{odometer: odometer{last: all(100), time: time.Now()}}
+	s := &tally{run: run, gap: &gap{owed: all(20), last: all(100)}}
+	total := Counters{}
+	for _, reading := range []struct{ before, shown, after, want Counters }{
+		{all(4), all(105), all(8), all(24)},   // the maps prove 24
+		{all(10), all(112), all(14), all(31)}, // systemd shows 7 more
+		{all(30), all(132), all(33), all(51)}, // and 20 more
+		{all(60), all(140), all(60), all(80)}, // less than the maps prove
+		{all(61), all(141), all(61), all(81)}, // the same
+		{all(70), all(10), all(70), all(90)},  // it fell; the maps did not
+		{all(90), all(30), all(95), all(110)}, // and on
+	} {
+		target := &target{run: run, tally: s, before: reading.before, held: reading.after, time: time.Now()}
+		delta, _ := r.advance(target, reading.shown)
+		if total, _ = total.plus(delta); total != reading.want {
+			t.Fatalf("after %+v the total is %+v, want %+v", reading, total, reading.want)
+		}
+	}
+}
+
 // TestKernelLost: systemd 256 and 257 lose the counters of running units at a
 // reload (systemd#38112), but go on to count in the same maps. An agent that held
 // them goes on too; one that comes later has nothing to go on.

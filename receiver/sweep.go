@@ -56,9 +56,10 @@ type target struct {
 	err    error
 	time   time.Time // of the last reply
 
-	tally *tally   // the maps that are read, or compared; nil for none
-	held  Counters // their value
-	waits bool     // for systemd, which is replacing the maps
+	tally  *tally   // the maps that are read, or compared; nil for none
+	held   Counters // their value
+	before Counters // their value before systemd was asked
+	waits  bool     // for systemd, which is replacing the maps
 	// restarted says that the cgroup is another run's by now.
 	restarted bool
 }
