@@ -82,6 +82,16 @@ func (a answer) aboutTLS() bool {
 	return strings.Contains(text, "x509:") || strings.Contains(text, "tls:") || strings.Contains(text, "certificate")
 }
 
+// tooOld says that Prometheus refuses points from before what it has. There is
+// only the text of that error (storage.ErrOutOfBounds and others).
+func (a answer) tooOld() bool {
+	if a.err == nil {
+		return false
+	}
+	text := a.err.Error()
+	return strings.Contains(text, "out of bounds") || strings.Contains(text, "out of order sample") || strings.Contains(text, "too old sample")
+}
+
 // cause names what the log tells from what it said last.
 func (a answer) cause() string {
 	if a.aboutTLS() {
@@ -99,6 +109,8 @@ func (a answer) hint() string {
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT and that the receiver runs there"
 	case a.verdict == misconfigured:
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT (protocol and path) and the credentials in OTEL_EXPORTER_OTLP_HEADERS"
+	case a.tooOld():
+		return "the receiver takes no points that are as old as the outage was long: in Prometheus, set storage.tsdb.out_of_order_time_window to more than that"
 	case a.verdict == suspect, a.verdict == tooLarge:
 		return "look at the receiver's log for why it refuses the request"
 	}

@@ -83,6 +83,11 @@ func TestHintsNameTheVariable(t *testing.T) {
 	if h := (answer{verdict: misconfigured, err: errorString("401")}).hint(); !strings.Contains(h, "OTEL_EXPORTER_OTLP_HEADERS") {
 		t.Errorf("hint for a refused client: %s", h)
 	}
+	for _, text := range []string{"HTTP 400: out of bounds", "out of order sample", "too old sample"} { // Prometheus 3.16
+		if h := (answer{verdict: suspect, err: errorString(text)}).hint(); !strings.Contains(h, "out_of_order_time_window") {
+			t.Errorf("hint for points that are too old: %s", h)
+		}
+	}
 }
 
 type errorString string

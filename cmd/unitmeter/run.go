@@ -90,11 +90,11 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	if err != nil {
 		return false, usageError{err}
 	}
-	out, err := openExporters(ctx, t, cfg, rcv, state, log)
+	res, err := exporter.Resource(ctx, buildVersion())
 	if err != nil {
 		return false, err
 	}
-	res, err := exporter.Resource(ctx, buildVersion())
+	out, err := openExporters(ctx, t, cfg, rcv, state, log)
 	if err != nil {
 		return false, err
 	}
@@ -106,7 +106,7 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	scope := provider.Meter("github.com/unitmeter/unitmeter", metric.WithInstrumentationVersion(buildVersion()))
 	host, _ := res.Set().Value("host.name")
 	if err := errors.Join(rcv.Register(scope), out.main.Register(scope, host.AsString()), state.register(scope, host.AsString())); err != nil {
-		return false, err
+		return false, errors.Join(err, provider.Shutdown(ctx), out.close(ctx))
 	}
 
 	// The receiver must outlive ctx: shutting down collects once more.
@@ -118,7 +118,7 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	ready, stopWaiting := context.WithTimeout(ctx, firstContact)
 	if err := rcv.Ready(ready); err == nil {
 		// The first points now, and not after a whole interval.
-		go func() { _ = provider.ForceFlush(ctx) }() // the exporters log their errors
+		receiving.Go(func() { _ = provider.ForceFlush(ctx) }) // the exporters log their errors
 	}
 	stopWaiting()
 	notify(log, daemon.SdNotifyReady)
@@ -149,6 +149,11 @@ type outputs struct {
 
 func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *receiver.Receiver, state *state, log *slog.Logger) (out *outputs, err error) {
 	out = &outputs{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, out.close(ctx))
+		}
+	}()
 	protocol := "none"
 	for _, name := range cfg.Exporters {
 		switch name {
@@ -156,14 +161,14 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			protocol = cfg.OTLP.Protocol
 		case "console":
 			if out.console, err = exporter.NewConsole(t.stdout, rcv); err != nil {
-				return nil, err
+				return out, err
 			}
 		case "prometheus":
 			out.prometheus, err = exporter.NewPrometheus(ctx, exporter.PrometheusConfig{
 				Address: net.JoinHostPort(cfg.PrometheusHost, strconv.Itoa(cfg.PrometheusPort)), Logger: log,
 			})
 			if err != nil {
-				return nil, err
+				return out, err
 			}
 			log.Info("listening for Prometheus", "address", out.prometheus.Addr())
 		}
@@ -172,10 +177,7 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Ledger = protocol, rcv, state.restored()
 	exporterConfig.Outbox, exporterConfig.Logger = state.outbox(), log
 	out.main, err = exporter.New(ctx, exporterConfig)
-	if err != nil {
-		return nil, errors.Join(err, out.close(ctx))
-	}
-	return out, nil
+	return out, err
 }
 
 // otlpConfig maps the settings of the connection; the doctor tries the same.
