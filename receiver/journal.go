@@ -77,7 +77,8 @@ func (r *Receiver) followJournal(ctx context.Context) {
 		if failing.IsZero() || time.Since(began) > journalPatience {
 			failing = time.Now()
 		}
-		if time.Since(failing) < journalPatience {
+		// Who was never let in need not knock ten times.
+		if r.position().Boot != "" && time.Since(failing) < journalPatience {
 			continue
 		}
 		if !warned {
