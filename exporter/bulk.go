@@ -95,8 +95,6 @@ func appendPoints(points []metricdata.DataPoint[int64]) []byte {
 				b = protowire.AppendFixed64(b, uint64(at))
 			}
 		}
-		b = protowire.AppendTag(b, pointAsInt, protowire.Fixed64Type)
-		b = protowire.AppendFixed64(b, uint64(p.Value))
 		for attributes := p.Attributes.Iter(); attributes.Next(); {
 			kv := attributes.Attribute()
 			text := kv.Value.AsString()
@@ -106,6 +104,10 @@ func appendPoints(points []metricdata.DataPoint[int64]) []byte {
 			b = appendHead(b, keyValueValue, value)
 			b = append(appendHead(b, anyValueString, len(text)), text...)
 		}
+		// Last, as the official exporter has it: behind the times, where more
+		// bytes in a row would change, the outbox takes a third more.
+		b = protowire.AppendTag(b, pointAsInt, protowire.Fixed64Type)
+		b = protowire.AppendFixed64(b, uint64(p.Value))
 	}
 	return b
 }

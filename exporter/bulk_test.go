@@ -1,6 +1,7 @@
 package exporter
 
 import (
+	"bytes"
 	"context"
 	"math"
 	"testing"
@@ -65,6 +66,14 @@ func TestBulk(t *testing.T) {
 				}
 				if !proto.Equal(&is, &want) || len(got.request) != len(reference.request) || pointsIn(&is) < 12 {
 					t.Errorf("request of %d bytes:\n%v\nthe official one, of %d bytes:\n%v", len(got.request), &is, len(reference.request), &want)
+				}
+				// Byte for byte, since the order of fields decides how well the outbox compresses.
+				for _, m := range want.ResourceMetrics[0].ScopeMetrics[0].Metrics {
+					for _, p := range m.GetSum().GetDataPoints() {
+						if point, err := proto.Marshal(p); err != nil || !bytes.Contains(got.request, point) {
+							t.Errorf("the request has not the bytes of the point %v (%v)", p, err)
+						}
+					}
 				}
 				if len(got.bulk) == 0 {
 					t.Error("no points were taken")
