@@ -46,6 +46,10 @@ type bpfCalls struct {
 	id    [64]byte // of an invocation
 }
 
+// newCalls is not inlined, or the compiler would leave the result on the stack of
+// a caller that keeps it to itself, and stacks move.
+//
+//go:noinline
 func newCalls() *bpfCalls { return &bpfCalls{} }
 
 func (c *bpfCalls) u32(at int, v uint32) { binary.NativeEndian.PutUint32(c.attr[at:], v) }
