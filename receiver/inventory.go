@@ -442,8 +442,13 @@ func (r *Receiver) metered(name string) bool {
 		r.count(func(h *health) { h.badNames++ })
 		return false
 	}
-	return slices.Contains(r.cfg.Types, typeOf(name)) &&
-		r.include.index(name) >= 0 && r.exclude.index(name) < 0
+	return r.exports(name)
+}
+
+// exports reports whether a unit has a series, and is not followed only for the
+// balance of its slice.
+func (r *Receiver) exports(name string) bool {
+	return slices.Contains(r.cfg.Types, typeOf(name)) && r.include.index(name) >= 0 && r.exclude.index(name) < 0
 }
 
 // relist brings the inventory in line with what systemd has loaded.
@@ -672,7 +677,7 @@ func (r *Receiver) update(name string, next status) {
 		}
 		u = &unit{
 			name: name, iface: CounterInterface(typeOf(name)), young: r.listed,
-			hidden: !slices.Contains(r.cfg.Types, typeOf(name)) || r.include.index(name) < 0 || r.exclude.index(name) >= 0,
+			hidden: !r.exports(name),
 		}
 		r.units[name] = u
 	}

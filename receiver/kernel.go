@@ -802,12 +802,6 @@ func (r *Receiver) takeRest(s *tally, held Counters) {
 	run.series.add(delta, now)
 }
 
-// exports reports whether a unit has a series, and is not followed only for the
-// balance of its slice.
-func (r *Receiver) exports(name string) bool {
-	return slices.Contains(r.cfg.Types, typeOf(name)) && r.include.index(name) >= 0 && r.exclude.index(name) < 0
-}
-
 // readRests reads the maps of cgroups that are gone: their last bytes, and
 // those of sockets that outlived them.
 func (r *Receiver) readRests() {
