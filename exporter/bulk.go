@@ -73,13 +73,13 @@ const (
 // appendPoints returns points as the repeated field of a Sum. It returns nil if
 // any of them has exemplars or attributes that are no text, and if there is none.
 func appendPoints(points []metricdata.DataPoint[int64]) []byte {
-	total := 0
+	total, sizes := 0, make([]int, len(points))
 	for i := range points { // a copy of each would be an allocation
-		size, ok := pointSize(&points[i])
-		if !ok {
+		var ok bool
+		if sizes[i], ok = pointSize(&points[i]); !ok {
 			return nil
 		}
-		total += fieldSize(sumDataPoints, size)
+		total += fieldSize(sumDataPoints, sizes[i])
 	}
 	if total == 0 {
 		return nil
@@ -87,8 +87,7 @@ func appendPoints(points []metricdata.DataPoint[int64]) []byte {
 	b := make([]byte, 0, total)
 	for i := range points {
 		p := &points[i]
-		size, _ := pointSize(p)
-		b = appendHead(b, sumDataPoints, size)
+		b = appendHead(b, sumDataPoints, sizes[i])
 		for number, at := range [...]int64{pointStart: p.StartTime.UnixNano(), pointTime: p.Time.UnixNano()} {
 			if at > 0 { // as the official exporter has it
 				b = protowire.AppendTag(b, protowire.Number(number), protowire.Fixed64Type)
@@ -98,8 +97,8 @@ func appendPoints(points []metricdata.DataPoint[int64]) []byte {
 		for attributes := p.Attributes.Iter(); attributes.Next(); {
 			kv := attributes.Attribute()
 			text := kv.Value.AsString()
-			value := fieldSize(anyValueString, len(text))
-			b = appendHead(b, pointAttributes, fieldSize(keyValueKey, len(kv.Key))+fieldSize(keyValueValue, value))
+			whole, value := attributeSize(string(kv.Key), text)
+			b = appendHead(b, pointAttributes, whole)
 			b = append(appendHead(b, keyValueKey, len(kv.Key)), kv.Key...)
 			b = appendHead(b, keyValueValue, value)
 			b = append(appendHead(b, anyValueString, len(text)), text...)
@@ -128,10 +127,17 @@ func pointSize(p *metricdata.DataPoint[int64]) (size int, ok bool) {
 		if kv.Value.Type() != attribute.STRING || kv.Key == "" || !utf8.ValidString(string(kv.Key)) || !utf8.ValidString(kv.Value.AsString()) {
 			return 0, false
 		}
-		value := fieldSize(anyValueString, len(kv.Value.AsString()))
-		size += fieldSize(pointAttributes, fieldSize(keyValueKey, len(kv.Key))+fieldSize(keyValueValue, value))
+		whole, _ := attributeSize(string(kv.Key), kv.Value.AsString())
+		size += fieldSize(pointAttributes, whole)
 	}
 	return size, len(p.Exemplars) == 0
+}
+
+// attributeSize returns how many bytes a KeyValue takes, and the AnyValue in it,
+// without their own heads.
+func attributeSize(key, text string) (whole, value int) {
+	value = fieldSize(anyValueString, len(text))
+	return fieldSize(keyValueKey, len(key)) + fieldSize(keyValueValue, value), value
 }
 
 // fieldSize is that of a field with a length, its head included.
