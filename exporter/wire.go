@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 )
@@ -74,22 +75,17 @@ var errRequestTimeout = errors.New("no answer within the time of OTEL_EXPORTER_O
 
 // aboutTLS says that the two sides do not agree on their certificates. gRPC has
 // only the text of that error.
-func (a answer) aboutTLS() bool {
-	if a.err == nil {
-		return false
-	}
-	text := a.err.Error()
-	return strings.Contains(text, "x509:") || strings.Contains(text, "tls:") || strings.Contains(text, "certificate")
-}
+func (a answer) aboutTLS() bool { return a.says("x509:", "tls:", "certificate") }
 
 // tooOld says that Prometheus refuses points from before what it has. There is
 // only the text of that error (storage.ErrOutOfBounds and others).
 func (a answer) tooOld() bool {
-	if a.err == nil {
-		return false
-	}
-	text := a.err.Error()
-	return strings.Contains(text, "out of bounds") || strings.Contains(text, "out of order sample") || strings.Contains(text, "too old sample")
+	return a.says("out of bounds", "out of order sample", "too old sample")
+}
+
+// says reports whether the text of the error has any of the parts.
+func (a answer) says(parts ...string) bool {
+	return a.err != nil && slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(a.err.Error(), part) })
 }
 
 // cause names what the log tells from what it said last.

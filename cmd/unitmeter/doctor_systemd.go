@@ -327,10 +327,12 @@ func (d *doctor) checkStopEdge(ctx context.Context) finding {
 // kernel source from working.
 func (d *doctor) checkSource(context.Context) finding {
 	const mend = "install -Dm644 -t /etc/systemd/system/unitmeter.service.d /usr/share/doc/unitmeter/examples/unitmeter-kernel.conf && systemctl daemon-reload && systemctl restart unitmeter"
-	mode, err := d.cfg.Source, receiver.CheckKernel()
-	switch {
-	case mode != "kernel" && mode != "auto":
+	mode := d.cfg.Source
+	if mode != "kernel" && mode != "auto" {
 		return good("counters are read over D-Bus; UNITMETER_SOURCE=kernel, with CAP_SYS_ADMIN, would read them where systemd counts")
+	}
+	err := receiver.CheckKernel()
+	switch {
 	case err == nil:
 		return good("counters are read from the kernel (UNITMETER_SOURCE=%s)", mode)
 	case mode == "auto":
