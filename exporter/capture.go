@@ -26,8 +26,9 @@ func captureFrom(ctx context.Context) *capture {
 }
 
 // encode has the official exporter build the request for rm, and stops it before
-// the network. It takes the points of the unit instruments out of rm. The error may come with a request: some metrics could not be
-// encoded, and the request has the others.
+// the network. It takes the points of the unit instruments out of rm. The error
+// may come with a request: some metrics could not be encoded, and the request has
+// the others.
 func encode(ctx context.Context, official sdkmetric.Exporter, rm *metricdata.ResourceMetrics) (*capture, error) {
 	// The exporter gives up on a context that has ended, though there is
 	// nothing to wait for: a cycle that was collected must not be lost so late.

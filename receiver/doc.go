@@ -34,8 +34,9 @@
 // the unit, to the bus, to systemd or to this process, provided that
 // Config.State carries on what Sweep.State was. What systemd itself does not
 // count cannot be added: over D-Bus about a tenth of a second of traffic at each
-// reload and re-execution of systemd (see docs/decisions/kernel-mode.md), and all that is not sent or received through
-// the unit's own IP sockets. There is one ambiguity: accounting that is
-// switched off and on again between two readings, without a signal, and by the
-// second has counted more than before, looks like growth.
+// reload and re-execution of systemd (see docs/decisions/kernel-mode.md), and all
+// that is not sent or received through the unit's own IP sockets. There is one
+// ambiguity: accounting that is switched off and on again between two readings,
+// without a signal, and by the second has counted more than before, looks like
+// growth.
 package receiver

@@ -24,11 +24,7 @@ func underLoad(id, title string, n int, disturb string) scenario {
 		run: func(s *scene) {
 			unit := s.id + ".service"
 			s.in("systemctl start {id}")
-			for range n {
-				time.Sleep(time.Duration(200+rand.IntN(600)) * time.Millisecond)
-				s.in(disturb)
-			}
-			s.in("until [ -e /run/{id}.done ]; do sleep .05; done")
+			s.disturbed(n, disturb)
 			if n := s.version(); n == 256 || n == 257 {
 				if _, ok := s.lab.counted(unit); !ok {
 					s.skip(fmt.Sprintf("systemd %d has lost the counters of the unit (systemd#38112): there is no truth to compare with", n))
@@ -47,6 +43,17 @@ func underLoad(id, title string, n int, disturb string) scenario {
 	}
 }
 
+// disturbed runs the command n times while the scenario's service sends, and
+// waits until that has sent all.
+func (s *scene) disturbed(n int, command string) {
+	s.t.Helper()
+	for range n {
+		time.Sleep(time.Duration(200+rand.IntN(600)) * time.Millisecond)
+		s.in(command)
+	}
+	s.in("until [ -e /run/{id}.done ]; do sleep .05; done")
+}
+
 // inKernel is underLoad for an agent that reads where systemd counts: it has what
 // systemd loses. It never counts more than was sent, and states what it left out.
 func inKernel(id, title string, n int, disturb string) scenario {
@@ -62,11 +69,7 @@ func inKernel(id, title string, n int, disturb string) scenario {
 			uncertain := func() uint64 { return uint64(s.health("unitmeter.reload.uncertain")) }
 			before := uncertain()
 			s.in("systemctl start {id}; sleep 2.2")
-			for range n {
-				time.Sleep(time.Duration(200+rand.IntN(600)) * time.Millisecond)
-				s.in(disturb)
-			}
-			s.in("until [ -e /run/{id}.done ]; do sleep .05; done")
+			s.disturbed(n, disturb)
 			sent := s.datagrams(rate * seconds)
 			stated := func() uint64 { return uncertain() - before }
 			s.arrives(15*time.Second, func() bool { return s.receivedNow().EgressBytes+stated() >= sent.EgressBytes })

@@ -50,10 +50,10 @@ type Config struct {
 	// SeriesMax is how many series are kept; those seen longest ago go first.
 	SeriesMax int // 0 = 20,000
 	// Merge makes one request of two consecutive ones, and says how many points
-	// it has; it is used to thin an outbox that is full. It must not retain or change its arguments. It is
-	// called while the store is locked and must not call back. With nil the
-	// older request is dropped, which keeps the totals of cumulative series
-	// that are in both.
+	// it has; it is used to thin an outbox that is full. It must not retain or
+	// change its arguments. It is called while the store is locked and must not
+	// call back. With nil the older request is dropped, which keeps the totals of
+	// cumulative series that are in both.
 	Merge func(older, newer []byte) (merged []byte, points int, err error)
 	// Logger is told when the store degrades and when it recovers, once each.
 	Logger *slog.Logger // nil = discard
