@@ -67,6 +67,11 @@ func printCommandHelp(w io.Writer, c command, flags *flag.FlagSet) {
 			fmt.Fprint(w, "\nFlags:\n")
 			first = false
 		}
-		fmt.Fprintf(w, "  --%-14s%s\n", f.Name, f.Usage)
+		usage := f.Usage
+		// These are what a flag is without being set, in whatever form.
+		if !slices.Contains([]string{"", "false", "0s"}, f.DefValue) {
+			usage += " (default " + f.DefValue + ")"
+		}
+		fmt.Fprintf(w, "  --%-14s%s\n", f.Name, usage)
 	})
 }

@@ -151,7 +151,7 @@ removes it.
 .TP
 .I /usr/share/doc/unitmeter/examples
 What the service may be given beyond its defaults, each with its price: secrets
-for the endpoint, and two ways to count the last bytes of units that live shortly.
+for the endpoint, and ways to count the last bytes of units that live shortly.
 .SH SEE ALSO
 .BR systemd.resource\-control (5),
 .BR systemctl (1),
