@@ -78,6 +78,7 @@ type doctor struct {
 	version    systemdVersion
 	units      []reading
 	unitsRead  bool
+	stateless  bool // the state directory cannot be used
 	nameless   bool // the name of the endpoint has no address
 	reachable  bool // the endpoint takes connections
 	agent      *agentService

@@ -221,7 +221,9 @@ func (d *doctor) checkState(context.Context) finding {
 		return warning("set UNITMETER_STATE_DIR=/var/lib/unitmeter, or StateDirectory=unitmeter in the agent's unit",
 			"there is none: each start of the agent begins every series anew, and nothing is kept while the Collector is away")
 	}
-	return stateFinding(d.cfg.StateDir, d.cfg.OutboxMaxBytes)
+	f := stateFinding(d.cfg.StateDir, d.cfg.OutboxMaxBytes)
+	d.stateless = f.Status == statusFail
+	return f
 }
 
 // stateFinding has the rules of the store (package store, checkDir) and says
@@ -287,6 +289,9 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	reader, err := store.OpenReader(ctx, d.cfg.StateDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return skipped("the agent has not run with this state directory yet")
+	}
+	if errors.Is(err, fs.ErrPermission) && d.stateless {
+		return skipped("the state directory cannot be read")
 	}
 	const look = "journalctl -u " + agentUnit + " -n 20"
 	if err != nil {

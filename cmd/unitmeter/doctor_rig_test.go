@@ -323,6 +323,7 @@ func TestEnableDisable(t *testing.T) {
 	fails(exitFailure, `"basic.target"`, "unitmeter enable basic.target")
 	fails(exitFailure, `no loaded unit`, "unitmeter enable 'nosuch*'")
 	fails(exitFailure, "sudo unitmeter enable one.service", asNobody+"unitmeter enable one")
+	fails(exitFailure, "sudo unitmeter enable --all", asNobody+"unitmeter enable --all")
 	fails(exitFailure, "sudo unitmeter enable --default", asNobody+"unitmeter enable --default")
 
 	// Under an alias, persistent, and at once.
@@ -331,6 +332,11 @@ func TestEnableDisable(t *testing.T) {
 	}
 	if a := w.Show(t, "one.service"); !a.OK || accounting("one.service") != "yes" || files() != "/etc/systemd/system.control/one.service.d/50-IPAccounting.conf" {
 		t.Errorf("one.service: %+v, %s", a, files())
+	}
+	for _, command := range []string{"once", "units", "top --once"} {
+		if out := w.sh("unitmeter " + command + " uno"); !strings.Contains(out, "one.service") {
+			t.Errorf("%s uno: %q", command, out)
+		}
 	}
 	if out := w.sh("unitmeter enable one"); out != "one.service: IP accounting is on already\n" {
 		t.Errorf("enable again: %q", out)
@@ -348,6 +354,20 @@ func TestEnableDisable(t *testing.T) {
 	if !w.Show(t, "idle.service").OK {
 		t.Error("idle.service does not count")
 	}
+	// systemd mounts it with a program, and keeps its cgroup.
+	w.WriteFile(t, "/etc/systemd/system/mnt.mount", "[Mount]\nWhat=none\nWhere=/mnt\nType=tmpfs\n")
+	w.sh("systemctl daemon-reload; systemctl start mnt.mount")
+	if cgroup := w.Run(t, "systemctl", "show", "-P", "ControlGroup", "mnt.mount"); cgroup == "\n" {
+		t.Error("mnt.mount has no cgroup: the test shows nothing")
+	}
+	w.sh("unitmeter enable --all")
+	if got := files(); !strings.Contains(got, "dbus.service.d") || strings.Contains(got, ".mount.d") {
+		t.Errorf("enable --all: files: %s", got)
+	}
+	if out := w.sh("unitmeter enable --all; unitmeter once"); !strings.HasPrefix(out, "nothing to do: ") || strings.Contains(out, "unitmeter enable") {
+		t.Errorf("after enable --all: %s", out)
+	}
+	w.sh("unitmeter disable --all; rm -r /etc/systemd/system.control; systemctl daemon-reload")
 	w.sh("unitmeter disable one two three idle")
 	for _, unit := range []string{"one", "two", "three", "idle"} {
 		if accounting(unit+".service") != "no" {

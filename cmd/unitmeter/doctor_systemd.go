@@ -242,11 +242,8 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 		return failure("unset UNITMETER_INCLUDE, UNITMETER_EXCLUDE and UNITMETER_UNIT_TYPES", "no running unit is among those to meter")
 	case len(off) > 0 && on == 0:
 		return failure("unitmeter enable --all", "%d units have IP accounting off and none has counters, so there is nothing to send", len(off))
-	// A few names are better than "all": the rest may be off on purpose.
-	case len(off) > 3:
-		return warning("unitmeter enable --all", "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
 	case len(off) > 0:
-		return warning("unitmeter enable "+strings.Join(off, " "), "%d of %d units have IP accounting off", len(off), len(d.units))
+		return warning(enableCommand(off), "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
 	}
 	return good("no unit has IP accounting off but mounts that nothing serves; %d have counters", on)
 }
@@ -273,7 +270,7 @@ func countersFinding(on, lost, failed []string, virtualization string, v systemd
 	reloadBug := !v.before(256, 0) && v.before(258, 0)
 	switch {
 	case len(failed) > 0:
-		return warning("report it, with the output of: systemctl show "+failed[0], "the counters of %s make no sense", list(failed))
+		return warning("report it, with the output of: systemctl show "+shellWord(failed[0]), "the counters of %s make no sense", list(failed))
 	case len(lost) > 0 && (len(on) > 0 || reloadBug):
 		return warning("unitmeter enable --lost", "systemd has lost the counters of %s", list(lost))
 	case len(lost) > 0 && slices.Contains([]string{"docker", "lxc", "lxc-libvirt", "podman", "container-other", "systemd-nspawn", "openvz"}, virtualization):

@@ -124,7 +124,7 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUn
 			return nil, err
 		}
 		return slices.DeleteFunc(units, func(u accountedUnit) bool {
-			if whyExcluded(cfg, u.name) != "" || !u.active && !carriesTraffic(u.name) {
+			if whyExcluded(cfg, u.name) != "" || !carriesTraffic(u.name) && (!u.active || w.on && !w.m.hasProcesses(ctx, u.name)) {
 				return true
 			}
 			return w.lost && !u.lost() || w.all && u.on == w.on && !(w.on && u.lost())
@@ -181,14 +181,26 @@ func (w *switcher) named(ctx context.Context, name string) ([]accountedUnit, err
 // setUnits changes the units one after the other, and goes on after a failure.
 func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 	if len(units) == 0 {
-		fmt.Fprintln(w.out, "nothing to do: there is no such unit")
+		why := "no running unit that is metered has IP accounting on"
+		if w.lost {
+			why = "no running unit has lost its counters"
+		} else if w.on {
+			why = "no running unit that has anything to count has IP accounting off"
+		}
+		fmt.Fprintln(w.out, "nothing to do: "+why)
 		return nil
 	}
 	var errs []error
 	for _, u := range units {
 		err := w.setUnit(ctx, u)
 		if denied(err) { // as it would be for all others
-			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.name, os.Geteuid(), err, w.verb(), u.name)
+			which := u.name
+			if w.all {
+				which = "--all"
+			} else if w.lost {
+				which = "--lost"
+			}
+			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.name, os.Geteuid(), err, w.verb(), shellWord(which))
 		}
 		errs = append(errs, err)
 	}

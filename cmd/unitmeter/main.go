@@ -121,9 +121,20 @@ func indent(err error) string {
 // parse reads the flags of a subcommand and checks the number of its
 // arguments.
 func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
+	// No flag begins with "-.", and the names of two units do: -.slice, -.mount.
+	var args, rest []string
+	for i, arg := range t.args {
+		if arg == "--" {
+			args = append(args, t.args[i+1:]...)
+			break
+		}
+		if strings.HasPrefix(arg, "-.") {
+			args = append(args, arg)
+		} else {
+			rest = append(rest, arg)
+		}
+	}
 	// Flags may stand behind arguments, as in "once nats.service --json".
-	var args []string
-	rest := t.args
 	for {
 		if err := flags.Parse(rest); err != nil {
 			if errors.Is(err, flag.ErrHelp) {

@@ -39,7 +39,7 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	if units, err = selectUnits(units, patterns); err != nil {
+	if units, err = selectUnits(units, realNames(ctx, cfg, patterns)); err != nil {
 		return err
 	}
 	if *asJSON {
@@ -218,10 +218,14 @@ func printTable(w io.Writer, units []reading, all, speeds bool) error {
 		header += "IN B/S\tIN P/S\tOUT B/S\tOUT P/S\t"
 	}
 	fmt.Fprintln(tab, header+"SINCE\t UNIT")
-	others := map[string]int{}
+	lost := 0
+	var off []string
 	for _, u := range units {
 		if u.Accounting != "on" {
-			others[u.Accounting]++
+			lost += count(u.Accounting == "lost")
+			if u.Accounting == "off" && (all || carriesTraffic(u.Name)) {
+				off = append(off, u.Name)
+			}
 			if all {
 				fmt.Fprintf(tab, "\t-\t-\t-\t-\t%s%s\t %s (%s)\n", strings.Repeat("-\t", 4*count(speeds)), "-", u.Name, explain(u.Accounting))
 			}
@@ -243,7 +247,11 @@ func printTable(w io.Writer, units []reading, all, speeds bool) error {
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	return printHints(w, others)
+	enable := "unitmeter enable --all"
+	if all {
+		enable = enableCommand(off)
+	}
+	return printHints(w, len(off), lost, enable)
 }
 
 func count(b bool) int {
@@ -254,13 +262,13 @@ func count(b bool) int {
 }
 
 // printHints says how to turn units without numbers into units with.
-func printHints(w io.Writer, others map[string]int) error {
+func printHints(w io.Writer, off, lost int, enable string) error {
 	var err error
-	if n := others["off"]; n > 0 {
-		_, err = fmt.Fprintf(w, "\n%d units have IP accounting off. To switch it on: unitmeter enable --all\n", n)
+	if off > 0 {
+		_, err = fmt.Fprintf(w, "\nUnits with IP accounting off: %d. To switch it on: %s\n", off, enable)
 	}
-	if n := others["lost"]; n > 0 && err == nil {
-		_, err = fmt.Fprintf(w, "\nsystemd lost the counters of %d units. To count again: unitmeter enable --lost\n", n)
+	if lost > 0 && err == nil {
+		_, err = fmt.Fprintf(w, "\nUnits whose counters systemd has lost: %d. To count again: unitmeter enable --lost\n", lost)
 	}
 	return err
 }

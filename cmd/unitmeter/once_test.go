@@ -25,6 +25,7 @@ func someUnits() []reading {
 		{Unit: receiver.Unit{Name: "off.service", Accounting: "off"}},
 		{Unit: receiver.Unit{Name: "lost.service", Accounting: "lost"}},
 		{Unit: receiver.Unit{Name: "tmp.mount", Accounting: "no_data"}},
+		{Unit: receiver.Unit{Name: "boot.mount", Accounting: "off"}},
 	}
 }
 
@@ -34,7 +35,7 @@ func TestSelectUnits(t *testing.T) {
 		want     string // names, or the error
 		usage    bool
 	}{
-		{nil, "a.service b.service off.service lost.service tmp.mount", false},
+		{nil, "a.service b.service off.service lost.service tmp.mount boot.mount", false},
 		{[]string{"a"}, "a.service", false},
 		{[]string{"b.service", "tmp.mount"}, "b.service tmp.mount", false},
 		{[]string{"*.service"}, "a.service b.service off.service lost.service", false},
@@ -93,7 +94,7 @@ func TestOnceTable(t *testing.T) {
 	for _, want := range []string{
 		"IN B/S", "9223372036854774807", "b.service",
 		"off.service (IP accounting is off)", "lost.service (systemd lost its counters)",
-		"unitmeter enable --all", "unitmeter enable --lost",
+		"unitmeter enable off.service boot.mount", "unitmeter enable --lost",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the table lacks %q:\n%s", want, &out)
@@ -105,6 +106,10 @@ func TestOnceTable(t *testing.T) {
 	}
 	if strings.Contains(out.String(), "off.service") || strings.Contains(out.String(), "B/S") {
 		t.Errorf("the short table has too much:\n%s", &out)
+	}
+	// "enable --all" leaves out the mount: it would be told to for ever.
+	if want := "off: 1. To switch it on: unitmeter enable --all\n"; !strings.Contains(out.String(), want) {
+		t.Errorf("the short table lacks %q:\n%s", want, &out)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -171,6 +172,65 @@ func (m *manager) unit(ctx context.Context, name string, p dbus.ObjectPath) (acc
 	u.active = active != "inactive" && active != "failed" && cgroup != ""
 	u.hasData = bytes != noData
 	return u, nil
+}
+
+// hasProcesses reports whether there is a process in a unit's cgroup; true where
+// it cannot be told. systemd keeps the cgroups of mounts that it has mounted.
+func (m *manager) hasProcesses(ctx context.Context, unit string) bool {
+	var processes []struct {
+		Cgroup  string
+		PID     uint32
+		Command string
+	}
+	err := m.call(ctx, "GetUnitProcesses", unit).Store(&processes)
+	return err != nil || len(processes) > 0
+}
+
+// realNames replaces aliases by the names of the units that have them. What is no
+// loaded unit stays, and so do patterns.
+func realNames(ctx context.Context, cfg config.Config, names []string) []string {
+	if len(names) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	m, err := openManager(ctx, receiverConfig(cfg).Addresses()...)
+	if err != nil {
+		return names // the reading of the units tells it
+	}
+	defer m.close()
+	names = slices.Clone(names)
+	for i, name := range names {
+		var p dbus.ObjectPath
+		var id string
+		if !strings.ContainsAny(name, "*?[") && m.call(ctx, "GetUnit", fullName(name)).Store(&p) == nil && m.get(ctx, p, unitInterface, "Id", &id) == nil {
+			names[i] = id
+		}
+	}
+	return names
+}
+
+// shellWord makes the name of a unit fit for a command that is to be copied: in
+// escaped names the shell would take the backslashes away.
+func shellWord(name string) string {
+	if strings.Contains(name, `\`) {
+		return "'" + name + "'"
+	}
+	return name
+}
+
+// enableCommand switches on units that are off. A few names are better than
+// "all": the rest may be off on purpose.
+func enableCommand(off []string) string {
+	const few = 3
+	if len(off) > few {
+		return "unitmeter enable --all"
+	}
+	command := "unitmeter enable"
+	for _, name := range off {
+		command += " " + shellWord(name)
+	}
+	return command
 }
 
 // noData is what systemd answers for a counter that it does not have.

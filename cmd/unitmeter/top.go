@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -41,6 +42,9 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if !*single && !(ok && isTerminal(screen)) {
 		return usageError{errors.New("standard output is no terminal; use --once for one table")}
 	}
+	if !*single && slices.Contains(t.environ, "TERM=dumb") {
+		return usageError{errors.New("this terminal (TERM=dumb) has no screen to draw on; use --once for one table")}
+	}
 	cfg, err := loadConfig(t)
 	if err != nil {
 		return err
@@ -59,6 +63,7 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	defer cancel()
 	running.Go(func() { _ = rcv.Run(ctx) }) // it ends with ctx and nothing else
 
+	wanted = realNames(ctx, cfg, wanted)
 	// Before the screen is taken over: an error can still be read there.
 	ready, stop := context.WithTimeout(ctx, connectTimeout)
 	defer stop()

@@ -98,7 +98,9 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 		// A unit without numbers has no row, unless it had numbers before: then a
 		// row that vanished would look like the end of the unit.
 		if u.Accounting != "on" {
-			b.others[u.Accounting]++
+			if u.Accounting != "off" || carriesTraffic(u.Name) {
+				b.others[u.Accounting]++
+			}
 			if r == nil {
 				continue
 			}

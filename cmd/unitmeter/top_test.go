@@ -473,11 +473,11 @@ func TestPrintTop(t *testing.T) {
 		n := uint64(i)
 		b.take(at(i), []receiver.Unit{
 			counted("idle.service", "1", -9, i, 70, 70), counted("busy.service", "2", -9, i, 1234*n, 5_000_000*n),
-			{Name: "off.service", Accounting: "off"},
+			{Name: "off.service", Accounting: "off"}, {Name: "boot.mount", Accounting: "off"},
 		})
 	}
 	for exact, want := range map[bool][]string{
-		false: {"busy.service", "1.23 kB/s", "5.00 MB/s", "500000", "idle.service", "0 B/s", "1 units have IP accounting off"},
+		false: {"busy.service", "1.23 kB/s", "5.00 MB/s", "500000", "idle.service", "0 B/s", "IP accounting off: 1"},
 		true:  {"busy.service", "1,234 B/s", "5,000,000 B/s", "idle.service"},
 	} {
 		var out bytes.Buffer
@@ -511,6 +511,10 @@ func TestColumnsByWidth(t *testing.T) {
 		}
 		if sum > width+1 || !slices.IsSorted(got[:len(got)-1]) || strings.TrimSpace(fmt.Sprint(got)) != want {
 			t.Errorf("%d wide: columns %v (%d wide), want %s", width, got, sum, want)
+		}
+		// A number that is cut would be a wrong one.
+		if line := strings.Split(shown(m), "\n")[3]; !strings.HasPrefix(line, "nats.service") || strings.Contains(line, "…") {
+			t.Errorf("%d wide: the row is %q", width, line)
 		}
 	}
 }

@@ -199,7 +199,7 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 		}
 		b.WriteByte(' ')
 	}
-	text := fit(b.String(), m.width-utf8.RuneCountInString(graph), false)
+	text := fit(strings.TrimSuffix(b.String(), " "), m.width-utf8.RuneCountInString(graph), false)
 	switch {
 	// A row that is selected has one style from end to end: an end of the
 	// graph's style within would end the selection too.
@@ -477,5 +477,5 @@ func printTop(w io.Writer, b *board, exact bool) error {
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	return printHints(w, b.others)
+	return printHints(w, b.others["off"], b.others["lost"], "unitmeter enable --all")
 }

@@ -49,7 +49,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	if readings, err = selectUnits(readings, patterns); err != nil {
+	if readings, err = selectUnits(readings, realNames(ctx, cfg, patterns)); err != nil {
 		return err
 	}
 	states := make([]unitState, 0, len(readings))
@@ -78,18 +78,18 @@ func stateOf(cfg config.Config, u receiver.Unit) unitState {
 			s.Series, s.Reason = fold, "folded into "+fold
 		}
 	case "off":
-		s.Reason, s.Mend = "IPAccounting=no", "unitmeter enable "+u.Name
+		s.Reason, s.Mend = "IPAccounting=no", enableCommand([]string{u.Name})
 		if !carriesTraffic(u.Name) {
 			s.Reason, s.Mend = "IPAccounting=no; a mount has traffic only where a program serves it", ""
 		}
 	case "lost":
-		s.Reason, s.Mend = "systemd has no counters for it although it runs", "unitmeter enable --runtime "+u.Name
+		s.Reason, s.Mend = "systemd has no counters for it although it runs", "unitmeter enable --runtime "+shellWord(u.Name)
 	case "no_data":
 		s.Reason = "it has no processes or IP sockets that systemd could count"
 	case "failed":
-		s.Reason, s.Mend = "systemd's answer made no sense", "report it, with the output of: systemctl show "+u.Name
+		s.Reason, s.Mend = "systemd's answer made no sense", "report it, with the output of: systemctl show "+shellWord(u.Name)
 	default:
-		s.Reason, s.Mend = "it has not been read", "unitmeter units "+u.Name
+		s.Reason, s.Mend = "it has not been read", "unitmeter units "+shellWord(u.Name)
 	}
 	return s
 }

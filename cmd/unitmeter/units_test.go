@@ -21,6 +21,7 @@ func TestStateOf(t *testing.T) {
 		{"metered", plain, receiver.Unit{Name: "a.service", Accounting: "on"}, "metered", "of its own", "", "a.service"},
 		{"folded", config.Config{Fold: []string{"session-*.scope"}}, receiver.Unit{Name: "session-3.scope", Accounting: "on"}, "metered", "folded into session-*.scope", "", "session-*.scope"},
 		{"off", plain, receiver.Unit{Name: "a.service", Accounting: "off"}, "off", "IPAccounting=no", "unitmeter enable a.service", ""},
+		{"off, to be copied", plain, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "off", "IPAccounting=no", `unitmeter enable 'a\x2db.service'`, ""},
 		{"off mount", plain, receiver.Unit{Name: "tmp.mount", Accounting: "off"}, "off", "a program serves it", "", ""},
 		{"lost", plain, receiver.Unit{Name: "a.service", Accounting: "lost"}, "lost", "although it runs", "unitmeter enable --runtime a.service", ""},
 		{"no data", plain, receiver.Unit{Name: "a.service", Accounting: "no_data"}, "no-data", "no processes", "", ""},
