@@ -261,7 +261,15 @@ func TestDoctorAsAgent(t *testing.T) {
 		return strings.Contains(findings["outbox"].Found, "Unauthenticated")
 	})
 	want(t, findings, "outbox", statusWarn, findings["collector"].Mend)
-	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", settings+"OTEL_EXPORTER_OTLP_HEADERS=x-token=sesame\n")
+	// The secret as docs/install.md has it, in a credential. systemd mounts those in
+	// a namespace of its own, from where they reach a shared tree only.
+	example, err := os.ReadFile(filepath.Join("..", "..", "packaging", "examples", "credentials.conf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.WriteFile(t, "/etc/systemd/system/unitmeter.service.d/credentials.conf", string(example))
+	w.WriteFile(t, "/etc/unitmeter/otlp-headers", "x-token=sesame\n")
+	w.sh("chmod 0600 /etc/unitmeter/otlp-headers; mount --make-rshared /; systemctl daemon-reload")
 	w.sh("usermod -aG systemd-journal unitmeter; unitmeter enable --default; systemctl restart unitmeter.service")
 	w.eventually("the backlog is sent", func() bool {
 		findings = w.report("unitmeter doctor --json 2>/dev/null")
@@ -272,6 +280,9 @@ func TestDoctorAsAgent(t *testing.T) {
 		if f.Status != statusOK {
 			t.Errorf("after the mends: %s: %+v", name, f)
 		}
+	}
+	if found := findings["collector"].Found; !strings.Contains(found, "1 headers") {
+		t.Errorf("collector: %s", found)
 	}
 	if found := findings["state-directory"].Found; !strings.Contains(found, "in use by process") {
 		t.Errorf("the agent's lock is not seen: %s", found)
