@@ -292,7 +292,7 @@ func (r *Receiver) Ready(ctx context.Context) error {
 	case <-ctx.Done():
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		return errors.Join(ctx.Err(), r.broken)
+		return errors.Join(r.broken, ctx.Err()) // the cause first
 	}
 }
 

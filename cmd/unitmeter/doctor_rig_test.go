@@ -357,6 +357,14 @@ func TestEnableDisable(t *testing.T) {
 	if got := files(); strings.Contains(got, "/etc/systemd/system.control/t") || !strings.Contains(got, "/run/systemd/system.control/two.service.d") || !strings.Contains(got, "/run/systemd/transient/three.service.d") {
 		t.Errorf("files: %s", got)
 	}
+	// What was until the next boot becomes what stays, and goes on counting.
+	if out := w.sh("unitmeter enable two"); out != "two.service: IP accounting stays on, after the next boot too\n" || !strings.Contains(files(), "/etc/systemd/system.control/two.service.d") {
+		t.Errorf("enable two for good: %q, %s", out, files())
+	}
+	// systemd would forget the one for the other at the next reload.
+	w.sh("unitmeter disable two")
+	fails(exitFailure, "two.service.d/50-IPAccounting.conf says no, and would win at the next daemon-reload; use \"unitmeter enable two.service\"", "unitmeter enable --runtime two")
+	w.sh("unitmeter enable two")
 	// A unit that does not run counts when it starts.
 	if out := w.sh("unitmeter enable idle"); !strings.Contains(out, "it counts when the unit starts") {
 		t.Errorf("enable idle: %q", out)
@@ -402,9 +410,13 @@ func TestEnableDisable(t *testing.T) {
 	if out := w.sh("unitmeter disable --default"); !strings.HasPrefix(out, "nothing to do") {
 		t.Errorf("a second time: %q", out)
 	}
+	w.sh("unitmeter enable --default --runtime")
+	fails(exitFailure, "still has yes; another file decides it", "unitmeter disable --default")
+	w.sh("unitmeter disable --default --runtime")
 	// What another file overrides is told, and another's file is not removed.
 	w.WriteFile(t, "/etc/systemd/system.conf.d/90-local.conf", "[Manager]\nDefaultIPAccounting=no\n")
 	fails(exitFailure, "another file decides it", "unitmeter disable --all >/dev/null; unitmeter enable --default")
 	w.WriteFile(t, "/etc/systemd/system.conf.d/50-unitmeter.conf", "# mine\n")
 	fails(exitFailure, "was not written by unitmeter", "unitmeter disable --default")
+	fails(exitFailure, "was not written by unitmeter", "unitmeter enable --default")
 }

@@ -509,6 +509,8 @@ func TestDoctorLost(t *testing.T) {
 			return dbus.MakeVariant("257.13-1~deb13u1"), nil, 0, true
 		case property == "Transient":
 			return dbus.MakeVariant(false), nil, 0, true
+		case property == "DropInPaths":
+			return dbus.MakeVariant([]string{}), nil, 0, true
 		}
 		return dbus.Variant{}, nil, 0, false
 	})

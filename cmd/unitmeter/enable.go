@@ -210,9 +210,15 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 // setUnit changes one unit, and prints what systemd shows after that.
 func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
 	rearm := w.on && u.on && u.active && !u.hasData
-	if u.on == w.on && !rearm {
+	// Until the next boot is not what was asked for now.
+	keep := u.on == w.on && u.runtime && !u.persistent && !w.runtime
+	if u.on == w.on && !rearm && !keep {
 		fmt.Fprintf(w.out, "%s: IP accounting is %s already\n", u.name, onOff(w.on))
 		return nil
+	}
+	if w.runtime && u.on != w.on && u.persistent {
+		return fmt.Errorf("set IPAccounting of %s until the next boot: %s/%s.d/%s says %s, and would win at the next daemon-reload; use \"unitmeter %s %s\"",
+			u.name, persistentDir, u.name, settingFile, yesNo(u.on), w.verb(), shellWord(u.name))
 	}
 	// The files of a transient unit would outlive it. And to touch the setting
 	// is all that a lost unit needs.
@@ -280,6 +286,8 @@ func outcome(before, now accountedUnit, runtime, rearm bool) string {
 		until = "until it ends, since it is a transient unit"
 	}
 	switch {
+	case before.on == now.on:
+		return "IP accounting stays " + onOff(now.on) + ", after the next boot too"
 	case !now.on:
 		return "IP accounting is off " + until
 	case now.hasData:
@@ -292,9 +300,9 @@ func outcome(before, now accountedUnit, runtime, rearm bool) string {
 
 // describe is the dry run of setUnit.
 func (w *switcher) describe(u accountedUnit, runtime, rearm bool) {
-	dir, flag, why := "/etc/systemd/system.control", "", ""
+	dir, flag, why := persistentDir, "", ""
 	if runtime {
-		dir, flag = "/run/systemd/system.control", "--runtime "
+		dir, flag = runtimeDir, "--runtime "
 	}
 	switch {
 	case u.transient:
@@ -305,7 +313,7 @@ func (w *switcher) describe(u accountedUnit, runtime, rearm bool) {
 	}
 	fmt.Fprintf(w.out, "%s%s:\n", u.name, why)
 	fmt.Fprintf(w.out, "  would call  %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", managerInterface, u.name, runtime, w.on)
-	fmt.Fprintf(w.out, "  systemd writes  %s/%s.d/50-IPAccounting.conf\n", dir, u.name)
+	fmt.Fprintf(w.out, "  systemd writes  %s/%s.d/%s\n", dir, u.name, settingFile)
 	fmt.Fprintf(w.out, "  the same as  systemctl set-property %s%s IPAccounting=%s\n", flag, u.name, yesNo(w.on))
 }
 
@@ -321,11 +329,11 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("read %s: %w", file, err)
-	case err == nil && !w.on && !strings.HasPrefix(string(present), "# Written by \"unitmeter"):
-		return fmt.Errorf("remove %s: it was not written by unitmeter; look at it, and remove it by hand", file)
+	case err == nil && !strings.HasPrefix(string(present), "# Written by \"unitmeter"):
+		return fmt.Errorf("change %s: it was not written by unitmeter; look at it, and remove it by hand", file)
 	case err != nil && !w.on:
 		fmt.Fprintf(w.out, "nothing to do: there is no %s\n", file)
-		return nil
+		return w.checkDefault(ctx)
 	}
 	fmt.Fprint(w.out, w.explainDefault(ctx, file))
 	if w.dry {
@@ -425,12 +433,17 @@ func (w *switcher) verifyDefault(ctx context.Context, before []accountedUnit) er
 		on += count(now.on)
 	}
 	fmt.Fprintf(w.out, "%d running units have IP accounting on; it changed for %d\n", on, changed)
+	return w.checkDefault(ctx)
+}
+
+// checkDefault tells if systemd's default is not what was asked for.
+func (w *switcher) checkDefault(ctx context.Context) error {
 	now, err := w.m.defaultAccounting(ctx)
 	if err != nil {
-		return fmt.Errorf("check that systemd has read the new default: %w", err)
+		return fmt.Errorf("check systemd's default: %w", err)
 	}
 	if now != w.on {
-		return fmt.Errorf("set DefaultIPAccounting: systemd was reloaded, and still has %s; another file decides it: see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
+		return fmt.Errorf("set DefaultIPAccounting: systemd still has %s; another file decides it: see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
 	}
 	return nil
 }

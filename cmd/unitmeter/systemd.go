@@ -109,6 +109,8 @@ type accountedUnit struct {
 	hasData   bool // the counters have values
 	active    bool // has a cgroup, in which there may be something to count
 	transient bool // made by a program, such as systemd-run; gone after its end
+	// Whether there is a setting of its own, for good and until the next boot.
+	persistent, runtime bool
 }
 
 // lost says that a unit should have counters and has none.
@@ -153,6 +155,7 @@ func (m *manager) loaded(ctx context.Context, states []string, pattern string) (
 func (m *manager) unit(ctx context.Context, name string, p dbus.ObjectPath) (accountedUnit, error) {
 	u := accountedUnit{name: name, path: p, iface: counterInterface(name)}
 	var active, cgroup string
+	var dropIns []string
 	var bytes uint64
 	for _, property := range []struct {
 		iface, name string
@@ -161,6 +164,7 @@ func (m *manager) unit(ctx context.Context, name string, p dbus.ObjectPath) (acc
 		{unitInterface, "Id", &u.name}, // the name asked for may be an alias
 		{unitInterface, "ActiveState", &active},
 		{unitInterface, "Transient", &u.transient},
+		{unitInterface, "DropInPaths", &dropIns},
 		{u.iface, "ControlGroup", &cgroup},
 		{u.iface, "IPAccounting", &u.on},
 		{u.iface, "IPEgressBytes", &bytes},
@@ -171,6 +175,12 @@ func (m *manager) unit(ctx context.Context, name string, p dbus.ObjectPath) (acc
 	}
 	u.active = active != "inactive" && active != "failed" && cgroup != ""
 	u.hasData = bytes != noData
+	for _, file := range dropIns {
+		if path.Base(file) == settingFile {
+			u.persistent = u.persistent || strings.HasPrefix(file, persistentDir+"/")
+			u.runtime = u.runtime || strings.HasPrefix(file, runtimeDir+"/")
+		}
+	}
 	return u, nil
 }
 
@@ -232,6 +242,13 @@ func enableCommand(off []string) string {
 	}
 	return command
 }
+
+// Where systemd keeps what SetUnitProperties sets. The first wins over the second.
+const (
+	persistentDir = "/etc/systemd/system.control"
+	runtimeDir    = "/run/systemd/system.control"
+	settingFile   = "50-IPAccounting.conf"
+)
 
 // noData is what systemd answers for a counter that it does not have.
 const noData = 1<<64 - 1
