@@ -91,7 +91,7 @@ func draw(t *testing.T, rig *systemdtest.Rig, b backend, d dashboard) {
 		if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		height := map[string]string{"dashboard": "820", "dashboard-agent": "680"}[name]
+		height := map[string]string{"dashboard": "820", "dashboard-agent": "700"}[name]
 		cmd := exec.Command(chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--user-data-dir="+dir,
 			"--window-size=1200,"+height, "--screenshot="+out, "file://"+file)
 		if text, err := cmd.CombinedOutput(); err != nil {
