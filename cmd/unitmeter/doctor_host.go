@@ -309,8 +309,8 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	}
 	if n := len(refused); n > 0 {
 		last := refused[n-1]
-		return warning("unitmeter history --quarantined   (then look at the log of the Collector)",
-			"the Collector refused %d requests for good, the last at %s: %s", n, last.At.UTC().Format(time.RFC3339), last.Reason)
+		return warning("unitmeter history --quarantined",
+			"the Collector refused %d requests for good (its log says more), the last at %s: %s", n, last.At.UTC().Format(time.RFC3339), last.Reason)
 	}
 	return good("no request was refused, and none waits for longer than it may take")
 }

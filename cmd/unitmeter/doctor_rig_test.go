@@ -287,6 +287,11 @@ func TestDoctorAsAgent(t *testing.T) {
 	if found := findings["state-directory"].Found; !strings.Contains(found, "in use by process") {
 		t.Errorf("the agent's lock is not seen: %s", found)
 	}
+	// Root's own directory is that of an agent tried by hand.
+	w.sh("UNITMETER_STATE_DIR=/root/.local/state/unitmeter timeout -s INT 2 unitmeter run || :; test -e /root/.local/state/unitmeter/unitmeter.db")
+	if out := w.sh("unitmeter history"); !strings.Contains(out, " unitmeter.service\n") {
+		t.Errorf("history does not read the service's directory:\n%s", out)
+	}
 	// Variables in the shell are there to be checked, with the shell's user.
 	findings = w.report("OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9 unitmeter doctor --json")
 	want(t, findings, "endpoint-connection", statusFail, "set OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -304,7 +304,7 @@ func TestDoctorOutbox(t *testing.T) {
 	}
 	findings = examined(t, env...)
 	want(t, findings, "outbox", statusWarn, "unitmeter history --quarantined")
-	if found := findings["outbox"].Found; !strings.Contains(found, "refused 1 requests") || !strings.Contains(found, "HTTP 400") {
+	if found := findings["outbox"].Found; !strings.Contains(found, "refused 1 requests for good") || !strings.Contains(found, "HTTP 400") {
 		t.Errorf("outbox: %s", found)
 	}
 	want(t, examined(t, noSystemd), "outbox", statusSkip, "")
