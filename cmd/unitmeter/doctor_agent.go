@@ -168,7 +168,11 @@ func (a *agentService) examine(ctx context.Context) ([]finding, error) {
 	}
 	// What systemd-run complained about is worth more than its exit code.
 	var exit *exec.ExitError
-	if errors.As(err, &exit) && len(exit.Stderr) > 0 {
+	const notExecutable = 203 // EXIT_EXEC of systemd.exec(5), which says nothing itself
+	if errors.As(err, &exit) && exit.ExitCode() == notExecutable {
+		return nil, fmt.Errorf("the user %s may not run %s", a.user, self)
+	}
+	if exit != nil && len(exit.Stderr) > 0 {
 		err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
 	}
 	return nil, fmt.Errorf("run systemd-run: %w", err)

@@ -292,6 +292,10 @@ func TestDoctorAsAgent(t *testing.T) {
 	if out := w.sh("unitmeter history"); !strings.Contains(out, " unitmeter.service\n") {
 		t.Errorf("history does not read the service's directory:\n%s", out)
 	}
+	// A program that only root can reach, as in a checkout below /root.
+	if out := w.sh("install -D /usr/bin/unitmeter /root/out/of/reach; chmod 0700 /root; /root/out/of/reach doctor 2>&1 || :"); !strings.HasPrefix(out, "cannot check as unitmeter.service does (the user unitmeter may not run /root/out/of/reach)") {
+		t.Errorf("a program out of reach: %s", out)
+	}
 	// Variables in the shell are there to be checked, with the shell's user.
 	findings = w.report("OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9 unitmeter doctor --json")
 	want(t, findings, "endpoint-connection", statusFail, "set OTEL_EXPORTER_OTLP_ENDPOINT")
