@@ -402,6 +402,16 @@ func TestEnableDisable(t *testing.T) {
 			t.Errorf("%s is still on", unit)
 		}
 	}
+	// A file that systemd cannot write is no error to it.
+	w.sh("systemctl revert two.service; mount --bind /etc /etc; mount -o remount,bind,ro /etc")
+	fails(exitFailure, "systemd could not write /etc/systemd/system.control/two.service.d/50-IPAccounting.conf, so it is on until the next boot only", "unitmeter enable two")
+	w.sh("umount /etc; systemctl daemon-reload")
+	if accounting("two.service") != "yes" {
+		t.Error("two.service is not on until the next boot")
+	}
+	if out := w.sh("unitmeter enable two; unitmeter disable two"); !strings.HasPrefix(out, "two.service: IP accounting stays on") {
+		t.Errorf("with a writable /etc: %s", out)
+	}
 	// By default: all that has no setting of its own.
 	before := accounting("systemd-journald.service")
 	dry = w.sh("unitmeter enable --default --dry-run")

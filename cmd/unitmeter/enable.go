@@ -242,6 +242,13 @@ func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
 	if err != nil {
 		return err
 	}
+	// systemd calls it a success that it could not write the file, and the next
+	// daemon-reload would take the change back.
+	if !runtime && !now.persistent {
+		err := w.m.call(ctx, "SetUnitProperties", u.name, true, change).Err
+		return errors.Join(fmt.Errorf("keep IPAccounting of %s: systemd could not write %s/%s.d/%s, so it is %s until the next boot only; make /etc writable, and run it again",
+			u.name, persistentDir, u.name, settingFile, onOff(now.on)), err)
+	}
 	fmt.Fprintf(w.out, "%s: %s\n", u.name, outcome(u, now, runtime, rearm))
 	return nil
 }
