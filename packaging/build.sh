@@ -53,9 +53,11 @@ unitmeter ($version) stable; urgency=medium
  -- unitmeter developers <unitmeter@users.noreply.github.com>  $(date -u -R -d "@$SOURCE_DATE_EPOCH")
 END
 
-# The licences of what is linked in ask to be passed on with it.
+# Our licence, and those of what is linked in, ask to be passed on with it.
 licences() {
-  printf 'Go\n==\n\n'
+  printf 'unitmeter\n=========\n\n'
+  cat LICENSE
+  printf '\n\nGo\n==\n\n'
   cat "$(go env GOROOT)/LICENSE"
   GOOS=linux GOARCH=$arch CGO_ENABLED=0 go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}}@{{.Version}} {{.Dir}}{{end}}{{end}}' ./cmd/unitmeter |
     sort -u | while read -r module dir; do

@@ -44,7 +44,7 @@ func TestPackages(t *testing.T) {
 	}
 	// A copy, so that nobody edits the source between two builds.
 	source := filepath.Join(t.TempDir(), "source")
-	for _, name := range []string{"cmd", "config", "exporter", "receiver", "packaging", "go.mod", "go.sum", "Makefile"} {
+	for _, name := range []string{"cmd", "config", "exporter", "receiver", "packaging", "go.mod", "go.sum", "Makefile", "LICENSE"} {
 		if err := copyTree(filepath.Join(root, name), filepath.Join(source, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -173,6 +173,13 @@ func testContents(t *testing.T, dir string) {
 	program := filepath.Join(t.TempDir(), "unitmeter")
 	if err := os.WriteFile(program, []byte(output(t, exec.Command("tar", "-xzOf", filepath.Join(dir, "unitmeter-0.1.0-linux-amd64.tar.gz"), "unitmeter-0.1.0-linux-amd64/unitmeter"))), 0o755); err != nil {
 		t.Fatal(err)
+	}
+	own, err := os.ReadFile("../LICENSE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(modules, "unitmeter\n=========\n\n"+string(own)) {
+		t.Error("our own licence is missing")
 	}
 	linked := 0
 	for line := range strings.Lines(output(t, exec.Command("go", "version", "-m", program))) {
