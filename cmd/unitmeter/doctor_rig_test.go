@@ -388,14 +388,18 @@ func TestEnableDisable(t *testing.T) {
 	if cgroup := w.Run(t, "systemctl", "show", "-P", "ControlGroup", "mnt.mount"); cgroup == "\n" {
 		t.Error("mnt.mount has no cgroup: the test shows nothing")
 	}
+	w.sh("unitmeter enable --all --runtime")
+	if got := files(); !strings.Contains(got, "/run/systemd/system.control/dbus.service.d") || strings.Contains(got, "/etc/systemd/system.control/dbus.service.d") {
+		t.Errorf("enable --all --runtime: files: %s", got)
+	}
 	w.sh("unitmeter enable --all")
-	if got := files(); !strings.Contains(got, "dbus.service.d") || strings.Contains(got, ".mount.d") {
+	if got := files(); !strings.Contains(got, "/etc/systemd/system.control/dbus.service.d") || strings.Contains(got, ".mount.d") {
 		t.Errorf("enable --all: files: %s", got)
 	}
 	if out := w.sh("unitmeter enable --all; unitmeter once"); !strings.HasPrefix(out, "nothing to do: ") || strings.Contains(out, "unitmeter enable") {
 		t.Errorf("after enable --all: %s", out)
 	}
-	w.sh("unitmeter disable --all; rm -r /etc/systemd/system.control; systemctl daemon-reload")
+	w.sh("unitmeter disable --all; rm -r /etc/systemd/system.control /run/systemd/system.control; systemctl daemon-reload")
 	w.sh("unitmeter disable one two three idle")
 	for _, unit := range []string{"one", "two", "three", "idle"} {
 		if accounting(unit+".service") != "no" {

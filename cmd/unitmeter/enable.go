@@ -127,7 +127,10 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUn
 			if whyExcluded(cfg, u.name) != "" || !carriesTraffic(u.name) && (!u.active || w.on && !w.m.hasProcesses(ctx, u.name)) {
 				return true
 			}
-			return w.lost && !u.lost() || w.all && u.on == w.on && !(w.on && u.lost())
+			if w.lost {
+				return !u.lost()
+			}
+			return u.on == w.on && !(w.on && u.lost()) && !w.keeps(u)
 		}), nil
 	}
 	var units []accountedUnit
@@ -143,6 +146,11 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUn
 		}
 	}
 	return units, nil
+}
+
+// keeps reports whether a unit has what is asked for, but until the next boot only.
+func (w *switcher) keeps(u accountedUnit) bool {
+	return u.on == w.on && u.runtime && !u.persistent && !w.runtime
 }
 
 // named finds the units of one argument: a name, which is loaded if it is not,
@@ -210,9 +218,7 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 // setUnit changes one unit, and prints what systemd shows after that.
 func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
 	rearm := w.on && u.on && u.active && !u.hasData
-	// Until the next boot is not what was asked for now.
-	keep := u.on == w.on && u.runtime && !u.persistent && !w.runtime
-	if u.on == w.on && !rearm && !keep {
+	if u.on == w.on && !rearm && !w.keeps(u) {
 		fmt.Fprintf(w.out, "%s: IP accounting is %s already\n", u.name, onOff(w.on))
 		return nil
 	}
