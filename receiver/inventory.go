@@ -88,9 +88,9 @@ type run struct {
 	slice   string    // "" while not known
 	start   time.Time // when systemd began to count, as of the first reading
 	odometer
-	// quiet says that the packet counters stood still over the last full
-	// reading: then the bytes need no reading until a packet counter moves.
-	quiet  bool
+	// quiet says of each direction that its packet counter stood still over the
+	// last full reading: then its bytes need no reading until that moves.
+	quiet  [2]bool
 	ended  time.Time // when the unit was seen to be inactive; zero while it runs
 	closed time.Time // when the run was found to be gone; zero while it can be read
 	// restored says that the run is of an earlier Receiver, and that no list has
@@ -152,6 +152,9 @@ func openFor(ctx context.Context, address string, private, signals bool) (*bus, 
 	w, err := dial(ctx, address)
 	if err != nil {
 		return nil, fmt.Errorf("connect to systemd at %s: %w", address, err)
+	}
+	if private {
+		w.every, w.window = readEveryPrivate, maxInFlightPrivate
 	}
 	conn, err := dbus.NewConn(w, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
 	if err != nil {
@@ -704,7 +707,7 @@ func (r *Receiver) update(name string, next status) {
 	if u.state == accountingOff || u.state == accountingNone {
 		u.state = accountingUnknown // a set-property signals a change too
 	}
-	u.run.quiet = false
+	u.run.quiet = [2]bool{}
 	u.run.unbegun = u.run.unbegun && !begun
 	if next.running() {
 		u.run.ended = time.Time{}

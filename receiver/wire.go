@@ -24,13 +24,15 @@ const (
 	// replies per connection (max_replies_per_connection); the 129th call is
 	// refused with LimitsExceeded.
 	maxInFlight = 64
-	// batchSize is how many calls must have been answered before the next
-	// ones go out, all that there is room for in one write.
-	batchSize = 32
-	// readEvery is how often a sweep looks for replies. They come a hundred in
-	// a millisecond, and to be woken for each of them costs more than to read
-	// them, here and in the peer.
-	readEvery = time.Millisecond
+	// maxInFlightPrivate is for PID 1's own socket, which has no such limit and
+	// takes other clients' calls in between. The calls fit into the socket's
+	// buffer, and so do the replies.
+	maxInFlightPrivate = 512
+	// readEvery and readEveryPrivate are how often a sweep looks for replies.
+	// They come a hundred in a millisecond, and to be woken for each of them
+	// costs more than to read them, here and in the peer.
+	readEvery        = time.Millisecond
+	readEveryPrivate = 2 * time.Millisecond
 	// firstOwnSerial divides the serial numbers of one connection: godbus
 	// counts from 1, the calls of sweeps start here.
 	firstOwnSerial = 1 << 31
@@ -62,20 +64,30 @@ type wire struct {
 	sending chan struct{} // one writer at a time
 	turn    chan struct{} // held by the caller of gets whose turn it is
 
-	every time.Duration // how often a sweep reads; 0 where nothing is buffered on the way
+	every  time.Duration // how often a sweep reads; 0 where nothing is buffered on the way
+	window int           // how many calls may be without a reply
 
 	out []byte // reused encoding buffer, guarded by sending
 
+	wake chan struct{} // has a token when gets has something to do
+
 	mu       sync.Mutex
-	progress *sync.Cond // signalled when gets may go on
-	serial   uint32     // next serial of a sweep's call
-	first    uint32     // serial of call 0 of the sweep in progress
-	calls    int        // calls sent so far in the sweep in progress
-	answered []bool     // by call: a second reply to it says nothing
-	open     int        // calls of the sweep in progress without a reply
-	inFlight int        // calls without a reply, abandoned ones included
-	deliver  func(i int, r reply)
-	err      error // why the connection ended
+	serial   uint32 // next serial of a sweep's call
+	inFlight int    // calls without a reply, abandoned ones included
+	err      error  // why the connection ended
+	round    round  // the call of gets in progress
+}
+
+// round is one call of gets.
+type round struct {
+	size     int                // how many properties; 0 while there is no round
+	call     func(int) property // names them
+	done     func(int, reply)   // takes the replies
+	deadline time.Time          // of the writes; zero for none
+	first    uint32             // serial of call 0
+	sent     int                // calls sent so far
+	open     int                // calls of these without a reply
+	answered []bool             // by call: a second reply to it says nothing
 }
 
 // stream is what a wire needs of its connection.
@@ -186,9 +198,9 @@ func handshake(ctx context.Context, conn net.Conn) (*wire, error) {
 	}
 	w := &wire{
 		conn: conn, in: in, auth: strings.NewReader(""), serial: firstOwnSerial,
-		sending: make(chan struct{}, 1), turn: make(chan struct{}, 1),
+		sending: make(chan struct{}, 1), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1),
+		window: maxInFlight,
 	}
-	w.progress = sync.NewCond(&w.mu)
 	return w, nil
 }
 
@@ -277,7 +289,7 @@ func (w *wire) fail(err error) {
 	if w.err == nil {
 		w.err = err
 	}
-	w.progress.Broadcast()
+	w.wakeUp()
 }
 
 // failure says why the connection ended.
@@ -325,39 +337,61 @@ func (w *wire) next() (header, error) {
 func (w *wire) dispatch(h header) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	switch i := int64(h.replySerial) - int64(w.first); {
-	case w.deliver != nil && i >= 0 && i < int64(w.calls):
-		if w.answered[i] {
+	r := &w.round
+	switch i := int64(h.replySerial) - int64(r.first); {
+	case i >= 0 && i < int64(r.sent):
+		if r.answered[i] {
 			return
 		}
-		w.answered[i] = true
-		w.deliver(int(i), reply{order: h.order, errorName: h.errorName, signature: h.signature, body: h.body})
-		w.open--
+		r.answered[i] = true
+		r.done(int(i), reply{order: h.order, errorName: h.errorName, signature: h.signature, body: h.body})
+		r.open--
 		w.inFlight--
-	case w.inFlight > w.open:
+	case w.inFlight > r.open:
 		w.inFlight--
 	}
 }
 
-// pause lets replies pile up before the next read, while a sweep waits for some.
+// pause is called before a read that may have to wait. While a sweep waits for
+// replies, it sends the next calls and lets replies pile up. It does so here, in
+// the reading goroutine, since to wake that of the sweep for each batch cost more
+// than the batch.
 func (w *wire) pause() {
 	w.mu.Lock()
-	// gets has nothing to do for each reply: it waits for room for a batch, or
-	// for the last one.
-	if w.open == 0 || w.inFlight <= maxInFlight-batchSize {
-		w.progress.Broadcast()
-	}
-	sweeping := w.open > 0
+	room, over := w.room(), w.round.size > 0 && w.round.open == 0
 	w.mu.Unlock()
-	if sweeping && w.every > 0 {
+	if room > 0 {
+		select {
+		case w.sending <- struct{}{}:
+			_ = w.refill() // the next read has the error as well
+			<-w.sending
+		default:
+			w.wakeUp() // whoever sends may be stuck, and replies must be read
+		}
+	} else if over {
+		w.wakeUp()
+	}
+	w.mu.Lock()
+	waiting := w.round.open > 0
+	w.mu.Unlock()
+	if waiting && w.every > 0 {
 		time.Sleep(w.every)
 	}
 }
 
-// gets reads n properties with at most maxInFlight calls outstanding. call
+// wakeUp lets gets look at where its round stands.
+func (w *wire) wakeUp() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// gets reads n properties with at most window calls outstanding. call
 // names property i; done is called once for each reply, in the order of
-// arrival, from another goroutine but never after gets has returned. Calls of
-// gets take turns. It ends early with ctx, or with the connection.
+// arrival. Both are called from another goroutine as well, but never after gets
+// has returned. Calls of gets take turns. It ends early with ctx, or with the
+// connection.
 func (w *wire) gets(ctx context.Context, n int, call func(i int) property, done func(i int, r reply)) error {
 	select {
 	case w.turn <- struct{}{}:
@@ -365,33 +399,24 @@ func (w *wire) gets(ctx context.Context, n int, call func(i int) property, done 
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	stop := context.AfterFunc(ctx, func() {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		w.progress.Broadcast()
-	})
-	defer stop()
-
 	w.mu.Lock()
 	if w.serial > 1<<32-1-uint32(n) {
 		w.serial = firstOwnSerial
 	}
-	w.first, w.calls, w.open, w.deliver = w.serial, 0, 0, done
-	w.answered = slices.Grow(w.answered[:0], n)[:n]
-	clear(w.answered)
+	answered := slices.Grow(w.round.answered[:0], n)[:n]
+	clear(answered)
+	deadline, _ := ctx.Deadline()
+	w.round = round{size: n, call: call, done: done, deadline: deadline, first: w.serial, answered: answered}
 	w.mu.Unlock()
 	defer func() {
 		w.mu.Lock()
-		w.open, w.deliver = 0, nil
+		w.round = round{answered: w.round.answered}
 		w.mu.Unlock()
 	}()
 
-	for sent := 0; ; {
+	for {
 		w.mu.Lock()
-		for w.err == nil && ctx.Err() == nil && (w.open > 0 && sent == n || sent < n && w.inFlight > maxInFlight-batchSize) {
-			w.progress.Wait()
-		}
-		err, finished, room := w.err, sent == n && w.open == 0, maxInFlight-w.inFlight
+		err, finished, room := w.err, w.round.sent == n && w.round.open == 0, w.room()
 		w.mu.Unlock()
 		switch {
 		case finished:
@@ -401,33 +426,50 @@ func (w *wire) gets(ctx context.Context, n int, call func(i int) property, done 
 		case ctx.Err() != nil:
 			return ctx.Err()
 		}
-		count := min(room, n-sent)
-		if err := w.send(ctx, count, func(i int) property { return call(sent + i) }); err != nil {
-			return err
+		if room > 0 {
+			select {
+			case w.sending <- struct{}{}:
+				err = w.refill()
+				<-w.sending
+			case <-ctx.Done():
+			}
+			if err != nil {
+				return err
+			}
 		}
-		sent += count
+		select {
+		case <-w.wake:
+		case <-ctx.Done():
+		}
 	}
 }
 
-// send writes the next count Get calls at once.
-func (w *wire) send(ctx context.Context, count int, call func(i int) property) error {
-	select {
-	case w.sending <- struct{}{}:
-		defer func() { <-w.sending }()
-	case <-ctx.Done():
-		return ctx.Err()
+// room is how many calls of the round may be sent now: those that there is room
+// for, once half of the earlier ones have been answered. The caller holds mu.
+func (w *wire) room() int {
+	if w.inFlight > w.window/2 {
+		return 0
 	}
+	return min(w.window-w.inFlight, w.round.size-w.round.sent)
+}
+
+// refill writes the calls that there is room for at once. The caller holds
+// sending.
+func (w *wire) refill() error {
 	w.mu.Lock()
-	serial := w.serial
-	w.serial += uint32(count)
-	w.calls += count
-	w.open += count
-	w.inFlight += count
-	w.mu.Unlock()
+	r, count := &w.round, w.room()
 	w.out = w.out[:0]
 	for i := range count {
-		w.out = appendGet(w.out, serial+uint32(i), call(i))
+		w.out = appendGet(w.out, w.serial+uint32(i), r.call(r.sent+i))
 	}
-	deadline, _ := ctx.Deadline()
+	w.serial += uint32(count)
+	w.inFlight += count
+	r.sent += count
+	r.open += count
+	deadline := r.deadline
+	w.mu.Unlock()
+	if count == 0 {
+		return nil
+	}
 	return w.write(w.out, deadline)
 }
