@@ -5,6 +5,7 @@ import (
 	"unicode/utf8"
 
 	"go.opentelemetry.io/otel/attribute"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -17,21 +18,33 @@ import (
 // they are put in last; TestBulk compares the result with what it would have made.
 type bulk map[string][]byte
 
+// encoder has an official exporter build requests, one at a time.
+type encoder struct {
+	official sdkmetric.Exporter
+	// attributes are those of the points, as fields of a point: they stay the same
+	// over cycles.
+	attributes map[attribute.Distinct]string
+}
+
 // takeBulk moves the points out of rm that are simple enough. All others stay.
-func takeBulk(rm *metricdata.ResourceMetrics) bulk {
-	taken := bulk{}
+func (e *encoder) takeBulk(rm *metricdata.ResourceMetrics) bulk {
+	taken, all := bulk{}, 0
 	for _, scope := range rm.ScopeMetrics {
 		for i, m := range scope.Metrics {
 			sum, ok := m.Data.(metricdata.Sum[int64])
-			if _, twice := taken[m.Name]; !ok || twice || !isUnitMetric(m.Name) {
+			if _, twice := taken[m.Name]; !ok || twice || !isUnitMetric(m.Name) || len(sum.DataPoints) == 0 {
 				continue
 			}
-			if body := appendPoints(sum.DataPoints); body != nil {
+			if body := e.encodePoints(sum.DataPoints); body != nil {
 				taken[m.Name] = body
+				all += len(sum.DataPoints)
 				sum.DataPoints = sum.DataPoints[:0]
 				scope.Metrics[i].Data = sum
 			}
 		}
+	}
+	if len(e.attributes) > all+1000 { // each set is on two metrics, so that half are of no use
+		clear(e.attributes)
 	}
 	return taken
 }
@@ -70,39 +83,35 @@ const (
 	anyValueString  = 1
 )
 
-// appendPoints returns points as the repeated field of a Sum. It returns nil if
-// any of them has exemplars or attributes that are no text, and if there is none.
-func appendPoints(points []metricdata.DataPoint[int64]) []byte {
-	total, sizes := 0, make([]int, len(points))
+// encodePoints returns points as the repeated field of a Sum, or nil if any of them
+// has exemplars or attributes that are no text.
+func (e *encoder) encodePoints(points []metricdata.DataPoint[int64]) []byte {
+	var b []byte
 	for i := range points { // a copy of each would be an allocation
-		var ok bool
-		if sizes[i], ok = pointSize(&points[i]); !ok {
+		p := &points[i]
+		attributes, ok := e.attributesOf(p.Attributes)
+		if !ok || len(p.Exemplars) > 0 {
 			return nil
 		}
-		total += fieldSize(sumDataPoints, sizes[i])
-	}
-	if total == 0 {
-		return nil
-	}
-	b := make([]byte, 0, total)
-	for i := range points {
-		p := &points[i]
-		b = appendHead(b, sumDataPoints, sizes[i])
-		for number, at := range [...]int64{pointStart: p.StartTime.UnixNano(), pointTime: p.Time.UnixNano()} {
+		times := [...]int64{pointStart: p.StartTime.UnixNano(), pointTime: p.Time.UnixNano()}
+		const fixed = 1 + 8 // tag and value
+		size := fixed + len(attributes)
+		for _, at := range times {
 			if at > 0 { // as the official exporter has it
+				size += fixed
+			}
+		}
+		if b == nil { // most points are about as long as the first
+			b = make([]byte, 0, (size+8)*len(points))
+		}
+		b = appendHead(b, sumDataPoints, size)
+		for number, at := range times {
+			if at > 0 {
 				b = protowire.AppendTag(b, protowire.Number(number), protowire.Fixed64Type)
 				b = protowire.AppendFixed64(b, uint64(at))
 			}
 		}
-		for attributes := p.Attributes.Iter(); attributes.Next(); {
-			kv := attributes.Attribute()
-			text := kv.Value.AsString()
-			whole, value := attributeSize(string(kv.Key), text)
-			b = appendHead(b, pointAttributes, whole)
-			b = append(appendHead(b, keyValueKey, len(kv.Key)), kv.Key...)
-			b = appendHead(b, keyValueValue, value)
-			b = append(appendHead(b, anyValueString, len(text)), text...)
-		}
+		b = append(b, attributes...)
 		// Last, as the official exporter has it: behind the times, where more
 		// bytes in a row would change, the outbox takes a third more.
 		b = protowire.AppendTag(b, pointAsInt, protowire.Fixed64Type)
@@ -111,26 +120,30 @@ func appendPoints(points []metricdata.DataPoint[int64]) []byte {
 	return b
 }
 
-// pointSize returns how many bytes a point takes, without its own head.
-func pointSize(p *metricdata.DataPoint[int64]) (size int, ok bool) {
-	const fixed = 1 + 8 // tag and value
-	size = fixed        // the value
-	if p.StartTime.UnixNano() > 0 {
-		size += fixed
+// attributesOf returns attributes as fields of a point.
+func (e *encoder) attributesOf(set attribute.Set) (fields string, ok bool) {
+	if fields, ok = e.attributes[set.Equivalent()]; ok {
+		return fields, true
 	}
-	if p.Time.UnixNano() > 0 {
-		size += fixed
-	}
-	for attributes := p.Attributes.Iter(); attributes.Next(); {
+	var b []byte
+	for attributes := set.Iter(); attributes.Next(); {
 		kv := attributes.Attribute()
+		text := kv.Value.AsString()
 		// An empty key would have no field.
-		if kv.Value.Type() != attribute.STRING || kv.Key == "" || !utf8.ValidString(string(kv.Key)) || !utf8.ValidString(kv.Value.AsString()) {
-			return 0, false
+		if kv.Value.Type() != attribute.STRING || kv.Key == "" || !utf8.ValidString(string(kv.Key)) || !utf8.ValidString(text) {
+			return "", false
 		}
-		whole, _ := attributeSize(string(kv.Key), kv.Value.AsString())
-		size += fieldSize(pointAttributes, whole)
+		whole, value := attributeSize(string(kv.Key), text)
+		b = appendHead(b, pointAttributes, whole)
+		b = append(appendHead(b, keyValueKey, len(kv.Key)), kv.Key...)
+		b = appendHead(b, keyValueValue, value)
+		b = append(appendHead(b, anyValueString, len(text)), text...)
 	}
-	return size, len(p.Exemplars) == 0
+	if e.attributes == nil {
+		e.attributes = map[attribute.Distinct]string{}
+	}
+	e.attributes[set.Equivalent()] = string(b)
+	return string(b), true
 }
 
 // attributeSize returns how many bytes a KeyValue takes, and the AnyValue in it,

@@ -53,7 +53,7 @@ func TestBulk(t *testing.T) {
 				if err := c.official.Export(context.WithValue(t.Context(), captureKey{}, reference), made(extra...)); err != nil {
 					t.Fatal(err)
 				}
-				got, err := encode(t.Context(), c.official, made(extra...))
+				got, err := c.encode(t.Context(), made(extra...))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -90,14 +90,14 @@ func TestBulk(t *testing.T) {
 // Text that OTLP cannot carry must not reach the request by the back door.
 func TestBulkLeavesInvalidText(t *testing.T) {
 	rm := collected(unit("a\xff.service", at(0), at(100), 5))
-	if taken := takeBulk(rm); len(taken) != 0 || len(sums(rm, receiver.IOName)) != 2 {
+	if taken := new(encoder).takeBulk(rm); len(taken) != 0 || len(sums(rm, receiver.IOName)) != 2 {
 		t.Errorf("took %v", taken)
 	}
 }
 
 // A request without a metric whose points were taken must not go out.
 func TestBulkMissesItsMetric(t *testing.T) {
-	taken := takeBulk(collected(unit("a.service", at(0), at(100), 5)))
+	taken := new(encoder).takeBulk(collected(unit("a.service", at(0), at(100), 5)))
 	if body, err := taken.complete(&colmetricpb.ExportMetricsServiceRequest{}); err == nil {
 		t.Errorf("completed a request without metrics: %d bytes", len(body))
 	}

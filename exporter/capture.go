@@ -5,7 +5,6 @@ import (
 	"errors"
 	"time"
 
-	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 )
 
@@ -29,12 +28,12 @@ func captureFrom(ctx context.Context) *capture {
 // the network. It takes the points of the unit instruments out of rm. The error
 // may come with a request: some metrics could not be encoded, and the request has
 // the others.
-func encode(ctx context.Context, official sdkmetric.Exporter, rm *metricdata.ResourceMetrics) (*capture, error) {
+func (e *encoder) encode(ctx context.Context, rm *metricdata.ResourceMetrics) (*capture, error) {
 	// The exporter gives up on a context that has ended, though there is
 	// nothing to wait for: a cycle that was collected must not be lost so late.
 	ctx = context.WithoutCancel(ctx)
-	c := &capture{bulk: takeBulk(rm)}
-	err := official.Export(context.WithValue(ctx, captureKey{}, c), rm)
+	c := &capture{bulk: e.takeBulk(rm)}
+	err := e.official.Export(context.WithValue(ctx, captureKey{}, c), rm)
 	if err == nil && c.wire == nil {
 		err = errors.New("the official exporter sent nothing")
 	}

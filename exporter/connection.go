@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"time"
 
-	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 )
 
@@ -18,7 +17,7 @@ const defaultTimeout = 10 * time.Second
 // connection is one official exporter, which encodes, and the wire over which
 // its requests go.
 type connection struct {
-	official  sdkmetric.Exporter
+	encoder
 	transport *http.Transport // nil with gRPC
 	wire      wire
 	target    string // for logs; without secrets
@@ -46,7 +45,7 @@ func open(ctx context.Context, cfg Config) (*connection, error) {
 	}
 	// An empty request brings the connection and the headers out before the
 	// first cycle, so that a backlog need not wait for it.
-	first, err := encode(ctx, c.official, &metricdata.ResourceMetrics{})
+	first, err := c.encode(ctx, &metricdata.ResourceMetrics{})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make OTLP exporter: %w", err), c.close(ctx))
 	}

@@ -169,7 +169,7 @@ func (e *Exporter) Export(ctx context.Context, rm *metricdata.ResourceMetrics) e
 	e.tally.early(leaveOutEarly(rm))
 	cycle := Cycle{Sweep: sweep}
 	if points := countPoints(rm); points > 0 && e.connection != nil {
-		c, err := encode(ctx, e.official, rm)
+		c, err := e.connection.encode(ctx, rm)
 		if err != nil {
 			e.encode.failed(slog.LevelError, "encode", "cannot encode some metrics; the cycle goes on with the others", err,
 				"next", "report this as a bug, with the log")

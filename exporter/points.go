@@ -4,7 +4,6 @@ import (
 	"maps"
 	"math"
 	"slices"
-	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -25,27 +24,45 @@ func isUnitMetric(name string) bool {
 // to drop: those without a series, and totals that OTLP cannot carry. A wrong
 // start time would make a long-lived counter look like a burst.
 func stamp(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) (dropped int) {
+	if sweep == nil {
+		sweep = &receiver.Sweep{}
+	}
+	// By series and direction: 1 + the index of the point, 0 without one.
+	places := make([]int32, 2*len(sweep.State.Series))
 	eachSum(rm, func(m *metricdata.Metrics, sum *metricdata.Sum[int64]) {
 		if !isUnitMetric(m.Name) {
 			return
 		}
-		names := make([]named, 0, len(sum.DataPoints))
+		clear(places)
 		points := sum.DataPoints[:0]
-		for _, p := range sum.DataPoints {
-			series, transmit, ok := find(sweep, p.Attributes)
+		for i := range sum.DataPoints {
+			p := &sum.DataPoints[i]
+			at, transmit, ok := sweep.Find(p.Attributes)
+			if !ok {
+				dropped++
+				continue
+			}
+			series := &sweep.State.Series[at]
 			total := totalOf(m.Name, transmit, series.Total)
-			if !ok || total > math.MaxInt64 {
+			place := 2 * at
+			if transmit {
+				place++
+			}
+			if total > math.MaxInt64 || places[place] != 0 {
 				dropped++
 				continue
 			}
 			p.StartTime, p.Time, p.Value = series.Start, series.Time, int64(total)
-			names = append(names, named{series.Name, transmit, int32(len(points))})
-			points = append(points, p)
+			if len(points) < i {
+				points = append(points, *p)
+			} else {
+				points = points[:i+1]
+			}
+			places[place] = int32(len(points))
 		}
 		// The SDK has them in another order each time. In one order, requests
 		// are much alike, and the outbox needs a third of the room.
-		slices.SortFunc(names, named.compare)
-		reorder(points, names)
+		reorder(points, places)
 		sum.DataPoints = points
 	})
 	return dropped
@@ -67,36 +84,25 @@ func leaveOutEarly(rm *metricdata.ResourceMetrics) (removed int) {
 	return removed
 }
 
-// named is what a point is sorted by.
-type named struct {
-	series   string
-	transmit bool
-	at       int32 // index of the point
-}
-
-// reorder puts the points in the order of names, without a copy of them all. It
-// uses up the indexes in names.
-func reorder(points []metricdata.DataPoint[int64], names []named) {
-	for i := range names {
+// reorder puts the points in the order of places, without a copy of them all.
+// Those that are not 0 have each 1 + the index of a point; it uses them up.
+func reorder(points []metricdata.DataPoint[int64], places []int32) {
+	order := places[:0]
+	for _, at := range places {
+		if at > 0 {
+			order = append(order, at-1)
+		}
+	}
+	for i := range order {
 		// Follow the ring of points that take each other's places.
 		first, to := points[i], i
-		for int(names[to].at) != i {
-			from := int(names[to].at)
-			points[to], names[to].at = points[from], int32(to)
+		for int(order[to]) != i {
+			from := int(order[to])
+			points[to], order[to] = points[from], int32(to)
 			to = from
 		}
-		points[to], names[to].at = first, int32(to)
+		points[to], order[to] = first, int32(to)
 	}
-}
-
-func (a named) compare(b named) int {
-	switch c := strings.Compare(a.series, b.series); {
-	case c != 0 || a.transmit == b.transmit:
-		return c
-	case b.transmit:
-		return -1
-	}
-	return 1
 }
 
 // eachSum calls f for each integer sum and removes metrics that f left without
@@ -117,15 +123,6 @@ func eachSum(rm *metricdata.ResourceMetrics, f func(*metricdata.Metrics, *metric
 		}
 		scope.Metrics = kept
 	}
-}
-
-// find returns the series of a point and which of its two directions it is.
-func find(sweep *receiver.Sweep, attrs attribute.Set) (series receiver.Series, transmit, ok bool) {
-	if sweep == nil {
-		return series, false, false
-	}
-	series, ok = sweep.Find(attrs)
-	return series, ok && attrs.Equivalent() == series.Transmit.Equivalent(), ok
 }
 
 func totalOf(metric string, transmit bool, c receiver.Counters) uint64 {
@@ -223,9 +220,9 @@ func (d *deltas) convert(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) 
 		kept := sum.DataPoints[:0]
 		for _, p := range sum.DataPoints {
 			key := pointKey{metric: m.Name}
-			if isUnitMetric(m.Name) {
-				series, transmit, _ := find(sweep, p.Attributes)
-				key.series, key.transmit = series.Name, transmit
+			if isUnitMetric(m.Name) { // stamp has found it already
+				at, transmit, _ := sweep.Find(p.Attributes)
+				key.series, key.transmit = sweep.State.Series[at].Name, transmit
 			} else {
 				key.attrs = p.Attributes.Equivalent()
 			}

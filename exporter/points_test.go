@@ -67,12 +67,12 @@ func TestStampTakesStartTimeAndTotalFromTheSweep(t *testing.T) {
 		s      receiver.Series
 		value  int64
 	}{
-		// Sorted by name: the overflow series has none.
-		{receiver.IOName, 0, rest, 9}, {receiver.IOName, 1, rest, 18},
-		{receiver.IOName, 2, a, 6}, {receiver.IOName, 3, a, 10},
-		{receiver.IOName, 4, b, 7}, {receiver.IOName, 5, b, 14},
-		{receiver.PacketCountName, 0, rest, 27}, {receiver.PacketCountName, 1, rest, 36},
-		{receiver.PacketCountName, 2, a, 15}, {receiver.PacketCountName, 3, a, 20},
+		// In the order of the ledger.
+		{receiver.IOName, 0, a, 6}, {receiver.IOName, 1, a, 10},
+		{receiver.IOName, 2, b, 7}, {receiver.IOName, 3, b, 14},
+		{receiver.IOName, 4, rest, 9}, {receiver.IOName, 5, rest, 18},
+		{receiver.PacketCountName, 0, a, 15}, {receiver.PacketCountName, 1, a, 20},
+		{receiver.PacketCountName, 2, b, 21}, {receiver.PacketCountName, 3, b, 28},
 	} {
 		p := sums(rm, want.metric)[want.index]
 		if !p.StartTime.Equal(want.s.Start) || !p.Time.Equal(want.s.Time) || p.Value != want.value {
@@ -246,9 +246,8 @@ func TestDeltasSumUp(t *testing.T) {
 				if p.Value < 0 || !p.StartTime.Before(p.Time) {
 					t.Fatalf("seed %d: delta %d (%v .. %v)", seed, p.Value, p.StartTime, p.Time)
 				}
-				series, transmit, _ := find(sweep, p.Attributes)
-				if !transmit {
-					sum[series.Name] += p.Value
+				if at, transmit, _ := sweep.Find(p.Attributes); !transmit {
+					sum[sweep.State.Series[at].Name] += p.Value
 				}
 			}
 			d.advance(next, sweep)
@@ -295,20 +294,19 @@ func TestDeltasOfTheAgentsOwnCounters(t *testing.T) {
 	}
 }
 
-// The order is that of the names, whatever it was: each point is where its name is.
+// The order is that of the places, whatever it was, and those without a point do
+// not count.
 func TestReorder(t *testing.T) {
 	for range 100 {
 		n := rand.IntN(50)
-		points, names := make([]metricdata.DataPoint[int64], n), make([]named, n)
+		points, places := make([]metricdata.DataPoint[int64], n), make([]int32, 0, 2*n)
+		var want []int64
 		for i, at := range rand.Perm(n) {
 			points[i].Value = int64(i)
-			names[i].at = int32(at)
+			places = append(append(places, make([]int32, rand.IntN(2))...), int32(at+1))
+			want = append(want, int64(at))
 		}
-		want := make([]int64, n)
-		for i, name := range names {
-			want[i] = int64(name.at)
-		}
-		reorder(points, names)
+		reorder(points, places)
 		for i, p := range points {
 			if p.Value != want[i] {
 				t.Fatalf("point %d of %d is %d, want %d", i, n, p.Value, want[i])

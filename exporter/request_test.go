@@ -25,7 +25,7 @@ func encoded(t testing.TB, rm *metricdata.ResourceMetrics) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := encode(t.Context(), official, rm)
+	c, err := (&encoder{official: official}).encode(t.Context(), rm)
 	if err != nil {
 		t.Fatal(err)
 	}

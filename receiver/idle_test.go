@@ -100,7 +100,8 @@ func (k *kernel) taken() (packets, bytes int) {
 }
 
 // TestIdleRule: a unit whose packet counters stand still costs two reads, not
-// four, and however packets fall between the single reads, no byte is missed.
+// four, one with traffic in one direction costs three, and however packets fall
+// between the single reads, no byte is missed.
 func TestIdleRule(t *testing.T) {
 	const units = 5
 	seed := rand.Uint64()
@@ -149,6 +150,20 @@ func TestIdleRule(t *testing.T) {
 				t.Fatalf("round %d: %d idle units cost %d reads of packets and %d of bytes", round, units, packets, bytes)
 			}
 		}
+		for range 2 { // a sender is found out by the first sweep
+			k.mu.Lock()
+			for _, u := range k.units {
+				u.EgressPackets, u.EgressBytes = u.EgressPackets+1, u.EgressBytes+40
+			}
+			k.mu.Unlock()
+			s = r.Sweep(t.Context())
+			for name, invocation := range names {
+				want(t, s, name, k.units[invocation].Counters)
+			}
+			if packets, bytes := k.taken(); packets != 2*units || bytes != units {
+				t.Fatalf("round %d: %d units that send cost %d reads of packets and %d of bytes", round, units, packets, bytes)
+			}
+		}
 	}
 	if h := r.healthNow(); h != (health{}) {
 		t.Errorf("something went wrong: %+v", h)
@@ -174,4 +189,20 @@ func TestIdleRuleEndsWithTheRun(t *testing.T) {
 			want(t, r.Sweep(t.Context()), "a.service", Counters{1100, 4, 2200, 6})
 		})
 	}
+}
+
+// TestIdleRuleEndsWithAReset: counters that began again within a run are read
+// whole, though one direction has just as many packets as before.
+func TestIdleRuleEndsWithAReset(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, Counters{100, 2, 200, 3}))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	for range 4 {
+		want(t, r.Sweep(t.Context()), "a.service", Counters{100, 2, 200, 3})
+	}
+	fake.SetUnit(accounted("a.service", 1, Counters{50, 1, 900, 3}))
+	if s, _ := r.Sweep(t.Context()).seriesOf("a.service"); s.Observed {
+		t.Errorf("a point of a reading of two halves: %+v", s.Total)
+	}
+	want(t, r.Sweep(t.Context()), "a.service", Counters{150, 3, 1100, 6})
 }

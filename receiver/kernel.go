@@ -444,7 +444,7 @@ func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
 		// Of an ended run, systemd may have more: if its last maps came and went
 		// unseen.
 		case !t.tally.known, t.tally.dir < 0:
-			t.quiet = false
+			t.quiet = [2]bool{}
 			rest = append(rest, i)
 		default:
 			t.fill()
@@ -522,7 +522,12 @@ func (r *Receiver) lookAt(t *target, fresh bool) {
 	}
 	var err error
 	s.looks++
-	switch k.lookAs(s, fresh || k.watch == nil || !s.known || s.dead || s.switching > 0 || s.looks%recheckEvery == 0) {
+	query := fresh || k.watch == nil || !s.known || s.dead || s.switching > 0 || s.looks%recheckEvery == 0
+	if !query && !s.active && value == s.latest && s.confirmed && s.run == t.run && t.run.ended.IsZero() {
+		t.tally, t.held = s, value // nothing to count, whichever run's it is by now
+		return
+	}
+	switch k.lookAs(s, query) {
 	case left:
 		if k.retire(s) && s.run == t.run && (s.known || s.gap != nil) {
 			t.tally, t.held = s, value
@@ -676,7 +681,7 @@ func (t *target) fill() {
 	t.value[egressBytes], t.value[egressPackets] = c.EgressBytes, c.EgressPackets
 	t.got[ingressBytes], t.got[ingressPackets], t.got[egressBytes], t.got[egressPackets] = true, true, true, true
 	t.slice, t.got[slice] = t.tally.slice, true
-	t.quiet, t.mayBeUnreset, t.noData, t.gone, t.missed, t.lost, t.err = false, false, false, false, false, false, nil
+	t.quiet, t.mayBeUnreset, t.noData, t.gone, t.missed, t.lost, t.err = [2]bool{}, false, false, false, false, false, nil
 	t.time = time.Now()
 }
 

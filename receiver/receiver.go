@@ -91,8 +91,8 @@ type Receiver struct {
 	units  map[string]*unit // the metered units that are loaded, by name
 	runs   map[string]*run  // by epoch; closed ones stay for keepClosed
 	series map[string]*series
-	order  []*series                  // all of series, in the order of their creation
-	index  map[attribute.Distinct]int // into order; made anew when order changes
+	order  []*series                    // all of series, in the order of their creation
+	index  map[attribute.Distinct]place // in order; made anew when order changes
 	health health
 	said   map[string]int // what the sweep in progress has logged, see say
 	// balances are by the name of a top-level slice.

@@ -840,8 +840,8 @@ func TestStateContinues(t *testing.T) {
 			if i >= 0 && (got.Receive != before.Series[i].Receive || got.Transmit != before.Series[i].Transmit) {
 				t.Errorf("%q has the attributes %v, it had %v", name, got.Receive.ToSlice(), before.Series[i].Receive.ToSlice())
 			}
-			if found, ok := s.Find(got.Transmit); !ok || found.Name != name {
-				t.Errorf("the point of %q is found as %q, %v", name, found.Name, ok)
+			if at, transmit, ok := s.Find(got.Transmit); !ok || !transmit || s.State.Series[at].Name != name {
+				t.Errorf("the point of %q is found at %d of %d series, transmit %v, %v", name, at, len(s.State.Series), transmit, ok)
 			}
 		}
 	}

@@ -18,6 +18,9 @@ import (
 // The properties of a target, in the order in which they are read. Packets
 // come first: a packet that is counted between two reads then moves the packet
 // counter past what was read, so that the next sweep reads the bytes again.
+//
+// The packets of a direction have its number, the bytes have it with
+// ingressBytes added.
 const (
 	ingressPackets = iota
 	egressPackets
@@ -42,9 +45,9 @@ type target struct {
 	asked        time.Time
 	path, iface  string
 	last         Counters
-	quiet        bool // read the packets first, and the bytes only if they moved
-	lost         bool // had no data at the last reading
-	mayBeUnreset bool // see executedNothing
+	quiet        [2]bool // by direction: read the packets first, and the bytes only if they moved
+	lost         bool    // had no data at the last reading
+	mayBeUnreset bool    // see executedNothing
 	needSlice    bool
 
 	value  [properties]uint64
@@ -153,10 +156,13 @@ func (r *Receiver) targets() []target {
 
 // target returns what is to be read of a unit with a run. The caller holds mu.
 func (u *unit) target(now time.Time) target {
+	quiet := u.run.quiet
+	if u.state == accountingLost || u.state == accountingOff || u.state == accountingNone {
+		quiet = [2]bool{true, true}
+	}
 	return target{
 		unit: u, run: u.run, asked: now, path: u.run.path, iface: u.iface, last: u.run.last,
-		lost:         u.state == accountingLost,
-		quiet:        u.run.quiet || u.state == accountingLost || u.state == accountingOff || u.state == accountingNone,
+		quiet: quiet, lost: u.state == accountingLost,
 		mayBeUnreset: u.run.time.IsZero() && typeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
 	}
@@ -168,8 +174,10 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
 		calls = append(calls, call{i, ingressPackets}, call{i, egressPackets})
-		if !t.quiet {
-			calls = append(calls, call{i, ingressBytes}, call{i, egressBytes})
+		for direction, quiet := range t.quiet {
+			if !quiet {
+				calls = append(calls, call{i, ingressBytes + direction})
+			}
 		}
 	}
 	get := func() error {
@@ -191,8 +199,12 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 		case t.gone || t.missed || t.err != nil:
 		case t.noData:
 			calls = append(calls, call{i, ipAccounting})
-		case t.quiet && (t.moved() || t.lost):
-			calls = append(calls, call{i, ingressBytes}, call{i, egressBytes})
+		default:
+			for direction, quiet := range t.quiet {
+				if quiet && (t.moved(direction) || t.lost) {
+					calls = append(calls, call{i, ingressBytes + direction})
+				}
+			}
 		}
 		if t.mayBeUnreset {
 			calls = append(calls, call{i, execMainStart})
@@ -240,26 +252,35 @@ func (t *target) take(property int, reply reply) {
 	}
 }
 
-// moved reports whether a packet counter is another than in the last reading.
-func (t *target) moved() bool {
-	return t.value[ingressPackets] != t.last.IngressPackets || t.value[egressPackets] != t.last.EgressPackets
+// moved reports whether the packet counter of a direction is another than in the
+// last reading.
+func (t *target) moved(direction int) bool {
+	return t.value[direction] != [2]uint64{t.last.IngressPackets, t.last.EgressPackets}[direction]
 }
 
-// counters returns the reading, if it is whole. Bytes that were not read are
-// those of the last reading, if no packet has moved since.
+// counters returns the reading, if it is whole. The bytes of a direction that were
+// not read are those of the last reading, if no packet has moved since.
 func (t *target) counters() (c Counters, ok bool) {
-	c = Counters{
-		IngressPackets: t.value[ingressPackets], EgressPackets: t.value[egressPackets],
-		IngressBytes: t.value[ingressBytes], EgressBytes: t.value[egressBytes],
-	}
 	if t.gone || t.missed || t.noData || t.err != nil || !t.got[ingressPackets] || !t.got[egressPackets] {
 		return c, false
 	}
-	if t.quiet && !t.moved() && !t.lost {
-		c.IngressBytes, c.EgressBytes = t.last.IngressBytes, t.last.EgressBytes
-		return c, true
+	bytes := [2]uint64{t.last.IngressBytes, t.last.EgressBytes}
+	for direction := range bytes {
+		if t.got[ingressBytes+direction] {
+			bytes[direction] = t.value[ingressBytes+direction]
+		} else if !t.assumed(direction) {
+			return c, false
+		}
 	}
-	return c, t.got[ingressBytes] && t.got[egressBytes]
+	return Counters{
+		IngressPackets: t.value[ingressPackets], EgressPackets: t.value[egressPackets],
+		IngressBytes: bytes[0], EgressBytes: bytes[1],
+	}, true
+}
+
+// assumed reports whether the bytes of a direction need no reading.
+func (t *target) assumed(direction int) bool {
+	return t.quiet[direction] && !t.moved(direction) && !t.lost
 }
 
 // apply puts the readings on the odometers.
@@ -305,6 +326,15 @@ func (r *Receiver) applyOne(t *target) {
 		}
 		return
 	}
+	if _, fell := raw.minus(t.run.last); fell && (t.assumed(0) || t.assumed(1)) {
+		// All four counters began again, so that bytes of the last reading are of
+		// no use, even if just as many packets came since. The next sweep reads all.
+		t.run.quiet = [2]bool{}
+		if current {
+			u.state = accountingUnknown
+		}
+		return
+	}
 	if current && (u.state == accountingFailed || u.state == accountingLost) {
 		r.say(slog.LevelInfo, "the counters of a unit can be read again", "unit", u.name)
 	}
@@ -316,7 +346,7 @@ func (r *Receiver) applyOne(t *target) {
 		u.slice, t.run.slice = t.slice, t.slice
 	}
 	before := t.run.time
-	t.run.quiet = !before.IsZero() && !t.moved()
+	t.run.quiet = [2]bool{!before.IsZero() && !t.moved(0), !before.IsZero() && !t.moved(1)}
 	delta, reset := r.advance(t, raw)
 	if reset {
 		r.health.resets++
@@ -577,11 +607,9 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 			Series{Name: waitingPrefix + top, Total: waiting, Time: now})
 	}
 	if r.index == nil {
-		r.index = make(map[attribute.Distinct]int, 2*len(r.order))
-		for i, s := range r.order {
-			r.index[s.receive.Equivalent()] = i
-			r.index[s.transmit.Equivalent()] = i
-		}
+		r.index = indexOf(len(r.order), func(i int) (receive, transmit attribute.Set) {
+			return r.order[i].receive, r.order[i].transmit
+		})
 	}
 	sweep.index = r.index
 	for state, n := range r.countStates() {
