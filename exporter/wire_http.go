@@ -2,6 +2,7 @@ package exporter
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -39,6 +40,7 @@ type httpWire struct {
 func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transport, error) {
 	// As in otlpmetrichttp, which does not use the changeable
 	// http.DefaultTransport either.
+	timeout := cmp.Or(cfg.Timeout, defaultTimeout)
 	transport := &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,
 		DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
@@ -48,6 +50,10 @@ func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transpo
 		TLSHandshakeTimeout:   10 * time.Second,
 		ExpectContinueTimeout: time.Second,
 		TLSClientConfig:       cfg.TLS,
+		// HTTP/1 makes a new connection after a call that took too long. HTTP/2
+		// would go on with one on which nothing comes through, for as long as TCP
+		// tries, which is a quarter of an hour; so it asks now and then.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * timeout, PingTimeout: timeout, WriteByteTimeout: timeout},
 	}
 	client := &http.Client{
 		Transport: transport,
