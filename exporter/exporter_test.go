@@ -741,6 +741,19 @@ func TestProbe(t *testing.T) {
 	})
 }
 
+// An endpoint without the s of https is a setting to mend, and no fault of the data.
+func TestPlainTextToTLSIsHeld(t *testing.T) {
+	server := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: otlptest.NewCA(t).Server(t, false)})
+	c, err := open(t.Context(), to("http://"+server.Address(), Config{Protocol: "http/protobuf"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close(t.Context())
+	if a := c.wire.send(t.Context(), c.empty); a.verdict != misconfigured || !strings.Contains(a.hint(), "OTEL_EXPORTER_OTLP_ENDPOINT") {
+		t.Errorf("%v: %v", a.verdict, a.err)
+	}
+}
+
 // A connection on which nothing comes through, as after a firewall has forgotten
 // it, must not be tried again until TCP gives it up. HTTP/2 would.
 func TestDeadConnectionIsReplaced(t *testing.T) {

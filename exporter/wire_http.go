@@ -181,7 +181,9 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 	case code == http.StatusRequestEntityTooLarge:
 		a.verdict = tooLarge
 	case code < 400, code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound,
-		code == http.StatusMethodNotAllowed, code == http.StatusProxyAuthRequired, code == http.StatusNotImplemented:
+		code == http.StatusMethodNotAllowed, code == http.StatusProxyAuthRequired, code == http.StatusNotImplemented,
+		code == http.StatusUnsupportedMediaType, // all requests are of one type
+		code == http.StatusBadRequest && wantsTLS(message):
 		// 1xx to 3xx never come from an OTLP receiver.
 		a.verdict = misconfigured
 	case code < 500:
@@ -190,6 +192,12 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 		a.verdict, a.tries = suspect, doubtTries
 	}
 	return a
+}
+
+// wantsTLS says that a TLS server was spoken to without: in the words of Go's
+// server and of nginx.
+func wantsTLS(message string) bool {
+	return strings.Contains(message, "to an HTTPS server") || strings.Contains(message, "to HTTPS port")
 }
 
 // retryAfter reads the Retry-After header (RFC 9110, section 10.2.3): seconds or

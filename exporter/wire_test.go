@@ -42,7 +42,7 @@ func TestHTTPAnswers(t *testing.T) {
 	want := map[int]verdict{
 		200: accepted, 202: accepted, 204: accepted, 301: misconfigured, 302: misconfigured, 307: misconfigured,
 		400: suspect, 401: misconfigured, 403: misconfigured, 404: misconfigured, 405: misconfigured, 407: misconfigured, 408: transient,
-		413: tooLarge, 415: suspect, 422: suspect, 429: transient, 500: suspect, 501: misconfigured, 502: transient, 503: transient, 504: transient, 505: suspect,
+		413: tooLarge, 415: misconfigured, 422: suspect, 429: transient, 500: suspect, 501: misconfigured, 502: transient, 503: transient, 504: transient, 505: suspect,
 	}
 	for code, v := range want {
 		resp := &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{"Content-Type": {"text/plain"}, "Retry-After": {"9"}}}
