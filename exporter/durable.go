@@ -21,7 +21,8 @@ type Durable struct {
 	// Of the last commit, for the next one. Only Commit uses them.
 	now   receiver.State
 	at    time.Time
-	cycle int // counts commits of a sweep
+	whole time.Time // when the last sweep that reached all units began
+	cycle int       // counts commits of a sweep
 	last  map[string]reading
 }
 
@@ -43,7 +44,7 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 		return nil, fmt.Errorf("restore the totals of all units: %w", err)
 	}
 	d := &Durable{
-		store: s, state: receiver.State{Time: ledger.Time}, at: ledger.Time,
+		store: s, state: receiver.State{Time: ledger.Time}, at: ledger.Time, whole: ledger.Time,
 		last: make(map[string]reading, len(ledger.Series)),
 	}
 	for _, row := range ledger.Series {
@@ -85,7 +86,9 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 		return nil
 	}
 	d.now, d.at = now, c.Time
-	d.cycle++
+	if d.cycle++; !cycle.Sweep.Partial {
+		d.whole = c.Time.Add(-cycle.Sweep.Duration)
+	}
 	for _, s := range cycle.Sweep.State.Series {
 		if s.Observed {
 			d.last[s.Name] = reading{s.Total, s.Start, s.Time, d.cycle}
@@ -109,10 +112,11 @@ func (d *Durable) forget(series []receiver.Series) {
 }
 
 // samples returns what each unit transferred since its last sample. A unit that
-// began since the last cycle has all of its total in the sample. One that is
-// older, but seen for the first time, has none: nobody knows when it
-// transferred what its total says. The same goes for a series that was given up
-// over the limit of series and began anew under its name: its start tells.
+// began since the last cycle, or while its sweep went on, has all of its total in
+// the sample. One that is older, but seen for the first time, has none: nobody
+// knows when it transferred what its total says. The same goes for a series that
+// was given up over the limit of series and began anew under its name: its start
+// tells.
 func (d *Durable) samples(state receiver.State) []store.Sample {
 	samples := make([]store.Sample, 0, len(state.Series))
 	var began map[string]bool // made when it is needed
@@ -123,7 +127,7 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 		prev, known := d.last[s.Name]
 		switch {
 		case !known || !prev.start.Equal(s.Start):
-			if d.at.IsZero() || s.Start.Before(d.at) {
+			if d.whole.IsZero() || s.Start.Before(d.whole) {
 				continue
 			}
 			prev = reading{time: s.Start}

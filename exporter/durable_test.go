@@ -140,8 +140,12 @@ func TestDurableSamples(t *testing.T) {
 			[]sample{{"gone.service", 7, 8 * time.Second}}},
 		{"the same, but it began before the last cycle", 280,
 			[]receiver.Series{unit("old.service", at(265), at(280), 8)}, nil, nil},
+		{"a unit that began during the last sweep", 290,
+			[]receiver.Series{unit("during.service", at(279.5), at(290), 9)}, nil,
+			[]sample{{"during.service", 9, 10500 * time.Millisecond}}},
 	} {
 		sweep := receiver.NewSweep(at(cycle.now), receiver.State{Series: cycle.series, Runs: cycle.runs})
+		sweep.Duration = time.Second
 		var got []sample
 		for _, s := range d.samples(sweep.State) {
 			if want := [4]uint64{s.Delta[0], 3 * s.Delta[0], 2 * s.Delta[0], 4 * s.Delta[0]}; s.Delta != want {
