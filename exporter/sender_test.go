@@ -401,18 +401,16 @@ func TestSenderHoldsWhatABrokenReceiverRefuses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var box memory
 		var log logged
-		broken := true
+		mended := time.Now().Add(6 * time.Hour)
 		l := &line{t: t, answer: func([]int64, int) answer {
-			if broken {
+			if time.Now().Before(mended) {
 				return answer{verdict: suspect, kind: "HTTP 500", tries: doubtTries, err: errors.New("no")}
 			}
 			return answer{}
 		}}
 		fill(t, &box, 0, 360)
 		l.start(&box, &log)
-		settle(6 * time.Hour)
-		broken = false
-		settle(time.Hour)
+		settle(7 * time.Hour)
 		if n := len(box.poison); n == 0 || n > 7 {
 			t.Errorf("%d of 360 requests are set aside", n)
 		}
