@@ -178,8 +178,8 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 	case code == http.StatusTooManyRequests, code == http.StatusBadGateway, code == http.StatusServiceUnavailable,
 		code == http.StatusGatewayTimeout, code == http.StatusRequestTimeout:
 		a.verdict = transient
-	case code == http.StatusRequestEntityTooLarge:
-		a.verdict = tooLarge
+	case code == http.StatusRequestEntityTooLarge, code == http.StatusBadRequest && strings.Contains(message, "request body too large"):
+		a.verdict = tooLarge // the second is how a Collector says it
 	case code < 400, code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound,
 		code == http.StatusMethodNotAllowed, code == http.StatusProxyAuthRequired, code == http.StatusNotImplemented,
 		code == http.StatusUnsupportedMediaType, // all requests are of one type

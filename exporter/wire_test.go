@@ -56,6 +56,22 @@ func TestHTTPAnswers(t *testing.T) {
 	}
 }
 
+// Some answers of 400 are not about the data. These are the words of a Collector
+// 0.155, of Go's TLS server, and of nginx.
+func TestBadRequests(t *testing.T) {
+	for text, want := range map[string]verdict{
+		"http: request body too large":                                                            tooLarge,
+		"Client sent an HTTP request to an HTTPS server.\n":                                       misconfigured,
+		"<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>": misconfigured,
+		"out of bounds": suspect,
+	} {
+		resp := &http.Response{StatusCode: 400, Status: "400 Bad Request", Header: http.Header{}}
+		if a := httpAnswer(resp, []byte(text), time.Now()); a.verdict != want {
+			t.Errorf("%s: %v, want %v", text, a.verdict, want)
+		}
+	}
+}
+
 func TestRetryAfter(t *testing.T) {
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	for value, want := range map[string]time.Duration{
