@@ -463,7 +463,7 @@ func (s *Store) bound() error {
 	}
 	if o.counts.dropped > before.dropped && !o.dropping {
 		o.dropping = true
-		s.cfg.Logger.Warn("outbox is full: dropping the oldest cycles",
+		s.cfg.Logger.Warn("outbox is full, or what is in it too old: dropping the oldest cycles",
 			"max_bytes", s.cfg.OutboxMaxBytes, "max_age", s.cfg.OutboxMaxAge, "entries", o.entries)
 	}
 	s.noteDrained()
