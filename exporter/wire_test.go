@@ -38,6 +38,18 @@ func TestGRPCAnswers(t *testing.T) {
 	}
 }
 
+// What grpc-go 1.83 makes of nginx's answer to a message above client_max_body_size.
+func TestGRPCThroughAProxy(t *testing.T) {
+	for text, want := range map[string]verdict{
+		`unexpected HTTP status code received from server: 413 (Request Entity Too Large); transport: received unexpected content-type "text/html"`: tooLarge,
+		`unexpected HTTP status code received from server: 500 (Internal Server Error); transport: received unexpected content-type "text/html"`:    suspect,
+	} {
+		if a := grpcAnswer(status.New(codes.Unknown, text)); a.verdict != want || (want == suspect) != (a.tries > 0) {
+			t.Errorf("%s: %+v", text, a)
+		}
+	}
+}
+
 func TestHTTPAnswers(t *testing.T) {
 	want := map[int]verdict{
 		200: accepted, 202: accepted, 204: accepted, 301: misconfigured, 302: misconfigured, 307: misconfigured,
