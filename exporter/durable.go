@@ -20,7 +20,6 @@ type Durable struct {
 
 	// Of the last commit, for the next one. Only Commit uses them.
 	now   receiver.State
-	at    time.Time
 	whole time.Time // when the last sweep that reached all units began
 	cycle int       // counts commits of a sweep
 	last  map[string]reading
@@ -44,7 +43,7 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 		return nil, fmt.Errorf("restore the totals of all units: %w", err)
 	}
 	d := &Durable{
-		store: s, state: receiver.State{Time: ledger.Time}, at: ledger.Time, whole: ledger.Time,
+		store: s, state: receiver.State{Time: ledger.Time}, whole: ledger.Time,
 		last: make(map[string]reading, len(ledger.Series)),
 	}
 	for _, row := range ledger.Series {
@@ -85,7 +84,7 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 	if cycle.Sweep == nil {
 		return nil
 	}
-	d.now, d.at = now, c.Time
+	d.now = now
 	if d.cycle++; !cycle.Sweep.Partial {
 		d.whole = c.Time.Add(-cycle.Sweep.Duration)
 	}
@@ -135,8 +134,8 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 			if began == nil {
 				began = d.began(state.Runs)
 			}
-			if began[s.Name] && prev.time.Before(d.at) {
-				prev.time = d.at
+			if began[s.Name] && prev.time.Before(d.whole) {
+				prev.time = d.whole
 			}
 		}
 		if s.Time.Equal(prev.time) {

@@ -134,7 +134,7 @@ func TestDurableSamples(t *testing.T) {
 		{"nothing", 250, nil, []receiver.Run{run("one", 190)}, nil},
 		{"another run, since the last cycle", 260,
 			[]receiver.Series{unit("a.service", at(0), at(259), 640)}, []receiver.Run{run("one", 190), run("two", 259)},
-			[]sample{{"a.service", 40, 9 * time.Second}}},
+			[]sample{{"a.service", 40, 10 * time.Second}}},
 		{"a series that was given up, and began anew", 270,
 			[]receiver.Series{unit("gone.service", at(262), at(270), 7)}, nil,
 			[]sample{{"gone.service", 7, 8 * time.Second}}},
