@@ -19,15 +19,18 @@ type Durable struct {
 	state receiver.State // as it was at the start
 
 	// Of the last commit, for the next one. Only Commit uses them.
-	now  receiver.State
-	at   time.Time
-	last map[string]reading
+	now   receiver.State
+	whole time.Time // when the last sweep that reached all units began
+	cycle int       // counts commits of a sweep
+	last  map[string]reading
 }
 
 // reading is the end of the last history sample of a series.
 type reading struct {
 	total receiver.Counters
+	start time.Time // of the series
 	time  time.Time
+	cycle int // as of that commit
 }
 
 // NewDurable reads the ledger of s. It fails with store.ErrUnavailable if that
@@ -40,13 +43,13 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 		return nil, fmt.Errorf("restore the totals of all units: %w", err)
 	}
 	d := &Durable{
-		store: s, state: receiver.State{Time: ledger.Time}, at: ledger.Time,
+		store: s, state: receiver.State{Time: ledger.Time}, whole: ledger.Time,
 		last: make(map[string]reading, len(ledger.Series)),
 	}
 	for _, row := range ledger.Series {
 		total := counters(row.Total)
 		d.state.Series = append(d.state.Series, receiver.Series{Name: row.Key, Total: total, Start: row.Start, Time: row.Seen})
-		d.last[row.Key] = reading{total, row.Seen}
+		d.last[row.Key] = reading{total, row.Start, row.Seen, -1}
 	}
 	for _, row := range ledger.Runs {
 		if row.Key == journalKey {
@@ -72,7 +75,7 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 	c := store.Cycle{Time: time.Now(), Request: cycle.Request, Points: cycle.Points}
 	if cycle.Sweep != nil {
 		now, c.Time = cycle.Sweep.State, cycle.Sweep.Time
-		c.Samples = d.samples(cycle.Sweep.State.Series)
+		c.Samples = d.samples(cycle.Sweep.State)
 	}
 	c.Ledger = ledgerOf(now)
 	if err := d.store.Commit(ctx, c); err != nil {
@@ -81,10 +84,13 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 	if cycle.Sweep == nil {
 		return nil
 	}
-	d.now, d.at = now, c.Time
+	d.now = now
+	if d.cycle++; !cycle.Sweep.Partial {
+		d.whole = c.Time.Add(-cycle.Sweep.Duration)
+	}
 	for _, s := range cycle.Sweep.State.Series {
 		if s.Observed {
-			d.last[s.Name] = reading{s.Total, s.Time}
+			d.last[s.Name] = reading{s.Total, s.Start, s.Time, d.cycle}
 		}
 	}
 	if len(d.last) > 2*len(cycle.Sweep.State.Series)+256 {
@@ -105,21 +111,32 @@ func (d *Durable) forget(series []receiver.Series) {
 }
 
 // samples returns what each unit transferred since its last sample. A unit that
-// began since the last cycle has all of its total in the sample. One that is
-// older, but seen for the first time, has none: nobody knows when it
-// transferred what its total says.
-func (d *Durable) samples(series []receiver.Series) []store.Sample {
-	samples := make([]store.Sample, 0, len(series))
-	for _, s := range series {
+// began since the last cycle, or while its sweep went on, has all of its total in
+// the sample. One that is older, but seen for the first time, has none: nobody
+// knows when it transferred what its total says. The same goes for a series that
+// was given up over the limit of series and began anew under its name: its start
+// tells.
+func (d *Durable) samples(state receiver.State) []store.Sample {
+	samples := make([]store.Sample, 0, len(state.Series))
+	var began map[string]bool // made when it is needed
+	for _, s := range state.Series {
 		if !s.Observed || strings.Contains(s.Name, "/") { // a name with a slash is no unit's, but the receiver's own account
 			continue
 		}
 		prev, known := d.last[s.Name]
-		if !known {
-			if d.at.IsZero() || s.Start.Before(d.at) {
+		switch {
+		case !known || !prev.start.Equal(s.Start):
+			if d.whole.IsZero() || s.Start.Before(d.whole) {
 				continue
 			}
-			prev.time = s.Start
+			prev = reading{time: s.Start}
+		case prev.cycle != d.cycle:
+			if began == nil {
+				began = d.began(state.Runs)
+			}
+			if began[s.Name] && prev.time.Before(d.whole) {
+				prev.time = d.whole
+			}
 		}
 		if s.Time.Equal(prev.time) {
 			continue // no new reading
@@ -137,6 +154,27 @@ func (d *Durable) samples(series []receiver.Series) []store.Sample {
 		})
 	}
 	return samples
+}
+
+// began returns the series of units that were away at the last cycle: all that
+// they transferred since their last sample is that of runs which began after it.
+// Otherwise a backup that runs once a night would seem to take all day.
+func (d *Durable) began(runs []receiver.Run) map[string]bool {
+	type key struct{ unit, epoch string }
+	old := make(map[key]bool, len(d.now.Runs))
+	for _, r := range d.now.Runs {
+		old[key{r.Unit, r.Epoch}] = true
+	}
+	began := map[string]bool{}
+	for _, r := range runs {
+		if !r.Time.After(d.last[r.Series].time) {
+			continue // it is over, and was read before
+		}
+		if before, some := began[r.Series]; !some || before {
+			began[r.Series] = !old[key{r.Unit, r.Epoch}]
+		}
+	}
+	return began
 }
 
 // Next implements Outbox.

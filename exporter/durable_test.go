@@ -100,29 +100,54 @@ func TestDurableSamples(t *testing.T) {
 	}
 	hidden := unit("hidden.service", at(0), at(110), 90)
 	hidden.Observed = false
+	gone := unit("gone.service", at(171), at(175), 5000)
+	gone.Observed = false
+	run := func(epoch string, now float64) receiver.Run {
+		return receiver.Run{Unit: "a.service", Series: "a.service", Epoch: epoch, Boot: "b", Time: at(now)}
+	}
 	_, d := openStore(t, filepath.Join(t.TempDir(), "state"))
 	for _, cycle := range []struct {
 		what   string
 		now    float64
 		series []receiver.Series
+		runs   []receiver.Run
 		want   []sample
 	}{
 		{"the first cycle: nobody knows when", 100,
-			[]receiver.Series{unit("a.service", at(0), at(100), 500), unit("", at(0), at(100), 3)}, nil},
+			[]receiver.Series{unit("a.service", at(0), at(100), 500), unit("", at(0), at(100), 3)}, nil, nil},
 		{"growth, a new unit, an older one, one without a point, an account of the receiver", 110,
 			[]receiver.Series{unit("a.service", at(0), at(110), 530), unit("", at(0), at(110), 3), unit("new.service", at(105), at(110), 40),
-				unit("old.service", at(50), at(110), 999), hidden, unit("ahead/system.slice", at(105), at(110), 1)},
+				unit("old.service", at(50), at(110), 999), hidden, unit("ahead/system.slice", at(105), at(110), 1)}, nil,
 			[]sample{{"a.service", 30, 10 * time.Second}, {"(overflow)", 0, 10 * time.Second}, {"new.service", 40, 5 * time.Second}}},
 		{"no new reading of one", 130,
-			[]receiver.Series{unit("a.service", at(0), at(110), 530), unit("old.service", at(50), at(130), 1001)},
+			[]receiver.Series{unit("a.service", at(0), at(110), 530), unit("old.service", at(50), at(130), 1001)}, nil,
 			[]sample{{"old.service", 2, 20 * time.Second}}},
 		{"one long interval over a gap", 170,
-			[]receiver.Series{unit("a.service", at(0), at(170), 590)},
+			[]receiver.Series{unit("a.service", at(0), at(170), 590)}, []receiver.Run{run("one", 170)},
 			[]sample{{"a.service", 60, time.Minute}}},
+		{"all away, and a new unit", 180,
+			[]receiver.Series{unit("gone.service", at(171), at(175), 5000)}, []receiver.Run{run("one", 170)},
+			[]sample{{"gone.service", 5000, 4 * time.Second}}},
+		{"the same run can be read again", 190,
+			[]receiver.Series{unit("a.service", at(0), at(190), 600), gone}, []receiver.Run{run("one", 190)},
+			[]sample{{"a.service", 10, 20 * time.Second}}},
+		{"nothing", 250, nil, []receiver.Run{run("one", 190)}, nil},
+		{"another run, since the last cycle", 260,
+			[]receiver.Series{unit("a.service", at(0), at(259), 640)}, []receiver.Run{run("one", 190), run("two", 259)},
+			[]sample{{"a.service", 40, 10 * time.Second}}},
+		{"a series that was given up, and began anew", 270,
+			[]receiver.Series{unit("gone.service", at(262), at(270), 7)}, nil,
+			[]sample{{"gone.service", 7, 8 * time.Second}}},
+		{"the same, but it began before the last cycle", 280,
+			[]receiver.Series{unit("old.service", at(265), at(280), 8)}, nil, nil},
+		{"a unit that began during the last sweep", 290,
+			[]receiver.Series{unit("during.service", at(279.5), at(290), 9)}, nil,
+			[]sample{{"during.service", 9, 10500 * time.Millisecond}}},
 	} {
-		sweep := receiver.NewSweep(at(cycle.now), receiver.State{Series: cycle.series})
+		sweep := receiver.NewSweep(at(cycle.now), receiver.State{Series: cycle.series, Runs: cycle.runs})
+		sweep.Duration = time.Second
 		var got []sample
-		for _, s := range d.samples(cycle.series) {
+		for _, s := range d.samples(sweep.State) {
 			if want := [4]uint64{s.Delta[0], 3 * s.Delta[0], 2 * s.Delta[0], 4 * s.Delta[0]}; s.Delta != want {
 				t.Errorf("%s: sample of %s has %v", cycle.what, s.Unit, s.Delta)
 			}

@@ -6,8 +6,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -737,4 +739,74 @@ func TestProbe(t *testing.T) {
 			t.Errorf("without a server: %v", err)
 		}
 	})
+}
+
+// An endpoint without the s of https is a setting to mend, and no fault of the data.
+func TestPlainTextToTLSIsHeld(t *testing.T) {
+	server := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: otlptest.NewCA(t).Server(t, false)})
+	c, err := open(t.Context(), to("http://"+server.Address(), Config{Protocol: "http/protobuf"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close(t.Context())
+	if a := c.wire.send(t.Context(), c.empty); a.verdict != misconfigured || !strings.Contains(a.hint(), "OTEL_EXPORTER_OTLP_ENDPOINT") {
+		t.Errorf("%v: %v", a.verdict, a.err)
+	}
+}
+
+// A connection on which nothing comes through, as after a firewall has forgotten
+// it, must not be tried again until TCP gives it up. HTTP/2 would.
+func TestDeadConnectionIsReplaced(t *testing.T) {
+	ca := otlptest.NewCA(t)
+	server := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: ca.Server(t, false)})
+	door, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var connections atomic.Int64
+	var dead atomic.Int64 // connections up to this one
+	var forwarding sync.WaitGroup
+	forwarding.Go(func() {
+		for {
+			in, err := door.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", server.Address())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			number := connections.Add(1)
+			for _, pair := range [][2]net.Conn{{in, out}, {out, in}} {
+				forwarding.Go(func() {
+					defer pair[0].Close()
+					defer pair[1].Close()
+					for buf := make([]byte, 32<<10); ; {
+						n, err := pair[0].Read(buf)
+						if err != nil {
+							return
+						}
+						if number > dead.Load() {
+							_, _ = pair[1].Write(buf[:n])
+						}
+					}
+				})
+			}
+		}
+	})
+	a := newAgent(t, "https://"+door.Addr().String(), Config{Protocol: "http/protobuf", TLS: trusting(t, ca), Timeout: 500 * time.Millisecond, Outbox: &memory{}})
+	t.Cleanup(func() {
+		door.Close()
+		server.Stop()
+		forwarding.Wait()
+	})
+	for i := range 3 {
+		_ = a.cycle(unit("a.service", at(0), at(float64(100+i)), 5)) // its error is the dead connection
+		a.drained(t)
+		dead.Store(connections.Load())
+	}
+	if n := connections.Load(); n < 3 {
+		t.Errorf("%d connections", n)
+	}
 }

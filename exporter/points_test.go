@@ -151,6 +151,7 @@ func TestDeltas(t *testing.T) {
 	type step struct {
 		n      uint64 // total of the unit; 0: no point this time
 		time   float64
+		start  float64
 		failed bool   // the cycle was not handed over
 		want   string // value (start..time) of the receive direction's bytes
 	}
@@ -182,13 +183,18 @@ func TestDeltas(t *testing.T) {
 			{n: 500, time: 0}, {n: 600, time: 10, want: "600 (0..10)"}}},
 		"a total that falls": {ledger: known, steps: []step{
 			{n: 300, time: 100}, {n: 350, time: 110}, {n: 410, time: 120, want: "10 (110..120)"}}},
+		"a series that was given up, and began anew": {ledger: known, steps: []step{
+			{n: 410, time: 100, want: "10 (90..100)"}, {time: 110}, {n: 30, start: 112, time: 120, want: "30 (112..120)"},
+			{n: 50, start: 112, time: 130, want: "20 (120..130)"}, {n: 60, start: 135, time: 140, want: "60 (135..140)"}}},
+		"a series that the ledger has, and that began anew": {ledger: known, steps: []step{
+			{n: 500, start: 95, time: 100, want: "500 (95..100)"}, {n: 510, start: 95, time: 110, want: "10 (100..110)"}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDeltas(test.ledger)
 			for i, step := range test.steps {
 				var series []receiver.Series
 				if step.n > 0 {
-					series = append(series, unit("a.service", at(0), at(step.time), step.n))
+					series = append(series, unit("a.service", at(step.start), at(step.time), step.n))
 				}
 				rm, sweep := collected(series...), sweepOf(series...)
 				stamp(rm, sweep)

@@ -20,6 +20,8 @@ const (
 	minCall = 64 << 10
 	// maxBackoff is the longest delay between two tries.
 	maxBackoff = time.Minute
+	// maxDoubts is how often the tries of a request are doubled: up to some hours.
+	maxDoubts = 6
 	// drainBackoff is the same during shutdown, where time is short.
 	drainBackoff = time.Second
 )
@@ -47,6 +49,7 @@ type sender struct {
 	alone    int64 // entries up to this ID go one by one
 	failures int   // failed calls in a row
 	refusals int   // of the first entry or its first part, in a row
+	doubts   int   // requests given up in doubt since the last accepted one
 	part     parts
 	acked    []Outcome // ended deliveries that the outbox does not know yet
 	trouble  episode   // the outbox could not be read or written
@@ -266,7 +269,7 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 	}
 	switch {
 	case a.verdict == accepted:
-		s.failures = 0
+		s.failures, s.doubts = 0, 0
 		// The limit may have been halved for a reason that is over.
 		s.limit = min(s.limit+maxCall/32, maxCall)
 		s.tally.accepted(points, a)
@@ -292,7 +295,16 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 	}
 	if a.verdict == suspect {
 		s.refusals++
-		if s.refusals >= a.tries {
+		tries := a.tries
+		if tries == doubtTries {
+			// With nothing accepted since the last one was given up, it is rather
+			// the receiver that is broken, and all others would follow.
+			tries <<= min(s.doubts, maxDoubts)
+		}
+		if s.refusals >= tries {
+			if tries >= doubtTries {
+				s.doubts++
+			}
 			s.failures = 0
 			s.tally.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", first.ID))
 			s.part.poison = a.err.Error()

@@ -395,6 +395,31 @@ func TestSenderSetsPoisonAside(t *testing.T) {
 	}
 }
 
+// A receiver that is broken for hours refuses all that it is sent. That is no
+// reason to set all of it aside.
+func TestSenderHoldsWhatABrokenReceiverRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		mended := time.Now().Add(6 * time.Hour)
+		l := &line{t: t, answer: func([]int64, int) answer {
+			if time.Now().Before(mended) {
+				return answer{verdict: suspect, kind: "HTTP 500", tries: doubtTries, err: errors.New("no")}
+			}
+			return answer{}
+		}}
+		fill(t, &box, 0, 360)
+		l.start(&box, &log)
+		settle(7 * time.Hour)
+		if n := len(box.poison); n == 0 || n > 7 {
+			t.Errorf("%d of 360 requests are set aside", n)
+		}
+		if box.pending() > 0 {
+			t.Errorf("%d requests are left", box.pending())
+		}
+	})
+}
+
 // A piece that is refused costs its points, not those of the other pieces.
 func TestSenderDeliversTheGoodPieces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -139,6 +139,11 @@ func grpcAnswer(s *status.Status) answer {
 		a.verdict, a.tries = suspect, dataTries
 	default: // Internal, Unknown, FailedPrecondition, AlreadyExists
 		a.verdict, a.tries = suspect, doubtTries
+		// A proxy in front has a limit of its own, nginx of 1 MiB. grpc-go has
+		// only a text for that.
+		if a.says("HTTP status code received from server: 413") {
+			a.verdict, a.tries = tooLarge, 0
+		}
 	}
 	return a
 }

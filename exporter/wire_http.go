@@ -2,6 +2,7 @@ package exporter
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -39,6 +40,7 @@ type httpWire struct {
 func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transport, error) {
 	// As in otlpmetrichttp, which does not use the changeable
 	// http.DefaultTransport either.
+	timeout := cmp.Or(cfg.Timeout, defaultTimeout)
 	transport := &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,
 		DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
@@ -48,6 +50,10 @@ func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transpo
 		TLSHandshakeTimeout:   10 * time.Second,
 		ExpectContinueTimeout: time.Second,
 		TLSClientConfig:       cfg.TLS,
+		// HTTP/1 makes a new connection after a call that took too long. HTTP/2
+		// would go on with one on which nothing comes through, for as long as TCP
+		// tries, which is a quarter of an hour; so it asks now and then.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * timeout, PingTimeout: timeout, WriteByteTimeout: timeout},
 	}
 	client := &http.Client{
 		Transport: transport,
@@ -172,10 +178,12 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 	case code == http.StatusTooManyRequests, code == http.StatusBadGateway, code == http.StatusServiceUnavailable,
 		code == http.StatusGatewayTimeout, code == http.StatusRequestTimeout:
 		a.verdict = transient
-	case code == http.StatusRequestEntityTooLarge:
-		a.verdict = tooLarge
+	case code == http.StatusRequestEntityTooLarge, code == http.StatusBadRequest && strings.Contains(message, "request body too large"):
+		a.verdict = tooLarge // the second is how a Collector says it
 	case code < 400, code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound,
-		code == http.StatusMethodNotAllowed, code == http.StatusProxyAuthRequired, code == http.StatusNotImplemented:
+		code == http.StatusMethodNotAllowed, code == http.StatusProxyAuthRequired, code == http.StatusNotImplemented,
+		code == http.StatusUnsupportedMediaType, // all requests are of one type
+		code == http.StatusBadRequest && wantsTLS(message):
 		// 1xx to 3xx never come from an OTLP receiver.
 		a.verdict = misconfigured
 	case code < 500:
@@ -184,6 +192,12 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 		a.verdict, a.tries = suspect, doubtTries
 	}
 	return a
+}
+
+// wantsTLS says that a TLS server was spoken to without: in the words of Go's
+// server and of nginx.
+func wantsTLS(message string) bool {
+	return strings.Contains(message, "to an HTTPS server") || strings.Contains(message, "to HTTPS port")
 }
 
 // retryAfter reads the Retry-After header (RFC 9110, section 10.2.3): seconds or

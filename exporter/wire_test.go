@@ -38,11 +38,23 @@ func TestGRPCAnswers(t *testing.T) {
 	}
 }
 
+// What grpc-go 1.83 makes of nginx's answer to a message above client_max_body_size.
+func TestGRPCThroughAProxy(t *testing.T) {
+	for text, want := range map[string]verdict{
+		`unexpected HTTP status code received from server: 413 (Request Entity Too Large); transport: received unexpected content-type "text/html"`: tooLarge,
+		`unexpected HTTP status code received from server: 500 (Internal Server Error); transport: received unexpected content-type "text/html"`:    suspect,
+	} {
+		if a := grpcAnswer(status.New(codes.Unknown, text)); a.verdict != want || (want == suspect) != (a.tries > 0) {
+			t.Errorf("%s: %+v", text, a)
+		}
+	}
+}
+
 func TestHTTPAnswers(t *testing.T) {
 	want := map[int]verdict{
 		200: accepted, 202: accepted, 204: accepted, 301: misconfigured, 302: misconfigured, 307: misconfigured,
 		400: suspect, 401: misconfigured, 403: misconfigured, 404: misconfigured, 405: misconfigured, 407: misconfigured, 408: transient,
-		413: tooLarge, 415: suspect, 422: suspect, 429: transient, 500: suspect, 501: misconfigured, 502: transient, 503: transient, 504: transient, 505: suspect,
+		413: tooLarge, 415: misconfigured, 422: suspect, 429: transient, 500: suspect, 501: misconfigured, 502: transient, 503: transient, 504: transient, 505: suspect,
 	}
 	for code, v := range want {
 		resp := &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{"Content-Type": {"text/plain"}, "Retry-After": {"9"}}}
@@ -52,6 +64,22 @@ func TestHTTPAnswers(t *testing.T) {
 		}
 		if v != accepted && (a.after != 9*time.Second || !strings.Contains(a.err.Error(), "why")) {
 			t.Errorf("%d: %+v", code, a)
+		}
+	}
+}
+
+// Some answers of 400 are not about the data. These are the words of a Collector
+// 0.155, of Go's TLS server, and of nginx.
+func TestBadRequests(t *testing.T) {
+	for text, want := range map[string]verdict{
+		"http: request body too large":                                                            tooLarge,
+		"Client sent an HTTP request to an HTTPS server.\n":                                       misconfigured,
+		"<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>": misconfigured,
+		"out of bounds": suspect,
+	} {
+		resp := &http.Response{StatusCode: 400, Status: "400 Bad Request", Header: http.Header{}}
+		if a := httpAnswer(resp, []byte(text), time.Now()); a.verdict != want {
+			t.Errorf("%s: %v, want %v", text, a.verdict, want)
 		}
 	}
 }

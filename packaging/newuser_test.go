@@ -101,6 +101,10 @@ func newUser(t testing.TB) time.Duration {
 	if left := mendsOf(report); code != 0 || len(slices.DeleteFunc(left, func(m string) bool { return strings.HasPrefix(m, "timedatectl ") })) > 0 {
 		t.Errorf("after the mends doctor ends with %d, and names %q:\n%s", code, left, report)
 	}
+	// root finds what the service has kept, without being told where.
+	if history := rig.Run(t, "unitmeter", "history"); !strings.Contains(history, "UNIT") {
+		t.Errorf("history: %s", history)
+	}
 	return took
 }
 

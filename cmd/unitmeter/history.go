@@ -34,6 +34,9 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if *asJSON && *asCSV {
 		return usageError{errors.New("--json and --csv exclude each other; give one of them")}
 	}
+	if *quarantined && (flags.NFlag() > 1 || len(units) > 0) {
+		return usageError{errors.New("--quarantined lists all that there is; give it alone")}
+	}
 	now := time.Now()
 	query := store.Query{}
 	if query.Since, err = parseMoment("since", *since, now); err != nil {
@@ -43,7 +46,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	if !query.Since.Before(query.Until) {
-		return usageError{fmt.Errorf("--since %s is not before --until %s; swap them", *since, *until)}
+		return usageError{fmt.Errorf("--since %s is not before --until %s; give an earlier --since", *since, *until)}
 	}
 	if *step != "" {
 		if query.Step, err = parseLength("step", *step); err != nil {
@@ -117,7 +120,7 @@ func historyDir(environ []string, own string) string {
 
 // fullName completes a name without a type, as systemctl does.
 func fullName(unit string) string {
-	if strings.ContainsAny(unit, ".*?[") {
+	if strings.ContainsAny(unit, ".*?[(") { // "(overflow)" has no type
 		return unit
 	}
 	return unit + ".service"
@@ -229,10 +232,11 @@ func historyTable(w io.Writer, usage store.Usage) error {
 }
 
 // chartWidth is what fits behind the numbers in 80 columns.
-const chartWidth = 24
+const chartWidth = 19
 
 // historyCharts prints, for each unit, a row for each step with a bar for the
-// bytes of both directions. Steps without a sample are gaps, not zeros.
+// bytes of both directions. Steps without a sample are gaps, not zeros, even where
+// the next sample covers the time.
 func historyCharts(w io.Writer, usage store.Usage, query store.Query) error {
 	for i, u := range usage.Units {
 		if i > 0 {
@@ -245,13 +249,20 @@ func historyCharts(w io.Writer, usage store.Usage, query store.Query) error {
 		}
 		fmt.Fprintf(w, "%s, a step of %s\n", u.Unit, query.Step)
 		fmt.Fprintf(w, "%-16s %11s %11s %9s %9s\n", "TIME", "IN B/S", "OUT B/S", "IN P/S", "OUT P/S")
-		last := time.Time{}
+		layout, last := "2006-01-02 15:04", time.Time{}
+		if query.Step < time.Minute {
+			layout = "01-02 15:04:05"
+		}
 		for _, r := range rows {
-			if !last.IsZero() && r.Time.Sub(last) > query.Step {
-				fmt.Fprintf(w, "%-16s %11s\n", "...", "no data")
+			if missing := r.Time.Sub(last) - query.Step; !last.IsZero() && missing > 0 {
+				what := "no data"
+				if r.MeasuredSeconds >= missing.Seconds() {
+					what = "in the next"
+				}
+				fmt.Fprintf(w, "%-16s %11s\n", "...", what)
 			}
 			last = r.Time
-			_, err := fmt.Fprintf(w, "%-16s %11.0f %11.0f %9.1f %9.1f %s\n", r.Time.Local().Format("2006-01-02 15:04"),
+			_, err := fmt.Fprintf(w, "%-16s %11.0f %11.0f %9.1f %9.1f %s\n", r.Time.Local().Format(layout),
 				r.IngressBytesPerSec, r.EgressBytesPerSec, r.IngressPacketsPerSec, r.EgressPacketsPerSec,
 				bar(r.IngressBytesPerSec, r.EgressBytesPerSec, most))
 			if err != nil {
@@ -281,9 +292,9 @@ func printQuarantined(ctx context.Context, w io.Writer, reader *store.Reader) er
 		return err
 	}
 	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tab, "TIME\tPOINTS\tREASON")
+	fmt.Fprintln(tab, "REQUEST\tOF\tPOINTS\tREASON")
 	for _, q := range all {
-		fmt.Fprintf(tab, "%s\t%d\t%s\n", q.Time.Local().Format(time.DateTime), q.Points, q.Reason)
+		fmt.Fprintf(tab, "%d\t%s\t%d\t%s\n", q.ID, q.Time.Local().Format(time.DateTime), q.Points, oneLine(errors.New(q.Reason)))
 	}
 	return tab.Flush()
 }

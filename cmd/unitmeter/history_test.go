@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
@@ -88,7 +89,48 @@ func TestHistoryOutputs(t *testing.T) {
 	if strings.Count(out.String(), "no data") != 1 {
 		t.Errorf("a gap must show as one:\n%s", &out)
 	}
-	if !strings.Contains(out.String(), strings.Repeat("▒", 6)+strings.Repeat("█", 18)) {
+	if strings.Contains(out.String(), "in the next") {
+		t.Errorf("the sample behind the gap does not cover it:\n%s", &out)
+	}
+	for line := range strings.Lines(out.String()) {
+		if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 80 || strings.Contains(line, "█") && strings.Contains(line, "1200") && n != 80 {
+			t.Errorf("%d columns: %s", n, line)
+		}
+	}
+	if !strings.Contains(out.String(), strings.Repeat("▒", 5)+strings.Repeat("█", 14)) {
 		t.Errorf("the largest step fills the width:\n%s", &out)
+	}
+
+	// Samples of half a minute are further apart than steps of 20 s.
+	out.Reset()
+	usage := store.Usage{Units: []store.UnitUsage{{Unit: "busy.service", Steps: []store.Step{
+		{Time: time.Date(2026, 11, 23, 12, 0, 0, 0, time.Local), Measured: 30 * time.Second},
+		{Time: time.Date(2026, 11, 23, 12, 0, 40, 0, time.Local), Measured: 30 * time.Second}}}}}
+	if err := historyCharts(&out, usage, store.Query{Step: 20 * time.Second}); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(out.String(), "no data") || strings.Count(out.String(), "in the next") != 1 || !strings.Contains(out.String(), "11-23 12:00:40") {
+		t.Errorf("the second sample covers the step in between:\n%s", &out)
+	}
+}
+
+func TestHistoryMistakes(t *testing.T) {
+	state := "UNITMETER_STATE_DIR=" + t.TempDir()
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--quarantined", "--json"}, "give it alone"},
+		{[]string{"--quarantined", "nats"}, "give it alone"},
+		{[]string{"--since", "2999-01-01"}, "give an earlier --since"},
+		{[]string{"--json", "--csv"}, "exclude each other"},
+	} {
+		code, _, stderr := runCommand(t, []string{state}, append([]string{"history"}, test.args...)...)
+		if code != 2 || !strings.Contains(stderr, test.want) {
+			t.Errorf("%v: code %d: %s", test.args, code, stderr)
+		}
+	}
+	if code, _, stderr := runCommand(t, []string{state}, "history"); code != 1 || !strings.Contains(stderr, "set UNITMETER_STATE_DIR to the agent's directory") {
+		t.Errorf("without a history: code %d: %s", code, stderr)
 	}
 }

@@ -212,22 +212,25 @@ func TestTLSBroken(t *testing.T) {
 }
 
 // TestMessageLimits has a real Collector, with its limit for a message as it is
-// by default (4 MiB) and smaller, take a backlog of requests that are small and
+// by default (4 MiB over gRPC) and smaller, take a backlog of requests that are small and
 // of requests that are larger than that each. The agent is the real one.
 func TestMessageLimits(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
-		name, limit string
-		units       int // 580 B each on the wire
-		cycles      int
+		name     string
+		receiver string
+		protocol string
+		units    int // 580 B each on the wire
+		cycles   int
 	}{
-		{"requests that are to be joined", "", 300, 40},
-		{"requests that are to be split", "", 8000, 1},
-		{"requests that are to be split for a smaller limit", ", max_recv_msg_size_mib: 1", 2000, 2},
+		{"requests that are to be joined", `grpc: {endpoint: "0.0.0.0:4317"}`, "grpc", 300, 40},
+		{"requests that are to be split", `grpc: {endpoint: "0.0.0.0:4317"}`, "grpc", 8000, 1},
+		{"requests that are to be split for a smaller limit", `grpc: {endpoint: "0.0.0.0:4317", max_recv_msg_size_mib: 1}`, "grpc", 2000, 2},
+		{"the same over HTTP", `http: {endpoint: "0.0.0.0:4317", max_request_body_size: 1048576}`, "http/protobuf", 2000, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			s := newSite(t, collectorConfig("      grpc: {endpoint: \"0.0.0.0:4317\""+c.limit+"}"))
+			s := newSite(t, collectorConfig("      "+c.receiver))
 			o := outage{dir: filepath.Join(t.TempDir(), "state"), endpoint: freePort(t), units: c.units, cycles: c.cycles}
 			o.begin = time.Now().Add(-time.Hour)
 			o.fill(t)
@@ -240,7 +243,7 @@ func TestMessageLimits(t *testing.T) {
 				s.WriteFile(t, siteState+"/"+name, string(text))
 			}
 			s.in("chmod 600 " + siteState + "/*")
-			s.startAgent("OTEL_EXPORTER_OTLP_TIMEOUT=20000", "UNITMETER_MAX_UNITS=20000")
+			s.startAgent("OTEL_EXPORTER_OTLP_TIMEOUT=20000", "UNITMETER_MAX_UNITS=20000", "OTEL_EXPORTER_OTLP_PROTOCOL="+c.protocol)
 			s.caughtUp()
 			cycles, _, _ := s.settle()
 			compareFleet(t, s.witness, o)

@@ -71,10 +71,10 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 		return false, err
 	}
 	defer func() { err = errors.Join(err, state.close()) }()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	var waiting sync.WaitGroup
 	defer waiting.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // before the Wait: an error must not wait for the state
 	if state.unavailable() {
 		waiting.Go(func() {
 			if again = state.await(ctx); again {

@@ -21,7 +21,9 @@ const (
 )
 
 // schema is explained in docs/decisions/store.md. Changing it needs a new
-// schemaVersion and a way from the old one.
+// schemaVersion and a way from the old one. The views are for the sqlite3 of any
+// supported distribution, down to 3.34, which has no unixepoch(); strftime() makes
+// text, which is a number once one is added.
 const schema = `
 CREATE TABLE ledger (
   seq  INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -81,15 +83,15 @@ CREATE VIEW top_talkers AS            -- of the last 24 hours
   SELECT unit, sum(receive_bytes + transmit_bytes) AS bytes, sum(receive_bytes) AS receive_bytes,
          sum(transmit_bytes) AS transmit_bytes, sum(receive_packets) AS receive_packets,
          sum(transmit_packets) AS transmit_packets, sum(seconds) AS seconds
-  FROM traffic WHERE epoch >= unixepoch() - 86400
+  FROM traffic WHERE epoch >= strftime('%s', 'now') - 86400
   GROUP BY unit ORDER BY bytes DESC;
 CREATE VIEW top_talkers_last_night AS -- from 22:00 to 06:00 local time
   SELECT unit, sum(receive_bytes + transmit_bytes) AS bytes, sum(receive_bytes) AS receive_bytes,
          sum(transmit_bytes) AS transmit_bytes, sum(receive_packets) AS receive_packets,
          sum(transmit_packets) AS transmit_packets, sum(seconds) AS seconds
   FROM traffic
-  WHERE epoch >= unixepoch('now', 'localtime', 'start of day', '-2 hours', 'utc')
-    AND epoch <  unixepoch('now', 'localtime', 'start of day', '+6 hours', 'utc')
+  WHERE epoch >= 0 + strftime('%s', 'now', 'localtime', 'start of day', '-2 hours', 'utc')
+    AND epoch <  0 + strftime('%s', 'now', 'localtime', 'start of day', '+6 hours', 'utc')
   GROUP BY unit ORDER BY bytes DESC;
 `
 

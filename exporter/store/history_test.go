@@ -258,6 +258,17 @@ func TestHistoryClockSteps(t *testing.T) {
 	}
 }
 
+// The series of a fold has the name of its pattern.
+func TestHistoryOfAPattern(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	s := openTest(t, Config{Dir: dir})
+	now := time.Now()
+	commitSamples(t, s, now, Sample{Unit: "build-[0-9]*.service", Time: now, Interval: time.Minute})
+	if got := ask(t, dir, Query{Units: []string{"build-[0-9]*.service"}}); len(got.Units) != 1 {
+		t.Errorf("got %+v", got)
+	}
+}
+
 func TestHistoryExpires(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)

@@ -463,7 +463,11 @@ func (s *Store) bound() error {
 	}
 	if o.counts.dropped > before.dropped && !o.dropping {
 		o.dropping = true
-		s.cfg.Logger.Warn("outbox is full: dropping the oldest cycles",
+		why := "outbox is full"
+		if len(old) > 0 {
+			why = "outbox holds requests that are too old"
+		}
+		s.cfg.Logger.Warn(why+": dropping the oldest cycles",
 			"max_bytes", s.cfg.OutboxMaxBytes, "max_age", s.cfg.OutboxMaxAge, "entries", o.entries)
 	}
 	s.noteDrained()

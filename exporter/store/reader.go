@@ -81,7 +81,8 @@ func (r *Reader) Close() error {
 // Query says what to read of the history.
 type Query struct {
 	// Units are names or SQLite globs (* ? [a-z]; a backslash is an ordinary
-	// character, as unit names have it). None = all.
+	// character, as unit names have it). A name may look like a glob, as those
+	// of folds do. None = all.
 	Units []string
 	// Since and Until bound the samples by the end of their interval: after
 	// Since, up to and with Until. Zero = no bound.
@@ -259,8 +260,8 @@ func (r *Reader) collect(q Query) (*collector, error) {
 	}
 	where, args := "", []any{}
 	for i, glob := range q.Units {
-		where += [...]string{" WHERE", " OR"}[min(i, 1)] + " name GLOB ?"
-		args = append(args, glob)
+		where += [...]string{" WHERE", " OR"}[min(i, 1)] + " name = ? OR name GLOB ?"
+		args = append(args, glob, glob)
 	}
 	err := r.db.each("SELECT id, name FROM unit"+where+" ORDER BY id", args, func(scan func(...any) error) error {
 		var id int64
