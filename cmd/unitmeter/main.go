@@ -18,6 +18,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/unitmeter/unitmeter/config"
 )
 
 // version is set by the Makefile with -ldflags "-X main.version=...".
@@ -35,9 +37,20 @@ func main() {
 	// the default by then.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	context.AfterFunc(ctx, stop)
-	os.Exit(dispatch(ctx, &terminal{
-		args: os.Args[1:], environ: os.Environ(), stdout: os.Stdout, stderr: os.Stderr,
-	}))
+	t := &terminal{args: os.Args[1:], environ: os.Environ(), stdout: os.Stdout, stderr: os.Stderr}
+	withhold()
+	os.Exit(dispatch(ctx, t))
+}
+
+// withhold takes the variables of OTLP out of the environment of the process. The
+// official exporters read them as well, and log what they do not understand with
+// its value, which may be a secret, even if the variable for metrics wins over it.
+func withhold() {
+	for _, v := range config.Variables() {
+		if v.Specific != "" {
+			_, _ = os.Unsetenv(v.Name), os.Unsetenv(v.Specific)
+		}
+	}
 }
 
 // terminal is what a command gets from the outside.
@@ -121,9 +134,13 @@ func indent(err error) string {
 // parse reads the flags of a subcommand and checks the number of its
 // arguments.
 func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
-	// Flags may stand behind arguments, as in "once nats.service --json".
+	// Flags may stand behind arguments, as in "once nats.service --json", but not
+	// behind "--", as in "once -- -.mount".
 	var args []string
-	rest := t.args
+	rest, plain := t.args, []string(nil)
+	if i := slices.Index(rest, "--"); i >= 0 {
+		rest, plain = rest[:i], rest[i+1:]
+	}
 	for {
 		if err := flags.Parse(rest); err != nil {
 			if errors.Is(err, flag.ErrHelp) {
@@ -136,6 +153,7 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 		}
 		args, rest = append(args, flags.Arg(0)), flags.Args()[1:]
 	}
+	args = append(args, plain...)
 	if maxArgs >= 0 && len(args) > maxArgs {
 		return nil, usageError{fmt.Errorf("%q is one argument too many; see \"unitmeter help %s\"", args[maxArgs], flags.Name())}
 	}

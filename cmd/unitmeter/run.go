@@ -46,8 +46,10 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		log.Warn(warning)
 	}
 	if cfg.Disabled {
-		log.Info("OTEL_SDK_DISABLED is true: nothing to do until stopped")
-		<-ctx.Done()
+		const text = "nothing to do: OTEL_SDK_DISABLED is true"
+		log.Info(text)
+		notify(log, daemon.SdNotifyReady)
+		status(ctx, log, cfg, func() (string, time.Time) { return text, time.Now() })
 		return nil
 	}
 	trimMemory()
@@ -72,9 +74,8 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	}
 	defer func() { err = errors.Join(err, state.close()) }()
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	var waiting sync.WaitGroup
-	defer waiting.Wait()
+	defer func() { cancel(); waiting.Wait() }()
 	if state.unavailable() {
 		waiting.Go(func() {
 			if again = state.await(ctx); again {
@@ -122,7 +123,14 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	}
 	stopWaiting()
 	notify(log, daemon.SdNotifyReady)
-	status(ctx, log, cfg, rcv, out)
+	began := time.Now()
+	status(ctx, log, cfg, func() (string, time.Time) {
+		sweep := rcv.Last()
+		if sweep == nil {
+			return "", began
+		}
+		return statusText(sweep, out.main.Health()), sweep.Time
+	})
 
 	log.Info("stopping")
 	notify(log, daemon.SdNotifyStopping)
@@ -213,9 +221,10 @@ func (o *outputs) close(ctx context.Context) error {
 }
 
 // status tells the service manager how it goes, and feeds its watchdog for as
-// long as sweeps come in, until ctx ends. What it says is in "systemctl status",
-// and where the doctor finds why nothing is delivered.
-func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *receiver.Receiver, out *outputs) {
+// long as there are signs of life, until ctx ends: ask gives what to say ("" is
+// nothing), and when the last sign was. What it says is in "systemctl status", and
+// where the doctor finds why nothing is delivered.
+func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func() (text string, alive time.Time)) {
 	if os.Getenv("NOTIFY_SOCKET") == "" { // nobody listens
 		<-ctx.Done()
 		return
@@ -230,20 +239,17 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *recei
 	}
 	ticker := time.NewTicker(every)
 	defer ticker.Stop()
-	began, last := time.Now(), ""
+	last := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 		}
-		alive := began
-		if sweep := rcv.Last(); sweep != nil {
-			alive = sweep.Time
-			if text := statusText(sweep, out.main.Health()); text != last {
-				last = text
-				notify(log, "STATUS="+text)
-			}
+		text, alive := ask()
+		if text != last {
+			last = text
+			notify(log, "STATUS="+text)
 		}
 		// Two missed collections are a reason to start again; a systemd that
 		// does not answer, or a Collector that is away, is none.
