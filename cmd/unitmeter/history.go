@@ -109,7 +109,10 @@ func parseMoment(name, text string, now time.Time) (time.Time, error) {
 		return t, nil
 	}
 	ago, err := parseLength(name, text)
-	return now.Add(-ago), err
+	if err != nil {
+		return now, usageError{fmt.Errorf("--%s %q is no time; use one such as 90m or 7d (ago), 2026-11-23 or 2026-11-23T14:00", name, text)}
+	}
+	return now.Add(-ago), nil
 }
 
 // parseLength reads a flag that is a duration, in Go's form or in days.

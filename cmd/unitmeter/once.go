@@ -23,7 +23,7 @@ const connectTimeout = 10 * time.Second
 
 func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON array with one object for each unit")
-	interval := flags.Duration("interval", 0, "read twice, this far apart, and print the speeds between")
+	interval := flags.Duration("interval", 0, "read twice, this far apart (2s, 1m), and print the speeds between")
 	patterns, err := parse(t, flags, -1)
 	if err != nil {
 		return err

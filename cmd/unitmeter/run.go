@@ -54,13 +54,25 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	}
 	trimMemory()
 	otel.SetLogger(logr.FromSlogHandler(log.Handler()))
-	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Error("OpenTelemetry SDK", "err", err) }))
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { logSDKError(log, err) }))
 
 	for {
 		again, err := meter(ctx, t, cfg, log)
 		if err != nil || !again {
 			return err
 		}
+	}
+}
+
+// logSDKError logs why a reader could not collect or hand over. A cycle that the
+// end of the agent cut short is no error: the last collection has what it had.
+func logSDKError(log *slog.Logger, err error) {
+	switch {
+	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.DeadlineExceeded):
+		log.Error("collect and export metrics", "err", err, "next", "raise OTEL_METRIC_EXPORT_TIMEOUT")
+	default:
+		log.Error("collect and export metrics", "err", err)
 	}
 }
 

@@ -511,6 +511,7 @@ func (s *Store) condemn(reason error) {
 func (s *Store) noteFailure(err error) {
 	if !s.down && errors.Is(err, ErrUnavailable) {
 		s.down = true
-		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "error", err)
+		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "error", err,
+			"next", "mend the disk or free some of it, or choose another state directory")
 	}
 }
