@@ -146,8 +146,9 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 
 	log.Info("stopping")
 	notify(log, daemon.SdNotifyStopping)
-	// The order: a last collection and its delivery, then the connection to
-	// systemd that it needed, then the state that it was committed to.
+	// The order: a last collection and its delivery, and scrapes for as long as
+	// that takes, then the connection to systemd that all of them needed, then the
+	// state that it was committed to.
 	ending, stopEnding := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer stopEnding()
 	err = errors.Join(provider.Shutdown(ending), out.close(ending))

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// runAgent starts the agent with nothing but env, without a systemd. It is killed
-// at the end of the test.
+// runAgent starts the agent with nothing but env, without a systemd. Its log is
+// what is returned; it is killed at the end of the test.
 func runAgent(t *testing.T, env ...string) *bufio.Scanner {
 	t.Helper()
 	binary, err := agentBinary()
@@ -35,6 +35,18 @@ func runAgent(t *testing.T, env ...string) *bufio.Scanner {
 	return bufio.NewScanner(stderr)
 }
 
+// scan reads a log up to the line with the text.
+func scan(t *testing.T, log *bufio.Scanner, text string) (lines []string) {
+	t.Helper()
+	for log.Scan() {
+		if lines = append(lines, log.Text()); strings.Contains(log.Text(), text) {
+			return lines
+		}
+	}
+	t.Fatalf("the log ends without %q: %q", text, lines)
+	return nil
+}
+
 // A variable that is not used may hold a secret as well, and the official
 // exporters log what they cannot read in it.
 func TestUnusedSecretIsNotLogged(t *testing.T) {
@@ -44,15 +56,10 @@ func TestUnusedSecretIsNotLogged(t *testing.T) {
 			"OTEL_EXPORTER_OTLP_HEADERS=authorization: Bearer s3cr3t", "OTEL_EXPORTER_OTLP_METRICS_HEADERS=a=1",
 			"OTEL_EXPORTER_OTLP_ENDPOINT=https://user:s3cr3t%@localhost:1", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://localhost:1",
 			"OTEL_EXPORTER_OTLP_TIMEOUT=s3cr3t", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT=1000")
-		started := false
-		for !started && log.Scan() {
-			started = strings.Contains(log.Text(), "msg=started")
-			if strings.Contains(log.Text(), "s3cr3t") {
-				t.Errorf("%s: %s", protocol, log.Text())
+		for _, line := range scan(t, log, "msg=started") {
+			if strings.Contains(line, "s3cr3t") {
+				t.Errorf("%s: %s", protocol, line)
 			}
-		}
-		if !started {
-			t.Errorf("%s: the agent did not start", protocol)
 		}
 	}
 }
