@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/csv"
 	"encoding/json"
@@ -188,14 +189,7 @@ func historyCSV(w io.Writer, usage store.Usage) error {
 func historyTable(w io.Writer, usage store.Usage) error {
 	rows := historyRows(usage)
 	slices.SortStableFunc(rows, func(a, b historyRow) int {
-		x, y := a.IngressBytes+a.EgressBytes, b.IngressBytes+b.EgressBytes
-		switch {
-		case x > y:
-			return -1
-		case x < y:
-			return 1
-		}
-		return 0
+		return cmp.Compare(b.IngressBytes+b.EgressBytes, a.IngressBytes+a.EgressBytes)
 	})
 	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(tab, "\tIN BYTES\tIN PACKETS\tOUT BYTES\tOUT PACKETS\tIN B/S\tIN P/S\tOUT B/S\tOUT P/S\t UNIT")

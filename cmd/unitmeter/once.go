@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -203,14 +204,7 @@ func printJSON(w io.Writer, units []reading) error {
 // to do about the others. With all, the others are printed too.
 func printTable(w io.Writer, units []reading, all, speeds bool) error {
 	slices.SortStableFunc(units, func(a, b reading) int {
-		sum := func(u reading) uint64 { return u.Counters.IngressBytes + u.Counters.EgressBytes }
-		switch {
-		case sum(a) > sum(b):
-			return -1
-		case sum(a) < sum(b):
-			return 1
-		}
-		return 0
+		return cmp.Compare(b.Counters.IngressBytes+b.Counters.EgressBytes, a.Counters.IngressBytes+a.Counters.EgressBytes)
 	})
 	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
 	header := "\tIN BYTES\tIN PACKETS\tOUT BYTES\tOUT PACKETS\t"
