@@ -135,11 +135,19 @@ func indent(err error) string {
 // arguments.
 func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 	// Flags may stand behind arguments, as in "once nats.service --json", but not
-	// behind "--", as in "once -- -.mount".
-	var args []string
-	rest, plain := t.args, []string(nil)
-	if i := slices.Index(rest, "--"); i >= 0 {
-		rest, plain = rest[:i], rest[i+1:]
+	// behind "--". And -.mount and -.slice are units, of which the doctor and
+	// others speak as of any other.
+	var args, rest, plain []string
+	for i, arg := range t.args {
+		if arg == "--" {
+			plain = append(plain, t.args[i+1:]...)
+			break
+		}
+		if strings.HasPrefix(arg, "-.") {
+			plain = append(plain, arg)
+		} else {
+			rest = append(rest, arg)
+		}
 	}
 	for {
 		if err := flags.Parse(rest); err != nil {

@@ -191,7 +191,7 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			if err != nil {
 				return out, err
 			}
-			log.Info("listening for Prometheus", "address", out.prometheus.Addr())
+			log.Info("listening for Prometheus", "address", out.prometheus.Addr().String())
 		}
 	}
 	exporterConfig := otlpConfig(cfg.OTLP)
