@@ -43,9 +43,6 @@ func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state
 	if err != nil {
 		return nil, fmt.Errorf("%w; UNITMETER_STATE_DIR can name another", err)
 	}
-	for _, r := range s.store.Recovered() {
-		log.Warn("began a new state; totals begin again where the units' own counters do", "reason", r.Reason, "old", r.Aside)
-	}
 	s.durable, err = exporter.NewDurable(ctx, s.store)
 	if err != nil && !errors.Is(err, store.ErrUnavailable) {
 		return nil, errors.Join(err, s.close())
