@@ -212,6 +212,8 @@ func TestWarnings(t *testing.T) {
 		{[]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE=TMP/soon.pem", "OTEL_EXPORTER_OTLP_CLIENT_KEY=TMP/openkey.pem"}, []string{
 			"the certificate of OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE expires on " + soon,
 			"OTEL_EXPORTER_OTLP_CLIENT_KEY: every user can read TMP/openkey.pem; take the right away with chmod o-r"}},
+		{[]string{"HTTPS_PROXY=http://user:" + secret + "%@proxy:3128", "https_proxy=proxy:3128", "http_proxy=http://[::1]:3128"}, []string{
+			"HTTPS_PROXY is no URL, so that no proxy is used: write it as http://host:port"}},
 		{[]string{"UNITMETER_OTLP_HEADERS_FILE=TMP/open"}, []string{"UNITMETER_OTLP_HEADERS_FILE: every user can read TMP/open; take the right away with chmod o-r"}},
 		{[]string{"UNITMETER_INCLUDE=*.slice,a.service", "UNITMETER_EXCLUDE=a.service"}, []string{
 			"UNITMETER_INCLUDE has *.slice, and UNITMETER_UNIT_TYPES does not have slice",

@@ -17,6 +17,7 @@ func (l *loader) finishOTLP() {
 		return
 	}
 	l.checkHeaderNames()
+	l.checkProxies()
 	at, ok := l.endpoint()
 	if !ok {
 		return
@@ -44,6 +45,18 @@ func (l *loader) finishOTLP() {
 	for _, name := range []string{"CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"} {
 		if s, ok := l.given["OTEL_EXPORTER_OTLP_"+name]; ok {
 			l.bad(s, "the endpoint has no TLS, so that this has no effect", "write the endpoint with https://, or unset this")
+		}
+	}
+}
+
+// checkProxies warns of a proxy that net/http cannot read: it would go on without
+// one, and without a word.
+func (l *loader) checkProxies() {
+	for _, name := range []string{"HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"} {
+		_, err := url.Parse(l.env[name])
+		_, bare := url.Parse("http://" + l.env[name]) // "host:port" is allowed
+		if err != nil && bare != nil {
+			l.warn(name + " is no URL, so that no proxy is used: write it as http://host:port")
 		}
 	}
 }
