@@ -19,7 +19,10 @@ import (
 )
 
 // Config is what the environment says. Load fills every field; the comments
-// name what the zero value means to a reader of the struct.
+// name what the zero value means to a reader of the struct. What the SDK reads in
+// the environment by itself is checked, and is not here:
+// OTEL_METRICS_EXEMPLAR_FILTER, OTEL_GO_X_OBSERVABILITY, and
+// OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION.
 type Config struct {
 	// Disabled is OTEL_SDK_DISABLED: the agent should collect and send nothing.
 	Disabled bool
@@ -39,10 +42,6 @@ type Config struct {
 	Interval time.Duration
 	// ExportTimeout bounds a collection with its export, above 0.
 	ExportTimeout time.Duration
-	// ExemplarFilter is "always_on", "always_off" or "trace_based".
-	ExemplarFilter string
-	// SDKMetrics asks for the SDK's metrics about itself (OTEL_GO_X_OBSERVABILITY).
-	SDKMetrics bool
 	// OTLP is the zero value unless Exporters has "otlp".
 	OTLP OTLP
 	// PrometheusHost is the host name or address to listen on, IPv6 without
@@ -123,9 +122,6 @@ type OTLP struct {
 	Timeout time.Duration
 	// Temporality is "cumulative", "delta" or "lowmemory".
 	Temporality string
-	// HistogramAggregation is "explicit_bucket_histogram" or
-	// "base2_exponential_bucket_histogram".
-	HistogramAggregation string
 }
 
 // Load reads the variables in environ, which has the form of os.Environ. It

@@ -118,8 +118,9 @@ func (h Headers) add(item, where string, bad report) {
 		bad(where+" has a name with a character that header names cannot have", "use letters, digits and '-', and write a comma in a value as %2C")
 	case err != nil:
 		bad(fmt.Sprintf("%s, header %s: a '%%' is not followed by two hexadecimal digits", where, shorten(name)), "write '%' as %25")
-	case value == "":
-		bad(fmt.Sprintf("%s, header %s: the value is empty", where, shorten(name)), "give it a value, or remove it")
+	case strings.Trim(value, "=") == "":
+		// This may be a token in base64 and no name, so it is not shown either.
+		bad(where+" has no value after its first '='", "write name=value, or remove it")
 	case strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r > '~' }):
 		bad(fmt.Sprintf("%s, header %s: the value has a line break or another character that is not plain ASCII", where, shorten(name)), "use plain ASCII")
 	case dup:

@@ -30,10 +30,9 @@ func TestNoConfigurationNeeded(t *testing.T) {
 	want := Config{
 		LogLevel: "info", LogFormat: "text",
 		Exporters: []string{"otlp"}, Interval: time.Minute, ExportTimeout: 30 * time.Second,
-		ExemplarFilter: "trace_based",
 		OTLP: OTLP{
 			Protocol: "grpc", Endpoint: "localhost:4317", Insecure: true, Compression: "none", Timeout: 10 * time.Second,
-			Temporality: "cumulative", HistogramAggregation: "explicit_bucket_histogram",
+			Temporality: "cumulative",
 		},
 		PrometheusHost: "localhost", PrometheusPort: 9464,
 		Bus: "auto", Source: "dbus", StopEdge: "auto", SweepTimeout: 10 * time.Second,
@@ -82,10 +81,10 @@ func TestGoodInput(t *testing.T) {
 		{"OTEL_METRIC_EXPORT_INTERVAL=1000\nOTEL_METRIC_EXPORT_TIMEOUT=500", "Interval=1s ExportTimeout=500ms SweepTimeout=250ms"},
 		{"OTEL_METRIC_EXPORT_TIMEOUT=500\nUNITMETER_SWEEP_TIMEOUT=499ms", "SweepTimeout=499ms"},
 		{"OTEL_METRIC_EXPORT_INTERVAL=2147483647", "Interval=596h31m23.647s"},
-		{"OTEL_METRICS_EXEMPLAR_FILTER=always_off", "ExemplarFilter=always_off"},
+		// What only the SDK reads.
+		{"OTEL_METRICS_EXEMPLAR_FILTER=always_off\nOTEL_GO_X_OBSERVABILITY=true\nOTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION=base2_exponential_bucket_histogram", "Exporters=[otlp]"},
 		{"OTEL_EXPORTER_PROMETHEUS_HOST=[::1]\nOTEL_EXPORTER_PROMETHEUS_PORT=0", "PrometheusHost=::1 PrometheusPort=0"},
 		{"OTEL_EXPORTER_PROMETHEUS_HOST=0.0.0.0", "PrometheusHost=0.0.0.0"},
-		{"OTEL_GO_X_OBSERVABILITY=true", "SDKMetrics=true"},
 
 		// Nothing of the OTLP group counts where no OTLP is sent.
 		{"OTEL_METRICS_EXPORTER=console\nOTEL_EXPORTER_OTLP_PROTOCOL=http/json\nOTEL_EXPORTER_OTLP_CERTIFICATE=/nowhere", "OTLP.Protocol= OTLP.Endpoint= OTLP.CertificateFile="},
@@ -213,6 +212,8 @@ func TestWarnings(t *testing.T) {
 		{[]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE=TMP/soon.pem", "OTEL_EXPORTER_OTLP_CLIENT_KEY=TMP/openkey.pem"}, []string{
 			"the certificate of OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE expires on " + soon,
 			"OTEL_EXPORTER_OTLP_CLIENT_KEY: every user can read TMP/openkey.pem; take the right away with chmod o-r"}},
+		{[]string{"HTTPS_PROXY=http://user:" + secret + "%@proxy:3128", "https_proxy=proxy:3128", "http_proxy=http://[::1]:3128"}, []string{
+			"HTTPS_PROXY is no URL, so that no proxy is used: write it as http://host:port"}},
 		{[]string{"UNITMETER_OTLP_HEADERS_FILE=TMP/open"}, []string{"UNITMETER_OTLP_HEADERS_FILE: every user can read TMP/open; take the right away with chmod o-r"}},
 		{[]string{"UNITMETER_INCLUDE=*.slice,a.service", "UNITMETER_EXCLUDE=a.service"}, []string{
 			"UNITMETER_INCLUDE has *.slice, and UNITMETER_UNIT_TYPES does not have slice",

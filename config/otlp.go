@@ -17,6 +17,7 @@ func (l *loader) finishOTLP() {
 		return
 	}
 	l.checkHeaderNames()
+	l.checkProxies()
 	at, ok := l.endpoint()
 	if !ok {
 		return
@@ -44,6 +45,18 @@ func (l *loader) finishOTLP() {
 	for _, name := range []string{"CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"} {
 		if s, ok := l.given["OTEL_EXPORTER_OTLP_"+name]; ok {
 			l.bad(s, "the endpoint has no TLS, so that this has no effect", "write the endpoint with https://, or unset this")
+		}
+	}
+}
+
+// checkProxies warns of a proxy that net/http cannot read: it would go on without
+// one, and without a word.
+func (l *loader) checkProxies() {
+	for _, name := range []string{"HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"} {
+		_, err := url.Parse(l.env[name])
+		_, bare := url.Parse("http://" + l.env[name]) // "host:port" is allowed
+		if err != nil && bare != nil {
+			l.warn(name + " is no URL, so that no proxy is used: write it as http://host:port")
 		}
 	}
 }
@@ -194,8 +207,16 @@ func grpcTarget(text string, bad report) target {
 		if after, ok := strings.CutPrefix(rest, "//"); ok {
 			socket = after
 		}
-		if !strings.HasPrefix(socket, "/") || socket == "/" {
+		// gRPC undoes escapes, and unix(7) has the limit.
+		name, err := url.PathUnescape(socket)
+		const longest = 107
+		switch {
+		case err != nil:
+			bad("has a '%' that is not followed by two hexadecimal digits", "write '%' as %25")
+		case !strings.HasPrefix(socket, "/") || socket == "/":
 			bad("not an absolute path of a socket", "write unix:/run/otelcol.sock")
+		case len(name) > longest:
+			bad(fmt.Sprintf("the path is longer than that of a socket can be (%d)", longest), "use a shorter one, such as unix:/run/otelcol.sock")
 		}
 		return target{"unix:" + socket, "unix"}
 	case strings.EqualFold(scheme, "unix-abstract"):
@@ -203,14 +224,14 @@ func grpcTarget(text string, bad report) target {
 			bad("not the name of an abstract socket", "write unix-abstract:otelcol")
 		}
 		return target{"unix-abstract:" + rest, "unix"}
-	case strings.EqualFold(scheme, "dns") && strings.Contains(rest, ":"):
+	case strings.EqualFold(scheme, "dns"):
 		// dns:host:port, dns:///host:port, or dns://resolver/host:port
 		name := rest
 		if after, ok := strings.CutPrefix(rest, "//"); ok {
 			_, name, _ = strings.Cut(after, "/")
 		}
-		if _, ok := checkAuthority(name, bad); !ok {
-			return target{}
+		if port, ok := checkAuthority(name, bad); ok && port == "" {
+			bad("has no port", "write dns:///host:port, such as dns:///collector:4317")
 		}
 		return target{"dns:" + rest, ""}
 	case strings.HasPrefix(rest, "//"):

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -59,7 +60,7 @@ const (
 
 // parseCertificates reads all certificates of a PEM file.
 func parseCertificates(content []byte) (certs []*x509.Certificate, reason string) {
-	other := ""
+	other, begun := "", bytes.Count(content, []byte("-----BEGIN CERTIFICATE-----"))
 	for {
 		var block *pem.Block
 		if block, content = pem.Decode(content); block == nil {
@@ -74,6 +75,10 @@ func parseCertificates(content []byte) (certs []*x509.Certificate, reason string
 			return nil, fmt.Sprintf("certificate %d in it is damaged", len(certs)+1)
 		}
 		certs = append(certs, cert)
+	}
+	// pem.Decode passes over a block that was cut off.
+	if len(certs) < begun {
+		return nil, fmt.Sprintf("%d of the %d certificates in it cannot be read to their end", begun-len(certs), begun)
 	}
 	if len(certs) == 0 && other != "" {
 		return nil, "holds a " + strings.ToLower(shorten(printable(other))) + " and no certificate"

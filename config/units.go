@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"net/url"
 	"path"
 	"slices"
 	"strings"
@@ -117,30 +118,40 @@ func parseBus(text string, bad report) string {
 }
 
 // parseBusAddress checks a D-Bus address (D-Bus specification, "Server
-// Addresses"): transports that the agent can use, each with what it needs.
+// Addresses"): a list, of which the agent takes the unix sockets.
 func parseBusAddress(text string, bad report) string {
 	const hint = "use an address such as unix:path=/run/dbus/system_bus_socket"
+	usable := false
 	for address := range strings.SplitSeq(text, ";") {
-		transport, rest, _ := strings.Cut(address, ":")
-		keys := make(map[string]bool)
+		rest, ok := strings.CutPrefix(strings.TrimSpace(address), "unix:")
+		if !ok {
+			continue
+		}
+		sockets := 0
 		for pair := range strings.SplitSeq(rest, ",") {
-			if key, value, found := strings.Cut(pair, "="); found && value != "" {
-				keys[key] = true
+			key, value, _ := strings.Cut(pair, "=")
+			socket, err := url.PathUnescape(value)
+			if err != nil {
+				bad("has a '%' that is not followed by two hexadecimal digits", "write '%' as %25")
+				return ""
+			}
+			if key == "path" && !path.IsAbs(socket) {
+				bad("the path of the socket is not absolute", hint)
+				return ""
+			}
+			if (key == "path" || key == "abstract") && socket != "" {
+				sockets++
 			}
 		}
-		switch {
-		case transport == "unix" && keys["path"] != keys["abstract"]:
-		case transport == "unix":
+		if sockets != 1 {
 			bad("a unix address needs one of path= and abstract=", hint)
 			return ""
-		case (transport == "tcp" || transport == "nonce-tcp") && keys["host"] && keys["port"]:
-		case transport == "tcp" || transport == "nonce-tcp":
-			bad("a tcp address needs host= and port=", hint)
-			return ""
-		default:
-			bad(fmt.Sprintf("the transport %q is not supported", shorten(transport)), hint)
-			return ""
 		}
+		usable = true
+	}
+	if !usable {
+		bad("names no unix socket, and no other kind is supported", hint)
+		return ""
 	}
 	return text
 }

@@ -246,7 +246,7 @@ func (l *loader) export(c *Config) []entry {
 			Name:    "OTEL_METRICS_EXEMPLAR_FILTER",
 			Default: "trace_based",
 			Meaning: "Which measurements can become exemplars. The traffic of a unit has no trace, so the default gives none.",
-		}, &c.ExemplarFilter, "always_on", "always_off", "trace_based"),
+		}, new(string), "always_on", "always_off", "trace_based"),
 		{Variable: Variable{
 			Name:    "OTEL_EXPORTER_PROMETHEUS_HOST",
 			Values:  "a host name or address, without a port",
@@ -261,7 +261,7 @@ func (l *loader) export(c *Config) []entry {
 		boolean(Variable{
 			Name:    "OTEL_GO_X_OBSERVABILITY",
 			Meaning: "Experimental in the SDK: its metrics about itself (otel.sdk.*).",
-		}, &c.SDKMetrics),
+		}, new(bool)),
 		{Variable: Variable{
 			Name:    "OTEL_GO_X_CARDINALITY_LIMIT",
 			Values:  "anything",
@@ -353,7 +353,7 @@ func (l *loader) otlp(o *OTLP) []entry {
 			Name:    "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",
 			Default: "explicit_bucket_histogram",
 			Meaning: "The form of histograms. Only metrics of the agent and the SDK about themselves are histograms.",
-		}, &o.HistogramAggregation, "explicit_bucket_histogram", "base2_exponential_bucket_histogram"),
+		}, new(string), "explicit_bucket_histogram", "base2_exponential_bucket_histogram"),
 	}
 }
 

@@ -25,12 +25,19 @@
 //     where there is none, accepted by the receiver of the request. Deltas are
 //     taken from the last total that was handed over, so that a failure delays
 //     bytes and never loses them.
+//   - Capture: the request that an official exporter was about to send.
+//   - Bulk: the points of the unit instruments in a request.
 //   - Outbox: where committed requests wait until they are delivered.
 //   - Entry: one request in the outbox.
 //   - Sender: the one goroutine that delivers entries, in order, one call at a
 //     time.
 //   - Delivery: one call with one request and its answer. The answer decides:
 //     go on, wait, split, or set the entry aside (quarantine).
+//   - Thinning: making one request of two that follow each other, where the outbox
+//     is full (Merge). Totals stay exact, and lose a point in time.
+//   - Tally: the count of the points that were sent, rejected and dropped.
+//   - Episode: a lasting failure, from its first attempt to the first that went
+//     well again. It is logged at both ends, not at each attempt.
 //
 // # Guarantee
 //

@@ -83,7 +83,8 @@ func (p *Prometheus) Reader() sdkmetric.Reader { return p.reader }
 func (p *Prometheus) Addr() net.Addr { return p.ln.Addr() }
 
 // Shutdown closes the port and waits for scrapes that have begun, until ctx
-// ends. Call it before the MeterProvider's, so that no scrape is cut short.
+// ends. Call it at once after the MeterProvider's, which takes some time in which
+// scrapes are still answered; after it they are empty.
 func (p *Prometheus) Shutdown(ctx context.Context) error {
 	err := p.server.Shutdown(ctx)
 	if err != nil {

@@ -99,6 +99,8 @@ func (a answer) cause() string {
 // hint is the next step for a person who reads the log.
 func (a answer) hint() string {
 	switch {
+	case a.says("does not look like a TLS handshake", "HTTP response to HTTPS client"):
+		return "the receiver has no TLS: write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT"
 	case a.aboutTLS():
 		return "check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY against the receiver's certificate"
 	case a.verdict == unreachable:

@@ -102,6 +102,9 @@ func TestHintsNameTheVariable(t *testing.T) {
 	for text, want := range map[string]string{
 		"x509: certificate signed by unknown authority": "OTEL_EXPORTER_OTLP_CERTIFICATE",
 		"connection refused":                            "OTEL_EXPORTER_OTLP_ENDPOINT",
+		// What the receiver without TLS is called by gRPC, and by net/http.
+		"authentication handshake failed: tls: first record does not look like a TLS handshake": "write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT",
+		"http: server gave HTTP response to HTTPS client":                                       "write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT",
 	} {
 		a := answer{verdict: unreachable, err: errorString(text)}
 		if !strings.Contains(a.hint(), want) {

@@ -15,6 +15,8 @@
 //     a random InvocationID. Counters begin at 0 with each.
 //   - epoch: what tells runs apart: the invocation id, or the boot id for the
 //     few units without one (init.scope, system.slice).
+//   - run: one epoch of one unit, with the reading up to which it is in the
+//     totals.
 //   - inventory: the loaded units and their states, listed once and kept up
 //     to date by systemd's signals.
 //   - sweep: one reading of the counters of all accounted units.
@@ -23,6 +25,13 @@
 //   - series: the total of one unit name over all of its runs, or of a fold.
 //   - fold: several units, matched by one pattern, that share a series.
 //   - overflow: the one series that takes the units over the limit.
+//   - stop edge: the time between the last sweep and the end of a unit, of which
+//     the bytes are caught by a reference or by a stop record.
+//   - reference: what keeps systemd from unloading a unit before it is read
+//     (RefUnit).
+//   - stop record: what PID 1 writes to the journal at the end of a unit, its
+//     counters among it.
+//   - unattributed: what a top-level slice counted and no series has.
 //   - tally: the counting of one unit in one cgroup, as the kernel source reads it.
 //   - gap: from the replacement of a unit's maps, at a reload of systemd, until it
 //     is known again what systemd adds to them.

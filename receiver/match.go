@@ -14,9 +14,9 @@ func DefaultTypes() []string {
 	return []string{"service", "scope", "socket", "mount", "swap"}
 }
 
-// DefaultFold are the patterns of units that live once and never come back
+// defaultFold are the patterns of units that live once and never come back
 // under the same name. Each pattern is one series.
-func DefaultFold() []string {
+func defaultFold() []string {
 	return []string{
 		"run-*.service", "run-*.scope", "session-*.scope",
 		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",

@@ -46,7 +46,7 @@ func TestGlobs(t *testing.T) {
 }
 
 func TestDefaultFoldTakesWhatLivesOnce(t *testing.T) {
-	g, err := parseGlobs(DefaultFold())
+	g, err := parseGlobs(defaultFold())
 	if err != nil {
 		t.Fatal(err)
 	}

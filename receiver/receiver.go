@@ -35,7 +35,8 @@ type Config struct {
 	// Types are the unit types to meter. Default: DefaultTypes.
 	Types []string
 	// Fold are patterns of units that share one series each, named by the
-	// pattern. Nil means DefaultFold; empty means none.
+	// pattern. Nil means those that live once and never come back under the same
+	// name (run-*.service, session-*.scope, docker-*.scope ...); empty means none.
 	Fold []string
 	// MaxSeries bounds the number of series. What is over it is added to one
 	// overflow series. Default: 5000.
@@ -148,7 +149,7 @@ func New(cfg Config) (*Receiver, error) {
 		return nil, err
 	}
 	if cfg.Fold == nil {
-		r.cfg.Fold = DefaultFold()
+		r.cfg.Fold = defaultFold()
 	}
 	if r.fold, err = parseGlobs(r.cfg.Fold); err != nil {
 		return nil, err

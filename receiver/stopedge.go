@@ -59,7 +59,7 @@ func (f *follower) holdReferences(ctx context.Context) {
 	if f.bus.private {
 		b, err := openFor(ctx, f.cfg.SystemBus, false, false)
 		if err != nil {
-			f.log.Warn("no references on running services; the last bytes of short ones come from the journal only", "err", err)
+			f.warnNoReferences(err)
 			return
 		}
 		conn = b.conn
@@ -75,6 +75,11 @@ func (f *follower) holdReferences(ctx context.Context) {
 			f.reference(name)
 		}
 	}
+}
+
+func (f *follower) warnNoReferences(err error) {
+	f.log.Warn("no references on services; the last bytes of short ones come from the journal, where that is read", "err", err,
+		"next", "allow RefUnit in polkit, or set UNITMETER_STOP_EDGE=auto")
 }
 
 // releaseReferences ends the connection that holds them, and so all of them.
@@ -137,7 +142,7 @@ func (f *follower) referenced(call *dbus.Call) {
 	case noSuchUnit, unknownObject:
 		f.suppressed[name] = true
 	default:
-		f.log.Warn("systemd gives no references; the last bytes of short services come from the journal only", "err", call.Err)
+		f.warnNoReferences(call.Err)
 		f.releaseReferences()
 		f.references = references{}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/csv"
 	"encoding/json"
@@ -137,7 +138,10 @@ func parseMoment(name, text string, now time.Time) (time.Time, error) {
 		return t, nil
 	}
 	ago, err := parseLength(name, text)
-	return now.Add(-ago), err
+	if err != nil {
+		return now, usageError{fmt.Errorf("--%s %q is no time; use one such as 90m or 7d (ago), 2026-11-23 or 2026-11-23T14:00", name, text)}
+	}
+	return now.Add(-ago), nil
 }
 
 // parseLength reads a flag that is a duration, in Go's form or in days.
@@ -213,14 +217,7 @@ func historyCSV(w io.Writer, usage store.Usage) error {
 func historyTable(w io.Writer, usage store.Usage) error {
 	rows := historyRows(usage)
 	slices.SortStableFunc(rows, func(a, b historyRow) int {
-		x, y := a.IngressBytes+a.EgressBytes, b.IngressBytes+b.EgressBytes
-		switch {
-		case x > y:
-			return -1
-		case x < y:
-			return 1
-		}
-		return 0
+		return cmp.Compare(b.IngressBytes+b.EgressBytes, a.IngressBytes+a.EgressBytes)
 	})
 	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(tab, "\tIN BYTES\tIN PACKETS\tOUT BYTES\tOUT PACKETS\tIN B/S\tIN P/S\tOUT B/S\tOUT P/S\t UNIT")

@@ -18,6 +18,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/unitmeter/unitmeter/config"
 )
 
 // version is set by the Makefile with -ldflags "-X main.version=...".
@@ -35,9 +37,20 @@ func main() {
 	// the default by then.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	context.AfterFunc(ctx, stop)
-	os.Exit(dispatch(ctx, &terminal{
-		args: os.Args[1:], environ: os.Environ(), stdout: os.Stdout, stderr: os.Stderr,
-	}))
+	t := &terminal{args: os.Args[1:], environ: os.Environ(), stdout: os.Stdout, stderr: os.Stderr}
+	withhold()
+	os.Exit(dispatch(ctx, t))
+}
+
+// withhold takes the variables of OTLP out of the environment of the process. The
+// official exporters read them as well, and log what they do not understand with
+// its value, which may be a secret, even if the variable for metrics wins over it.
+func withhold() {
+	for _, v := range config.Variables() {
+		if v.Specific != "" {
+			_, _ = os.Unsetenv(v.Name), os.Unsetenv(v.Specific)
+		}
+	}
 }
 
 // terminal is what a command gets from the outside.
@@ -121,20 +134,21 @@ func indent(err error) string {
 // parse reads the flags of a subcommand and checks the number of its
 // arguments.
 func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
-	// No flag begins with "-.", and the names of two units do: -.slice, -.mount.
-	var args, rest []string
+	// Flags may stand behind arguments, as in "once nats.service --json", but not
+	// behind "--". And -.mount and -.slice are units, of which the doctor and
+	// others speak as of any other.
+	var args, rest, plain []string
 	for i, arg := range t.args {
 		if arg == "--" {
-			args = append(args, t.args[i+1:]...)
+			plain = append(plain, t.args[i+1:]...)
 			break
 		}
 		if strings.HasPrefix(arg, "-.") {
-			args = append(args, arg)
+			plain = append(plain, arg)
 		} else {
 			rest = append(rest, arg)
 		}
 	}
-	// Flags may stand behind arguments, as in "once nats.service --json".
 	for {
 		if err := flags.Parse(rest); err != nil {
 			if errors.Is(err, flag.ErrHelp) {
@@ -147,6 +161,7 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 		}
 		args, rest = append(args, flags.Arg(0)), flags.Args()[1:]
 	}
+	args = append(args, plain...)
 	if maxArgs >= 0 && len(args) > maxArgs {
 		return nil, usageError{fmt.Errorf("%q is one argument too many; see \"unitmeter help %s\"", args[maxArgs], flags.Name())}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,7 +24,7 @@ const connectTimeout = 10 * time.Second
 
 func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON array with one object for each unit")
-	interval := flags.Duration("interval", 0, "read twice, this far apart, and print the speeds between")
+	interval := flags.Duration("interval", 0, "read twice, this far apart (2s, 1m), and print the speeds between")
 	patterns, err := parse(t, flags, -1)
 	if err != nil {
 		return err
@@ -203,14 +204,7 @@ func printJSON(w io.Writer, units []reading) error {
 // to do about the others. With all, the others are printed too.
 func printTable(w io.Writer, units []reading, all, speeds bool) error {
 	slices.SortStableFunc(units, func(a, b reading) int {
-		sum := func(u reading) uint64 { return u.Counters.IngressBytes + u.Counters.EgressBytes }
-		switch {
-		case sum(a) > sum(b):
-			return -1
-		case sum(a) < sum(b):
-			return 1
-		}
-		return 0
+		return cmp.Compare(b.Counters.IngressBytes+b.Counters.EgressBytes, a.Counters.IngressBytes+a.Counters.EgressBytes)
 	})
 	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
 	header := "\tIN BYTES\tIN PACKETS\tOUT BYTES\tOUT PACKETS\t"

@@ -46,19 +46,33 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		log.Warn(warning)
 	}
 	if cfg.Disabled {
-		log.Info("OTEL_SDK_DISABLED is true: nothing to do until stopped")
-		<-ctx.Done()
+		const text = "nothing to do: OTEL_SDK_DISABLED is true"
+		log.Info(text)
+		notify(log, daemon.SdNotifyReady)
+		status(ctx, log, cfg, func() (string, time.Time) { return text, time.Now() })
 		return nil
 	}
 	trimMemory()
 	otel.SetLogger(logr.FromSlogHandler(log.Handler()))
-	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Error("OpenTelemetry SDK", "err", err) }))
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { logSDKError(log, err) }))
 
 	for {
 		again, err := meter(ctx, t, cfg, log)
 		if err != nil || !again {
 			return err
 		}
+	}
+}
+
+// logSDKError logs why a reader could not collect or hand over. A cycle that the
+// end of the agent cut short is no error: the last collection has what it had.
+func logSDKError(log *slog.Logger, err error) {
+	switch {
+	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.DeadlineExceeded):
+		log.Error("collect and export metrics", "err", err, "next", "raise OTEL_METRIC_EXPORT_TIMEOUT")
+	default:
+		log.Error("collect and export metrics", "err", err)
 	}
 }
 
@@ -122,12 +136,20 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	}
 	stopWaiting()
 	notify(log, daemon.SdNotifyReady)
-	status(ctx, log, cfg, rcv, out)
+	began := time.Now()
+	status(ctx, log, cfg, func() (string, time.Time) {
+		sweep := rcv.Last()
+		if sweep == nil {
+			return "", began
+		}
+		return statusText(sweep, out.main.Health()), sweep.Time
+	})
 
 	log.Info("stopping")
 	notify(log, daemon.SdNotifyStopping)
-	// The order: a last collection and its delivery, then the connection to
-	// systemd that it needed, then the state that it was committed to.
+	// The order: a last collection and its delivery, and scrapes for as long as
+	// that takes, then the connection to systemd that all of them needed, then the
+	// state that it was committed to.
 	ending, stopEnding := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer stopEnding()
 	err = errors.Join(provider.Shutdown(ending), out.close(ending))
@@ -170,7 +192,7 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			if err != nil {
 				return out, err
 			}
-			log.Info("listening for Prometheus", "address", out.prometheus.Addr())
+			log.Info("listening for Prometheus", "address", out.prometheus.Addr().String())
 		}
 	}
 	exporterConfig := otlpConfig(cfg.OTLP)
@@ -213,9 +235,10 @@ func (o *outputs) close(ctx context.Context) error {
 }
 
 // status tells the service manager how it goes, and feeds its watchdog for as
-// long as sweeps come in, until ctx ends. What it says is in "systemctl status",
-// and where the doctor finds why nothing is delivered.
-func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *receiver.Receiver, out *outputs) {
+// long as there are signs of life, until ctx ends: ask gives what to say ("" is
+// nothing), and when the last sign was. What it says is in "systemctl status", and
+// where the doctor finds why nothing is delivered.
+func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func() (text string, alive time.Time)) {
 	if os.Getenv("NOTIFY_SOCKET") == "" { // nobody listens
 		<-ctx.Done()
 		return
@@ -230,20 +253,17 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, rcv *recei
 	}
 	ticker := time.NewTicker(every)
 	defer ticker.Stop()
-	began, last := time.Now(), ""
+	last := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 		}
-		alive := began
-		if sweep := rcv.Last(); sweep != nil {
-			alive = sweep.Time
-			if text := statusText(sweep, out.main.Health()); text != last {
-				last = text
-				notify(log, "STATUS="+text)
-			}
+		text, alive := ask()
+		if text != last {
+			last = text
+			notify(log, "STATUS="+text)
 		}
 		// Two missed collections are a reason to start again; a systemd that
 		// does not answer, or a Collector that is away, is none.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -40,10 +41,7 @@ func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state
 		History: history, Merge: exporter.Merge, Logger: log,
 	})
 	if err != nil {
-		return nil, err
-	}
-	for _, r := range s.store.Recovered() {
-		log.Warn("began a new state; totals begin again where the units' own counters do", "reason", r.Reason, "old", r.Aside)
+		return nil, fmt.Errorf("%w; UNITMETER_STATE_DIR can name another", err)
 	}
 	s.durable, err = exporter.NewDurable(ctx, s.store)
 	if err != nil && !errors.Is(err, store.ErrUnavailable) {

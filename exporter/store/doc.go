@@ -31,9 +31,9 @@
 // Not survived: a disk that lies about flushes, and damage to the file itself.
 // SQLite does not checksum its pages, so every record carries a checksum of its
 // own: what does not match is never used. Damage to the ledger or to the tree of
-// the file sets the file aside (see [Recovered]) and the undelivered requests
-// stay behind in that copy; a damaged request is quarantined; a damaged hour of
-// one unit's history is skipped and counted.
+// the file sets the file aside, and the undelivered requests stay behind in that
+// copy; a damaged request is quarantined; a damaged hour of one unit's history is
+// skipped and counted.
 //
 // # Bounds
 //

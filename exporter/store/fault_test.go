@@ -278,12 +278,11 @@ func TestUnusableFile(t *testing.T) {
 				t.Fatal(err)
 			}
 			s = openTest(t, Config{Dir: dir, Now: clock})
-			recovered := s.Recovered()
-			if len(recovered) != 1 || recovered[0].Reason == nil {
-				t.Fatalf("recovered %+v", recovered)
+			if s.recovered != 1 {
+				t.Fatalf("began anew %d times", s.recovered)
 			}
-			if _, err := os.Lstat(recovered[0].Aside); err != nil {
-				t.Errorf("set aside: %v", err)
+			if aside, err := filepath.Glob(path + ".aside-*Z"); err != nil || len(aside) != 1 {
+				t.Errorf("set aside: %q, %v", aside, err)
 			}
 			if n := ledgerCycle(t, s); n != 0 {
 				t.Errorf("ledger of cycle %d", n)
@@ -294,8 +293,8 @@ func TestUnusableFile(t *testing.T) {
 			}
 			s.Close()
 			s = openTest(t, Config{Dir: dir, Now: clock})
-			if n := ledgerCycle(t, s); n != 6 || len(s.Recovered()) != 0 {
-				t.Errorf("after another start: ledger of cycle %d, %v", n, s.Recovered())
+			if n := ledgerCycle(t, s); n != 6 || s.recovered != 0 {
+				t.Errorf("after another start: ledger of cycle %d, began anew %d times", n, s.recovered)
 			}
 		})
 	}
@@ -324,8 +323,8 @@ func TestHalfMadeFile(t *testing.T) {
 			}
 			db.close()
 			s := openTest(t, Config{Dir: dir, Now: clock})
-			if len(s.Recovered()) != 0 {
-				t.Errorf("%v", s.Recovered())
+			if s.recovered != 0 {
+				t.Errorf("began anew %d times", s.recovered)
 			}
 			commitNumbered(t, s, 1)
 			var mode int
@@ -385,7 +384,7 @@ func TestDamageWhileOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	failures := 0
-	for len(s.Recovered()) == 0 && failures < 20 {
+	for s.recovered == 0 && failures < 20 {
 		n++
 		if err := s.Commit(t.Context(), numberedCycle(n)); err != nil {
 			if !errors.Is(err, ErrUnavailable) {
@@ -453,7 +452,7 @@ func TestDeletedWhileOpen(t *testing.T) {
 			if got := outboxCycles(t, s); !slices.Equal(got, want) {
 				t.Errorf("outbox has %v, want %v", got, want)
 			}
-			if got := len(s.Recovered()) > 0; got != test.lost {
+			if got := s.recovered > 0; got != test.lost {
 				t.Errorf("recovered: %v, want %v", got, test.lost)
 			}
 			integrity(t, s)
@@ -600,8 +599,8 @@ func TestDiskFull(t *testing.T) {
 				t.Fatal("the disk never became full")
 			}
 		}
-		if st := s.Stats(); st.Available {
-			t.Error("Stats says that the store is available")
+		if !s.down {
+			t.Error("the store believes that it is available")
 		}
 		// Delivery goes on, and what was delivered does not come again, even
 		// where there is no room to note it.
@@ -680,8 +679,8 @@ func TestStartWithFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	commitNumbered(t, s, 2)
-	if got := outboxCycles(t, s); !slices.Equal(got, []int{2}) || len(s.Recovered()) != 0 {
-		t.Errorf("outbox has %v, recovered %v", got, s.Recovered())
+	if got := outboxCycles(t, s); !slices.Equal(got, []int{2}) || s.recovered != 0 {
+		t.Errorf("outbox has %v, began anew %d times", got, s.recovered)
 	}
 }
 
@@ -792,8 +791,8 @@ func (p *progress) survived(t *testing.T, dir, out string) error {
 	acking := max(p.acked, said(out, "acking"))
 	s := openTest(t, Config{Dir: dir, Now: clock})
 	defer s.Close()
-	if len(s.Recovered()) != 0 {
-		return fmt.Errorf("the store began anew: %v", s.Recovered())
+	if s.recovered != 0 {
+		return fmt.Errorf("the store began anew %d times", s.recovered)
 	}
 	n := ledgerCycle(t, s)
 	if n != p.committed && n != p.committed+1 {

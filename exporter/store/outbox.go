@@ -639,11 +639,6 @@ type Stats struct {
 	Thinned, ThinnedPoints int64 // requests, and their points, merged into a newer one
 	Dropped, DroppedPoints int64 // cycles, and points, given up undelivered
 	Quarantined            int64 // requests now in quarantine
-
-	HistoryBytes int64 // on disk, with what little the ledger and the quarantine need
-	FileBytes    int64 // of the file without its log
-	FreeBytes    int64 // of FileBytes that are for reuse
-	Available    bool  // the last use of the file succeeded
 }
 
 // Stats never fails: what the file cannot tell now is as it was or zero.
@@ -655,7 +650,6 @@ func (s *Store) Stats() Stats {
 		OutboxEntries: o.entries, OutboxBytes: o.bytes,
 		Thinned: o.counts.thinned, ThinnedPoints: o.counts.thinnedPoints,
 		Dropped: o.counts.dropped, DroppedPoints: o.counts.droppedPoints, Quarantined: o.counts.quarantined,
-		Available: !s.down && s.db != nil && !s.stale,
 	}
 	if s.db == nil {
 		return st
@@ -664,11 +658,6 @@ func (s *Store) Stats() Stats {
 	var oldest sql.NullInt64
 	if err := s.db.row("SELECT time FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 1", []any{from, to}, &oldest); err == nil {
 		st.OldestTime = fromNanos(oldest.Int64)
-	}
-	pages, free, size, err := s.db.pages()
-	if err == nil {
-		st.FileBytes, st.FreeBytes = pages*size, free*size
-		st.HistoryBytes = max(0, st.FileBytes-st.FreeBytes-st.OutboxBytes)
 	}
 	return st
 }

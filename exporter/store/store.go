@@ -55,19 +55,11 @@ type Config struct {
 	// call back. With nil the older request is dropped, which keeps the totals of
 	// cumulative series that are in both.
 	Merge func(older, newer []byte) (merged []byte, points int, err error)
-	// Logger is told when the store degrades and when it recovers, once each.
+	// Logger is told when the store degrades and when it recovers, once each, and
+	// when it begins anew.
 	Logger *slog.Logger // nil = discard
 	// Now is the clock for bounds of age. nil = time.Now.
 	Now func() time.Time
-}
-
-// Recovered tells that the store began anew without the content it had.
-type Recovered struct {
-	At     time.Time
-	Reason error
-	// Aside is the path to which the damaged or foreign file was renamed. It is
-	// empty if the file had been deleted or replaced.
-	Aside string
 }
 
 // Store is safe for concurrent use. Calls take turns; none starts a goroutine.
@@ -81,7 +73,7 @@ type Store struct {
 	db        *database // nil while unavailable
 	stale     bool      // a transaction failed: what follows must be read again
 	failures  int       // transactions in a row that failed on db
-	recovered []Recovered
+	recovered int       // how often it began anew since Open
 
 	ledger  *ledgerState
 	outbox  outbox
@@ -107,8 +99,8 @@ type Cycle struct {
 // will not help. A disk that is full or failing does not make it fail: then
 // Ledger and Commit return ErrUnavailable until the disk has recovered.
 //
-// A file that is damaged or not ours is set aside, and Open goes on without it:
-// see [Store.Recovered].
+// A file that is damaged or not ours is set aside, and Open goes on without it;
+// the Logger is told.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
@@ -148,13 +140,6 @@ func setDefault[T comparable](to *T, value T) {
 type refusal struct{ error }
 
 func (r refusal) Unwrap() error { return r.error }
-
-// Recovered returns how often the store began anew since Open, oldest first.
-func (s *Store) Recovered() []Recovered {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return append([]Recovered(nil), s.recovered...)
-}
 
 // Ledger returns the state that the last Commit left: the zero Ledger on the
 // first day.
@@ -361,7 +346,7 @@ func (s *Store) ready() error {
 	if asideErr != nil {
 		return errors.Join(err, asideErr)
 	}
-	s.note(Recovered{At: s.cfg.Now(), Reason: err, Aside: aside})
+	s.beganAnew(err, aside)
 	return s.open()
 }
 
@@ -372,7 +357,7 @@ func (s *Store) leaveIfGone() error {
 	switch {
 	case !file:
 		s.leave()
-		s.note(Recovered{At: s.cfg.Now(), Reason: fmt.Errorf("%s was deleted or replaced while it was in use", s.path)})
+		s.beganAnew(fmt.Errorf("%s was deleted or replaced while it was in use", s.path), "")
 	case !log:
 		// The file is whole only together with its log, which this connection
 		// still has open: move everything into the file.
@@ -433,12 +418,12 @@ func (s *Store) leave() {
 	s.db, s.stale, s.failures = nil, false, 0
 }
 
-func (s *Store) note(r Recovered) {
-	// A caller that never looks must not make this grow.
-	if s.recovered = append(s.recovered, r); len(s.recovered) > 16 {
-		s.recovered = s.recovered[1:]
-	}
-	s.cfg.Logger.Warn("store began anew", "path", s.path, "reason", r.Reason, "set_aside", r.Aside)
+// beganAnew notes that the content is gone. aside is where the damaged or foreign
+// file is now, empty if it had been deleted or replaced.
+func (s *Store) beganAnew(reason error, aside string) {
+	s.recovered++
+	s.cfg.Logger.Warn("store began anew; totals begin again where the units' own counters do",
+		"path", s.path, "reason", reason, "set_aside", aside)
 }
 
 // load reads into memory what Commit needs.
@@ -505,12 +490,13 @@ func (s *Store) condemn(reason error) {
 		s.cfg.Logger.Error("damaged store could not be set aside", "path", s.path, "reason", reason, "error", err)
 		return
 	}
-	s.note(Recovered{At: s.cfg.Now(), Reason: reason, Aside: aside})
+	s.beganAnew(reason, aside)
 }
 
 func (s *Store) noteFailure(err error) {
 	if !s.down && errors.Is(err, ErrUnavailable) {
 		s.down = true
-		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "error", err)
+		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "error", err,
+			"next", "mend the disk or free some of it, or choose another state directory")
 	}
 }
