@@ -24,7 +24,7 @@ const shortestInterval = 200 * time.Millisecond
 // top shows speeds: full-screen on a terminal, or once for a pipe.
 func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	single := flags.Bool("once", false, "read twice, print one table, and end")
-	interval := flags.Duration("interval", time.Second, "time between two readings, 200ms or more (1s, 1m)")
+	interval := flags.Duration("interval", time.Second, "time between two readings, 200ms or more")
 	exact := flags.Bool("bytes", false, "exact numbers: bytes per second instead of kB/s and MB/s")
 	patterns, err := parse(t, flags, -1)
 	if err != nil {

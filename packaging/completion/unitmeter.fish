@@ -16,7 +16,7 @@ complete -c unitmeter -n '__fish_seen_subcommand_from once' -l interval -x -d 'r
 complete -c unitmeter -n '__fish_seen_subcommand_from once' -l json -d 'print a JSON array with one object for each unit'
 complete -c unitmeter -n '__fish_seen_subcommand_from once' -a '(systemctl list-units --all --plain --no-legend --no-pager --type=service,scope,socket,mount,swap,slice 2>/dev/null | string match -r "^\S+")'
 complete -c unitmeter -n '__fish_seen_subcommand_from top' -l bytes -d 'exact numbers: bytes per second instead of kB/s and MB/s'
-complete -c unitmeter -n '__fish_seen_subcommand_from top' -l interval -x -d 'time between two readings, 200ms or more (1s, 1m) (default 1s)'
+complete -c unitmeter -n '__fish_seen_subcommand_from top' -l interval -x -d 'time between two readings, 200ms or more (default 1s)'
 complete -c unitmeter -n '__fish_seen_subcommand_from top' -l once -d 'read twice, print one table, and end'
 complete -c unitmeter -n '__fish_seen_subcommand_from top' -a '(systemctl list-units --all --plain --no-legend --no-pager --type=service,scope,socket,mount,swap,slice 2>/dev/null | string match -r "^\S+")'
 complete -c unitmeter -n '__fish_seen_subcommand_from units' -l json -d 'print a JSON array with one object for each unit'
