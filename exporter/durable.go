@@ -28,6 +28,7 @@ type Durable struct {
 type reading struct {
 	total receiver.Counters
 	time  time.Time
+	start time.Time // of the series: one that was forgotten begins anew
 }
 
 // NewDurable reads the ledger of s. It fails with store.ErrUnavailable if that
@@ -46,7 +47,7 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 	for _, row := range ledger.Series {
 		total := counters(row.Total)
 		d.state.Series = append(d.state.Series, receiver.Series{Name: row.Key, Total: total, Start: row.Start, Time: row.Seen})
-		d.last[row.Key] = reading{total, row.Seen}
+		d.last[row.Key] = reading{total, row.Seen, row.Start}
 	}
 	for _, row := range ledger.Runs {
 		if row.Key == journalKey {
@@ -84,7 +85,7 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 	d.now, d.at = now, c.Time
 	for _, s := range cycle.Sweep.State.Series {
 		if s.Observed {
-			d.last[s.Name] = reading{s.Total, s.Time}
+			d.last[s.Name] = reading{s.Total, s.Time, s.Start}
 		}
 	}
 	if len(d.last) > 2*len(cycle.Sweep.State.Series)+256 {
@@ -115,7 +116,8 @@ func (d *Durable) samples(series []receiver.Series) []store.Sample {
 			continue
 		}
 		prev, known := d.last[s.Name]
-		if !known {
+		if !known || !prev.start.Equal(s.Start) {
+			prev = reading{}
 			if d.at.IsZero() || s.Start.Before(d.at) {
 				continue
 			}

@@ -119,6 +119,9 @@ func TestDurableSamples(t *testing.T) {
 		{"one long interval over a gap", 170,
 			[]receiver.Series{unit("a.service", at(0), at(170), 590)},
 			[]sample{{"a.service", 60, time.Minute}}},
+		{"one that made room for others, and is back", 180,
+			[]receiver.Series{unit("a.service", at(175), at(180), 20)},
+			[]sample{{"a.service", 20, 5 * time.Second}}},
 	} {
 		sweep := receiver.NewSweep(at(cycle.now), receiver.State{Series: cycle.series})
 		var got []sample

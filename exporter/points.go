@@ -190,6 +190,9 @@ type pointKey struct {
 type mark struct {
 	total int64
 	time  time.Time // without monotonic reading: OTLP carries wall clock time
+	// start is when the series began: one that made room for others begins anew,
+	// at zero, when its unit comes back.
+	start time.Time
 }
 
 func newDeltas(ledger receiver.State) *deltas {
@@ -202,14 +205,14 @@ func newDeltas(ledger receiver.State) *deltas {
 
 // last returns the end of the last delta of p, which has the given key.
 func (d *deltas) last(key pointKey, p metricdata.DataPoint[int64]) mark {
-	if m, ok := d.base[key]; ok {
+	if m, ok := d.base[key]; ok && m.start.Equal(p.StartTime) {
 		return m
 	}
-	if s, ok := d.ledger[key.series]; ok && isUnitMetric(key.metric) {
+	if s, ok := d.ledger[key.series]; ok && isUnitMetric(key.metric) && s.Start.Equal(p.StartTime) {
 		total := min(totalOf(key.metric, key.transmit, s.Total), math.MaxInt64)
-		return mark{int64(total), s.Time.Round(0)}
+		return mark{int64(total), s.Time.Round(0), p.StartTime}
 	}
-	return mark{0, p.StartTime.Round(0)}
+	return mark{0, p.StartTime.Round(0), p.StartTime}
 }
 
 // convert rewrites all monotonic cumulative integer sums of rm as deltas. It
@@ -230,14 +233,14 @@ func (d *deltas) convert(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) 
 				key.attrs = p.Attributes.Equivalent()
 			}
 			prev := d.last(key, p)
-			now := mark{p.Value, p.Time.Round(0)}
+			now := mark{p.Value, p.Time.Round(0), p.StartTime}
 			if !now.time.After(prev.time) || now.total < prev.total {
 				// No interval to put the bytes in (the clock was stepped back,
 				// or the sweep is the one of the last cycle), or a total that
 				// fell, which a ledger's does not. The point is left out; the
 				// next one starts here and has its bytes, from whichever of
 				// the two totals is the higher one, so that none counts twice.
-				next[key] = mark{prev.total, now.time}
+				next[key] = mark{prev.total, now.time, prev.start}
 				continue
 			}
 			next[key] = now

@@ -151,7 +151,8 @@ func TestDeltas(t *testing.T) {
 	type step struct {
 		n      uint64 // total of the unit; 0: no point this time
 		time   float64
-		failed bool   // the cycle was not handed over
+		failed bool // the cycle was not handed over
+		start  float64
 		want   string // value (start..time) of the receive direction's bytes
 	}
 	known := receiver.State{Series: []receiver.Series{unit("a.service", at(0), at(90), 400)}}
@@ -182,13 +183,17 @@ func TestDeltas(t *testing.T) {
 			{n: 500, time: 0}, {n: 600, time: 10, want: "600 (0..10)"}}},
 		"a total that falls": {ledger: known, steps: []step{
 			{n: 300, time: 100}, {n: 350, time: 110}, {n: 410, time: 120, want: "10 (110..120)"}}},
+		"a series that begins anew": {steps: []step{
+			{n: 500, time: 100, want: "500 (0..100)"}, {time: 110}, {n: 30, start: 115, time: 120, want: "30 (115..120)"}, {n: 40, start: 115, time: 130, want: "10 (120..130)"}}},
+		"a series that begins anew, which the ledger does not know": {ledger: known, steps: []step{
+			{time: 100}, {n: 700, start: 115, time: 120, want: "700 (115..120)"}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDeltas(test.ledger)
 			for i, step := range test.steps {
 				var series []receiver.Series
 				if step.n > 0 {
-					series = append(series, unit("a.service", at(0), at(step.time), step.n))
+					series = append(series, unit("a.service", at(step.start), at(step.time), step.n))
 				}
 				rm, sweep := collected(series...), sweepOf(series...)
 				stamp(rm, sweep)
