@@ -237,12 +237,16 @@ func (r *Receiver) restore(state State) {
 				continue
 			}
 		}
-		// Without its series, which the ledger may have forgotten, a new one
-		// begins with what the run grows by from here.
-		r.runs[r.runKey(saved.Unit, saved.Epoch)] = &run{
-			unit: saved.Unit, epoch: saved.Epoch, earlier: earlier, series: r.series[saved.Series], closed: time.Now(), restored: true,
+		restored := &run{
+			unit: saved.Unit, epoch: saved.Epoch, earlier: earlier, closed: time.Now(), restored: true,
 			odometer: odometer{last: saved.Last, time: past(saved.Time)},
 		}
+		// Without its series, which the ledger may have forgotten, or a slice had
+		// none so far, a new one begins with what the run grows by from here.
+		if !strings.HasPrefix(saved.Series, unattributedPrefix) {
+			restored.series = r.series[saved.Series]
+		}
+		r.runs[r.runKey(saved.Unit, saved.Epoch)] = restored
 	}
 }
 

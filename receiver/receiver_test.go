@@ -1254,3 +1254,41 @@ func TestBusRefuses(t *testing.T) {
 		})
 	}
 }
+
+// TestStateOfOtherSettings: a run that the settings leave out for a while is
+// none to be counted anew when they ask for it again.
+func TestStateOfOtherSettings(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, all(100)))
+	fake.SetUnit(accounted("system.slice", 2, all(500)))
+	var state State
+	cycle := func(cfg Config) *Sweep {
+		t.Helper()
+		cfg.Bus, cfg.State = fake.Address(), state
+		r, _ := start(t, cfg)
+		s := sweepUntil(t, r, "all are read", func(s *Sweep) bool { return !s.Partial })
+		r.mu.Lock()
+		for _, run := range r.runs {
+			if !run.closed.IsZero() {
+				run.closed = run.closed.Add(-2 * time.Hour) // what two hours do
+			}
+		}
+		r.mu.Unlock()
+		r.Sweep(t.Context())
+		state = r.Sweep(t.Context()).State
+		return s
+	}
+	want(t, cycle(Config{}), "a.service", all(100))
+	cycle(Config{Exclude: []string{"a.*"}})
+	fake.SetUnit(accounted("a.service", 1, all(130)))
+	want(t, cycle(Config{}), "a.service", all(130))
+
+	// A slice that is read for its balance only, and then for a series of its own.
+	unattributed, _ := cycle(Config{}).seriesOf(unattributedPrefix + "system.slice")
+	fake.SetUnit(accounted("system.slice", 2, all(507)))
+	s := cycle(Config{Types: []string{"service", "slice"}})
+	want(t, s, "system.slice", all(7))
+	if got, _ := s.seriesOf(unattributedPrefix + "system.slice"); got.Total != unattributed.Total {
+		t.Errorf("unattributed are %v, they were %v", got.Total, unattributed.Total)
+	}
+}

@@ -508,6 +508,8 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 		}
 		// Before the first list, nobody knows which of the restored runs are over.
 		over := r.listed && !run.closed.IsZero() && now.Sub(run.closed) > keep
+		// No list shows what the settings leave out, and they may change again.
+		over = over && (!run.restored || run.earlier != "" || topSlice(run.unit) || r.exports(run.unit))
 		if over && !run.final && !run.time.IsZero() && run.earlier == "" {
 			r.health.missed++
 		}
