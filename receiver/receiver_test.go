@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -1291,4 +1292,56 @@ func TestStateOfOtherSettings(t *testing.T) {
 	if got, _ := s.seriesOf(unattributedPrefix + "system.slice"); got.Total != unattributed.Total {
 		t.Errorf("unattributed are %v, they were %v", got.Total, unattributed.Total)
 	}
+}
+
+// TestSwitchDuringReading: accounting is switched off and on between the replies
+// for packets and those for bytes. Packets of before count once.
+func TestSwitchDuringReading(t *testing.T) {
+	for name, sweeps := range map[string]int{"busy": 1, "idle": 3} {
+		t.Run(name, func(t *testing.T) {
+			fake := systemdtest.StartFake(t)
+			fake.SetUnit(accounted("a.service", 1, all(100)))
+			r, _ := start(t, Config{Bus: fake.Address()})
+			for range sweeps {
+				want(t, r.Sweep(t.Context()), "a.service", all(100))
+			}
+			fake.SetUnit(accounted("a.service", 1, all(110)))
+			var packets atomic.Int32
+			fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
+				switch {
+				case !strings.HasSuffix(property, "Packets"):
+					return dbus.MakeVariant(uint64(3)), nil, 0, strings.HasSuffix(property, "Bytes")
+				case packets.Add(1) <= 2:
+					return dbus.Variant{}, nil, 0, false
+				}
+				return dbus.MakeVariant(uint64(3)), nil, 0, true
+			})
+			// What came between the last reading and the switch, nobody can know whole.
+			for range 3 {
+				want(t, r.Sweep(t.Context()), "a.service", all(103))
+			}
+			if h := r.healthNow(); h.resets != 1 {
+				t.Errorf("%d resets, want 1", h.resets)
+			}
+		})
+	}
+}
+
+// TestSwitchedOnUnderChurn: a unit whose accounting is switched on is asked again
+// also where other units restart all the time.
+func TestSwitchedOnUnderChurn(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	off := accounted("off.service", 1, all(systemdtest.NoData))
+	off.Accounting = false
+	fake.SetUnit(off)
+	fake.SetUnit(accounted("churn.service", 2, all(1)))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	none(t, r.Sweep(t.Context()), "off.service")
+	fake.SetUnit(accounted("off.service", 1, all(0)))
+	var s *Sweep
+	for i := range recheckEvery {
+		fake.SetUnit(accounted("churn.service", 3+i, all(1))) // no signal tells
+		s = r.Sweep(t.Context())
+	}
+	want(t, s, "off.service", all(0))
 }

@@ -238,9 +238,7 @@ func (f *follower) readEnded(ctx context.Context, units []*unit) {
 		targets = append(targets, u.target(now))
 	}
 	f.mu.Unlock()
-	if f.Receiver.read(ctx, f.bus, targets) == nil {
-		f.apply(targets)
-	}
+	_ = f.collect(ctx, f.bus, targets) // what was not reached, the next sweep reads
 }
 
 // placing is the asking for the slices of units.

@@ -53,6 +53,7 @@ type target struct {
 	noData bool
 	gone   bool // the run is over and can no longer be read
 	missed bool // the bus, not systemd, answered; the next sweep has a better chance
+	fell   bool // a counter was lower than before; this is so after the second reading too
 	err    error
 	time   time.Time // of the last reply
 
@@ -115,9 +116,7 @@ func (r *Receiver) readAll(ctx context.Context, b *bus, targets []target) error 
 	}
 	var missed error
 	for _, part := range [][]target{before, units, after} {
-		err := r.read(ctx, b, part)
-		r.apply(part)
-		if err != nil {
+		if err := r.collect(ctx, b, part); err != nil {
 			return err
 		}
 		if slices.ContainsFunc(part, func(t target) bool { return t.missed }) {
@@ -262,19 +261,39 @@ func (t *target) counters() (c Counters, ok bool) {
 	return c, t.got[ingressBytes] && t.got[egressBytes]
 }
 
-// apply puts the readings on the odometers.
-func (r *Receiver) apply(targets []target) {
+// collect reads targets and puts the readings on the odometers. What fell is read
+// once more: accounting that is switched off and on between the four replies
+// leaves packets of before and bytes of after.
+func (r *Receiver) collect(ctx context.Context, b *bus, targets []target) error {
+	err := r.read(ctx, b, targets)
+	if fell := r.apply(targets); err == nil && len(fell) > 0 {
+		err = r.read(ctx, b, fell)
+		r.apply(fell)
+	}
+	return err
+}
+
+// apply puts the readings on the odometers. It returns the targets that are to be
+// read again, since a counter fell.
+func (r *Receiver) apply(targets []target) (fell []target) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for i := range targets {
-		r.applyOne(&targets[i])
+		t := &targets[i]
+		if r.applyOne(t); t.fell {
+			again := t.unit.target(time.Now())
+			again.quiet, again.fell = false, true
+			fell = append(fell, again)
+		}
 	}
+	return fell
 }
 
 // applyOne takes one reading. The caller holds mu.
 func (r *Receiver) applyOne(t *target) {
 	u, current := t.unit, t.unit.run == t.run
 	raw, ok := t.counters()
+	_, lower := raw.minus(t.run.last)
 	switch {
 	case t.gone:
 		if current && !t.run.ended.IsZero() {
@@ -303,6 +322,9 @@ func (r *Receiver) applyOne(t *target) {
 		if t.run.series != nil {
 			t.run.series.observed = true
 		}
+		return
+	case lower && current && !t.fell:
+		t.fell = true
 		return
 	}
 	if current && (u.state == accountingFailed || u.state == accountingLost) {
@@ -470,19 +492,17 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 	}
 	r.mu.Lock()
 	restarted := targets[:0]
-	for _, t := range r.targets() {
-		switch {
-		case !slices.Contains(names, t.unit.name):
-		case !slices.Contains(loaded, t.unit.name):
-			r.drop(t.unit) // its signal is on the way or was lost
-		case t.run.time.IsZero():
-			restarted = append(restarted, t)
+	for _, name := range names {
+		switch u := r.units[name]; {
+		case u == nil:
+		case !slices.Contains(loaded, name):
+			r.drop(u) // its signal is on the way or was lost
+		case u.run.time.IsZero():
+			restarted = append(restarted, u.target(time.Now()))
 		}
 	}
 	r.mu.Unlock()
-	err = r.read(ctx, b, restarted)
-	r.apply(restarted)
-	return err
+	return r.collect(ctx, b, restarted)
 }
 
 // finish adds up the sweep, forgets what has been over for long enough, and
