@@ -248,7 +248,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	}
 	r.reloadEnds()
 	r.mu.Lock()
-	r.bus, r.listed = b, true
+	r.bus, r.listed, r.reloadBegan = b, true, time.Now()
 	recovered := r.broken != nil
 	r.broken = nil
 	select {

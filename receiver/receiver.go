@@ -86,15 +86,18 @@ type Receiver struct {
 	mu     sync.Mutex
 	bus    *bus // nil while not connected
 	ready  chan struct{}
-	broken error            // why there is no connection
-	listed bool             // the units have been listed once
-	units  map[string]*unit // the metered units that are loaded, by name
-	runs   map[string]*run  // by epoch; closed ones stay for keepClosed
-	series map[string]*series
-	order  []*series                  // all of series, in the order of their creation
-	index  map[attribute.Distinct]int // into order; made anew when order changes
-	health health
-	said   map[string]int // what the sweep in progress has logged, see say
+	broken error // why there is no connection
+	listed bool  // the units have been listed once
+	// reloadBegan is when systemd last began to reload or re-execute itself, or
+	// may have while nobody was connected.
+	reloadBegan time.Time
+	units       map[string]*unit // the metered units that are loaded, by name
+	runs        map[string]*run  // by epoch; closed ones stay for keepClosed
+	series      map[string]*series
+	order       []*series                  // all of series, in the order of their creation
+	index       map[attribute.Distinct]int // into order; made anew when order changes
+	health      health
+	said        map[string]int // what the sweep in progress has logged, see say
 	// balances are by the name of a top-level slice.
 	balances map[string]*balance
 	// unplaced is the growth of units whose slice nobody could find out.

@@ -26,11 +26,12 @@ const (
 	ipAccounting
 	execMainStart
 	slice
+	controlGroup
 	properties // how many there are
 )
 
 func propertyName(i int) string {
-	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice"}[i]
+	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice", "ControlGroup"}[i]
 }
 
 // target is one run that a sweep reads, and what was read.
@@ -50,6 +51,7 @@ type target struct {
 	value  [properties]uint64
 	got    [properties]bool
 	slice  string
+	cgroup string
 	noData bool
 	gone   bool // the run is over and can no longer be read
 	missed bool // the bus, not systemd, answered; the next sweep has a better chance
@@ -189,7 +191,7 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 		switch {
 		case t.gone || t.missed || t.err != nil:
 		case t.noData:
-			calls = append(calls, call{i, ipAccounting})
+			calls = append(calls, call{i, ipAccounting}, call{i, controlGroup})
 		case t.quiet && (t.moved() || t.lost):
 			calls = append(calls, call{i, ingressBytes}, call{i, egressBytes})
 		}
@@ -224,6 +226,8 @@ func (t *target) take(property int, reply reply) {
 		}
 	case slice:
 		t.slice, err = reply.string()
+	case controlGroup:
+		t.cgroup, err = reply.string()
 	default:
 		v, err = reply.uint64()
 	}
@@ -400,18 +404,19 @@ func (r *Receiver) withoutData(u *unit, t *target) {
 	was := u.state
 	kind := typeOf(u.name)
 	switch {
-	case !t.got[ipAccounting]:
+	case !t.got[ipAccounting] || !t.got[controlGroup]:
 		return
 	case t.value[ipAccounting] == 0:
 		u.state = accountingOff
 		t.run.start = time.Time{}
 		// When it is switched on again it counts from 0, if other units of its
 		// slice use BPF: always in system.slice, where journald does. Else
-		// systemd has kept the counters; that they fall is then the only sign.
-		if t.run.slice == "system.slice" {
+		// systemd has kept the counters; that they fall is then the only sign. So
+		// it has over a reload, on 256 and 257.
+		if t.run.slice == "system.slice" && t.run.time.After(r.reloadBegan) {
 			t.run.last = Counters{}
 		}
-	case had, u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope"):
+	case t.cgroup != "" && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
 		u.state = accountingLost
 		if was != accountingLost {
 			r.say(slog.LevelWarn, "systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
