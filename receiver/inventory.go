@@ -671,6 +671,10 @@ func kept(value any) (text string, ok bool) {
 // update takes the state of one unit. The caller holds mu.
 func (r *Receiver) update(name string, next status) {
 	u, ok := r.units[name]
+	if ok && next.invocation == "" && !next.running() {
+		r.drop(u) // it was unloaded, and loaded again by the question
+		return
+	}
 	if !ok {
 		if !next.running() && !next.over() {
 			return

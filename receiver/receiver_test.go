@@ -1345,3 +1345,20 @@ func TestSwitchedOnUnderChurn(t *testing.T) {
 	}
 	want(t, s, "off.service", all(0))
 }
+
+// TestStubIsNoRun: a unit that is unloaded while it is asked for its state is
+// loaded again by that, without an invocation. Its next run is no run of that.
+func TestStubIsNoRun(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, all(100)))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	want(t, r.Sweep(t.Context()), "a.service", all(100))
+	r.mu.Lock()
+	r.update("a.service", status{active: "inactive", sub: "dead"})
+	r.mu.Unlock()
+	fake.SetUnit(accounted("a.service", 2, all(30)))
+	r.Sweep(t.Context()) // before the signals of that run are here
+	fake.EmitPropertiesChanged("a.service")
+	sweepUntil(t, r, "the run is known", func(*Sweep) bool { return r.unitNamed("a.service").Invocation == id(2) })
+	want(t, r.Sweep(t.Context()), "a.service", all(130))
+}
