@@ -104,7 +104,10 @@ type Receiver struct {
 	unplaced Counters
 	// journal is how far the stop records are on the odometers.
 	journal Position
-	kernel  *kernelSource // nil with Source dbus
+	// began is when this Receiver was made, and forgotten when the last of the
+	// runs was closed that it remembers no more.
+	began, forgotten time.Time
+	kernel           *kernelSource // nil with Source dbus
 	// journalctl is the command and its first arguments; tests set it.
 	journalctl []string
 }
@@ -136,6 +139,7 @@ func New(cfg Config) (*Receiver, error) {
 		series:   map[string]*series{},
 		said:     map[string]int{},
 		balances: map[string]*balance{},
+		began:    time.Now(),
 	}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)

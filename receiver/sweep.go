@@ -538,6 +538,9 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 		if over && !run.final && !run.time.IsZero() && run.earlier == "" {
 			r.health.missed++
 		}
+		if over && run.closed.After(r.forgotten) {
+			r.forgotten = run.closed
+		}
 		return over
 	})
 	return r.snapshot(began, now, err != nil)
