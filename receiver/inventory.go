@@ -304,6 +304,10 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			err = r.relist(ctx, b)
 		case call := <-f.refReplies:
 			f.referenced(call)
+		case <-f.lost: // systemd has given up the references too
+			f.references = references{retry: time.After(refsPause)}
+		case <-f.retry:
+			f.holdReferences(ctx)
 		case <-relist.C:
 			if f.thaw == nil {
 				err = r.relist(ctx, b)
@@ -328,6 +332,7 @@ type follower struct {
 	thaw      <-chan time.Time
 	reloading bool // Reloading(true) came, and what it leads to is not known yet
 	references
+	unreferenced bool // references cannot be had, and that has been logged
 	// ended are units that have ended and wait for their last reading.
 	ended  []*unit
 	ending ending

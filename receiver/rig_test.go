@@ -599,6 +599,32 @@ func TestRigBusRestart(t *testing.T) {
 	want(t, s, "after.service", sent(2))
 }
 
+// TestRigReferencesReturn: dbus ends without the end of PID 1's own socket, but the
+// references are over with it.
+func TestRigReferencesReturn(t *testing.T) {
+	buses(t, func(t *testing.T, rig *systemdtest.Rig, bus string) {
+		talker(t, rig, "held.service")
+		_, l := start(t, Config{Bus: bus, SystemBus: rig.SystemBus(), StopEdge: "ref"})
+		referenced := func() bool {
+			return strings.TrimSpace(rig.Run(t, "systemctl", "show", "held.service", "-p", "Refs", "--value")) != ""
+		}
+		eventually(t, "the unit is referenced", referenced)
+		rig.Run(t, "systemctl", "reset-failed", "dbus.service") // else it is started too often
+		rig.Run(t, "systemctl", "restart", "dbus.service")
+		eventually(t, "the unit is referenced again", referenced)
+		rig.Run(t, "systemctl", "stop", "dbus.service", "dbus.socket")
+		if bus != rig.SystemBus() {
+			eventually(t, "it is told", func() bool { return len(l.matching(t, "WARN", "no references")) > 0 })
+		}
+		rig.Run(t, "systemctl", "start", "dbus.socket", "dbus.service")
+		eventually(t, "the unit is referenced in the end", referenced)
+		if bus != rig.SystemBus() {
+			l.only(t, 1, "no references")
+			l.only(t, 1, "references", "again")
+		}
+	})
+}
+
 func TestRigPrivateSocket(t *testing.T) {
 	rig := theRig(t)
 	report := inside(t, rig, "private")
