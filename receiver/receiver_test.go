@@ -1362,3 +1362,25 @@ func TestStubIsNoRun(t *testing.T) {
 	sweepUntil(t, r, "the run is known", func(*Sweep) bool { return r.unitNamed("a.service").Invocation == id(2) })
 	want(t, r.Sweep(t.Context()), "a.service", all(130))
 }
+
+// TestReferenceNotAnswered: a call that was under way when systemd re-executed
+// itself is answered by the bus. That says nothing of the next one.
+func TestReferenceNotAnswered(t *testing.T) {
+	for _, name := range []string{noReply, nameHasNoOwner, serviceUnknown, limitsExceeded} {
+		t.Run(name, func(t *testing.T) {
+			fake := systemdtest.StartFake(t)
+			fake.OnCall(func(member string, _ []any) ([]any, *dbus.Error, time.Duration, bool) {
+				return nil, dbus.NewError(name, []any{"not now"}), 0, member == "RefUnit"
+			})
+			fake.SetUnit(accounted("a.service", 1, all(100)))
+			_, l := start(t, Config{Bus: fake.Address(), SystemBus: fake.Address(), StopEdge: "ref"})
+			eventually(t, "it is refused", func() bool { return fake.Calls("RefUnit") > 0 })
+			fake.OnCall(nil)
+			eventually(t, "it is referenced", func() bool {
+				fake.EmitUnitNew("a.service")
+				return fake.Refs("a.service") > 0
+			})
+			l.only(t, 0, "no references")
+		})
+	}
+}

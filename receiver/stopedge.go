@@ -151,6 +151,8 @@ func (f *follower) referenced(call *dbus.Call) {
 	switch refused.Name {
 	case noSuchUnit, unknownObject:
 		f.suppressed[name] = true
+	case noReply, nameHasNoOwner, serviceUnknown, limitsExceeded:
+		// The bus answered for systemd, which re-executes itself.
 	default:
 		f.log.Warn("systemd gives no references; the last bytes of short services come from the journal only", "err", call.Err)
 		f.releaseReferences()
