@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -98,6 +99,10 @@ type run struct {
 	restored bool
 	// final says that the counters were read after the end, or recorded.
 	final bool
+	// parted says that the last reading is of a service that has exited and goes on
+	// without a cgroup (RemainAfterExit=). From systemd 256 on the next one of the
+	// same run, for ExecStop= or ExecReload=, counts from 0.
+	parted bool
 	// unbegun says that systemd has named the run and announced nothing else of
 	// it: its counters may still be those of the run before.
 	unbegun bool
@@ -225,6 +230,23 @@ func (b *bus) list(ctx context.Context, patterns []string) ([]listed, error) {
 		return nil, fmt.Errorf("list systemd's units: %w", err)
 	}
 	return rows, nil
+}
+
+// version returns the major version of systemd, or 0 if it does not say.
+func (b *bus) version(ctx context.Context) (version int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err = b.wire.gets(ctx, 1, func(int) property {
+		return property{managerPath, managerInterface, "Version"} // "252.39-1~deb12u2"
+	}, func(_ int, reply reply) {
+		text, _ := reply.string()
+		end := strings.IndexFunc(text, func(c rune) bool { return c < '0' || c > '9' })
+		version, _ = strconv.Atoi(text[:max(end, 0)])
+	})
+	if err != nil {
+		return 0, fmt.Errorf("read the version of systemd: %w", err)
+	}
+	return version, nil
 }
 
 // follow connects, lists the units, and follows their signals until the
@@ -469,6 +491,10 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 	}
 	here := make(map[string]bool, len(rows))
 	names := make([]string, 0, len(rows))
+	version, err := b.version(ctx)
+	if err != nil {
+		return err
+	}
 	for _, row := range rows {
 		// Followed units are devices' other names; the name in the path is the
 		// unit's own, whatever alias the row may carry.
@@ -478,6 +504,7 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 		}
 	}
 	r.mu.Lock()
+	r.version = version
 	for name, u := range r.units {
 		switch {
 		case here[name]:
@@ -624,13 +651,14 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	u := r.units[name]
 	unbegun := u != nil && u.run.unbegun
 	unplaced := u != nil && u.slice == ""
+	exited := r.version >= 256 && next.sub == "exited" // see run.parted
 	r.mu.Unlock()
 	if !ran && next.running() {
 		f.reference(name) // the one on the run before may just have gone, and no UnitNew comes
 	}
 	switch {
 	case u == nil:
-	case !next.running() || next.restarting():
+	case !next.running() || next.restarting() || exited:
 		if !unbegun {
 			f.ended = append(f.ended, u)
 		}
@@ -715,6 +743,11 @@ func (r *Receiver) update(name string, next status) {
 	}
 	u.run.quiet = false
 	u.run.unbegun = u.run.unbegun && !begun
+	if u.run.parted && next.running() && next.sub != "exited" {
+		// Systemd runs a command, in a new cgroup. What is being read is of before.
+		u.run.parted, u.run.last, u.run.time = false, Counters{}, time.Now()
+		u.run.rest.giveUp()
+	}
 	if next.running() {
 		u.run.ended = time.Time{}
 	} else {

@@ -97,6 +97,7 @@ type Receiver struct {
 	order       []*series                  // all of series, in the order of their creation
 	index       map[attribute.Distinct]int // into order; made anew when order changes
 	health      health
+	version     int            // of systemd, the major one; 0 if not known
 	said        map[string]int // what the sweep in progress has logged, see say
 	// balances are by the name of a top-level slice.
 	balances map[string]*balance

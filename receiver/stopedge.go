@@ -252,7 +252,7 @@ func (f *follower) readEnded(ctx context.Context, units []*unit) {
 	targets := make([]target, 0, len(units))
 	f.mu.Lock()
 	for _, u := range units {
-		targets = append(targets, u.target(now))
+		targets = append(targets, f.target(u, now))
 	}
 	f.mu.Unlock()
 	_ = f.collect(ctx, f.bus, targets) // what was not reached, the next sweep reads

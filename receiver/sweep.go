@@ -27,11 +27,12 @@ const (
 	execMainStart
 	slice
 	controlGroup
+	subState
 	properties // how many there are
 )
 
 func propertyName(i int) string {
-	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice", "ControlGroup"}[i]
+	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice", "ControlGroup", "SubState"}[i]
 }
 
 // target is one run that a sweep reads, and what was read.
@@ -47,11 +48,13 @@ type target struct {
 	lost         bool // had no data at the last reading
 	mayBeUnreset bool // see executedNothing
 	needSlice    bool
+	exited       bool // see run.parted
 
 	value  [properties]uint64
 	got    [properties]bool
 	slice  string
 	cgroup string
+	sub    string // asked after all counters
 	noData bool
 	gone   bool // the run is over and can no longer be read
 	missed bool // the bus, not systemd, answered; the next sweep has a better chance
@@ -147,19 +150,20 @@ func (r *Receiver) targets() []target {
 			}
 			u.skipped = 0
 		}
-		targets = append(targets, u.target(now))
+		targets = append(targets, r.target(u, now))
 	}
 	return targets
 }
 
 // target returns what is to be read of a unit with a run. The caller holds mu.
-func (u *unit) target(now time.Time) target {
+func (r *Receiver) target(u *unit, now time.Time) target {
 	return target{
 		unit: u, run: u.run, asked: now, path: u.run.path, iface: u.iface, last: u.run.last,
 		lost:         u.state == accountingLost,
 		quiet:        u.run.quiet || u.state == accountingLost || u.state == accountingOff || u.state == accountingNone,
 		mayBeUnreset: u.run.time.IsZero() && typeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
+		exited:       r.version >= 256 && typeOf(u.name) == "service" && u.status.sub == "exited",
 	}
 }
 
@@ -175,8 +179,11 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 	}
 	get := func() error {
 		return b.wire.gets(ctx, len(calls), func(i int) property {
-			t := &targets[calls[i].target]
-			return property{t.path, t.iface, propertyName(calls[i].property)}
+			t, name := &targets[calls[i].target], propertyName(calls[i].property)
+			if calls[i].property == subState {
+				return property{t.path, unitInterface, name}
+			}
+			return property{t.path, t.iface, name}
 		}, func(i int, reply reply) {
 			targets[calls[i].target].take(calls[i].property, reply)
 		})
@@ -200,6 +207,9 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 		}
 		if t.needSlice && !t.noData {
 			calls = append(calls, call{i, slice})
+		}
+		if t.exited && !t.noData {
+			calls = append(calls, call{i, controlGroup}, call{i, subState})
 		}
 	}
 	return get()
@@ -228,6 +238,8 @@ func (t *target) take(property int, reply reply) {
 		t.slice, err = reply.string()
 	case controlGroup:
 		t.cgroup, err = reply.string()
+	case subState:
+		t.sub, err = reply.string()
 	default:
 		v, err = reply.uint64()
 	}
@@ -285,7 +297,7 @@ func (r *Receiver) apply(targets []target) (fell []target) {
 	for i := range targets {
 		t := &targets[i]
 		if r.applyOne(t); t.fell {
-			again := t.unit.target(time.Now())
+			again := r.target(t.unit, time.Now())
 			again.quiet, again.fell = false, true
 			fell = append(fell, again)
 		}
@@ -319,7 +331,8 @@ func (r *Receiver) applyOne(t *target) {
 			r.withoutData(u, t)
 		}
 		return
-	case !ok || t.needSlice && !t.got[slice] || t.mayBeUnreset && !t.got[execMainStart] || t.executedNothing():
+	case !ok || t.needSlice && !t.got[slice] || t.mayBeUnreset && !t.got[execMainStart] || t.executedNothing(),
+		t.exited && t.sub != "exited":
 		return // not reached before the deadline, or not this run's counters
 	case t.run.time.After(t.asked):
 		// The run ended meanwhile, and a later reading is on the odometer.
@@ -341,6 +354,7 @@ func (r *Receiver) applyOne(t *target) {
 	if t.needSlice {
 		u.slice, t.run.slice = t.slice, t.slice
 	}
+	t.run.parted = t.exited && t.cgroup == ""
 	before := t.run.time
 	t.run.quiet = !before.IsZero() && !t.moved()
 	delta, reset := r.advance(t, raw)
@@ -503,7 +517,7 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 		case !slices.Contains(loaded, name):
 			r.drop(u) // its signal is on the way or was lost
 		case u.run.time.IsZero():
-			restarted = append(restarted, u.target(time.Now()))
+			restarted = append(restarted, r.target(u, time.Now()))
 		}
 	}
 	r.mu.Unlock()
