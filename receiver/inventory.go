@@ -1,6 +1,7 @@
 package receiver
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -504,7 +505,7 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 		}
 	}
 	r.mu.Lock()
-	r.version = version
+	r.version = cmp.Or(version, r.version)
 	for name, u := range r.units {
 		switch {
 		case here[name]:
