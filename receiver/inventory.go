@@ -1,6 +1,7 @@
 package receiver
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -98,6 +100,10 @@ type run struct {
 	restored bool
 	// final says that the counters were read after the end, or recorded.
 	final bool
+	// parted says that the last reading is of a service that has exited and goes on
+	// without a cgroup (RemainAfterExit=). From systemd 256 on the next one of the
+	// same run, for ExecStop= or ExecReload=, counts from 0.
+	parted bool
 	// unbegun says that systemd has named the run and announced nothing else of
 	// it: its counters may still be those of the run before.
 	unbegun bool
@@ -230,6 +236,23 @@ func (b *bus) list(ctx context.Context, patterns []string) ([]listed, error) {
 	return rows, nil
 }
 
+// version returns the major version of systemd, or 0 if it does not say.
+func (b *bus) version(ctx context.Context) (version int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err = b.wire.gets(ctx, 1, func(int) property {
+		return property{managerPath, managerInterface, "Version"} // "252.39-1~deb12u2"
+	}, func(_ int, reply reply) {
+		text, _ := reply.string()
+		end := strings.IndexFunc(text, func(c rune) bool { return c < '0' || c > '9' })
+		version, _ = strconv.Atoi(text[:max(end, 0)])
+	})
+	if err != nil {
+		return 0, fmt.Errorf("read the version of systemd: %w", err)
+	}
+	return version, nil
+}
+
 // follow connects, lists the units, and follows their signals until the
 // connection or ctx ends. connected says that it got as far as a list.
 func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
@@ -251,7 +274,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	}
 	r.reloadEnds()
 	r.mu.Lock()
-	r.bus, r.listed = b, true
+	r.bus, r.listed, r.reloadBegan = b, true, time.Now()
 	recovered := r.broken != nil
 	r.broken = nil
 	select {
@@ -307,6 +330,10 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			err = r.relist(ctx, b)
 		case call := <-f.refReplies:
 			f.referenced(call)
+		case <-f.lost: // systemd has given up the references too
+			f.references = references{retry: time.After(refsPause)}
+		case <-f.retry:
+			f.holdReferences(ctx)
 		case <-relist.C:
 			if f.thaw == nil {
 				err = r.relist(ctx, b)
@@ -331,6 +358,7 @@ type follower struct {
 	thaw      <-chan time.Time
 	reloading bool // Reloading(true) came, and what it leads to is not known yet
 	references
+	unreferenced bool // references cannot be had, and that has been logged
 	// ended are units that have ended and wait for their last reading.
 	ended  []*unit
 	ending ending
@@ -467,6 +495,10 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 	}
 	here := make(map[string]bool, len(rows))
 	names := make([]string, 0, len(rows))
+	version, err := b.version(ctx)
+	if err != nil {
+		return err
+	}
 	for _, row := range rows {
 		// Followed units are devices' other names; the name in the path is the
 		// unit's own, whatever alias the row may carry.
@@ -476,6 +508,7 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 		}
 	}
 	r.mu.Lock()
+	r.version = cmp.Or(version, r.version)
 	for name, u := range r.units {
 		switch {
 		case here[name]:
@@ -622,13 +655,14 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	u := r.units[name]
 	unbegun := u != nil && u.run.unbegun
 	unplaced := u != nil && u.slice == ""
+	exited := r.version >= 256 && next.sub == "exited" // see run.parted
 	r.mu.Unlock()
 	if !ran && next.running() {
 		f.reference(name) // the one on the run before may just have gone, and no UnitNew comes
 	}
 	switch {
 	case u == nil:
-	case !next.running() || next.restarting():
+	case !next.running() || next.restarting() || exited:
 		if !unbegun {
 			f.ended = append(f.ended, u)
 		}
@@ -674,6 +708,10 @@ func kept(value any) (text string, ok bool) {
 // update takes the state of one unit. The caller holds mu.
 func (r *Receiver) update(name string, next status) {
 	u, ok := r.units[name]
+	if ok && next.invocation == "" && !next.running() {
+		r.drop(u) // it was unloaded, and loaded again by the question
+		return
+	}
 	if !ok {
 		if !next.running() && !next.over() {
 			return
@@ -709,6 +747,11 @@ func (r *Receiver) update(name string, next status) {
 	}
 	u.run.quiet = [2]bool{}
 	u.run.unbegun = u.run.unbegun && !begun
+	if u.run.parted && next.running() && next.sub != "exited" {
+		// Systemd runs a command, in a new cgroup. What is being read is of before.
+		u.run.parted, u.run.last, u.run.time = false, Counters{}, time.Now()
+		u.run.rest.giveUp()
+	}
 	if next.running() {
 		u.run.ended = time.Time{}
 	} else {

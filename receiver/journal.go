@@ -47,6 +47,7 @@ type record struct {
 	Unit           string `json:"UNIT"`
 	Invocation     string `json:"INVOCATION_ID"`
 	Realtime       string `json:"__REALTIME_TIMESTAMP"`
+	Source         string `json:"_SOURCE_REALTIME_TIMESTAMP"` // when PID 1 wrote it; journald may be late
 	IngressBytes   string `json:"IP_METRIC_INGRESS_BYTES"`
 	IngressPackets string `json:"IP_METRIC_INGRESS_PACKETS"`
 	EgressBytes    string `json:"IP_METRIC_EGRESS_BYTES"`
@@ -227,6 +228,10 @@ func (r *Receiver) takeRecord(rec record) {
 	}
 	key := r.runKey(rec.Unit, rec.Invocation)
 	current, ok := r.runs[key]
+	if !ok && r.mayBeForgotten(rec, now) {
+		r.health.missed++
+		return
+	}
 	if !ok {
 		current = &run{unit: rec.Unit, epoch: rec.Invocation, closed: now}
 		r.runs[key] = current
@@ -264,6 +269,16 @@ func (r *Receiver) takeRecord(rec record) {
 	for _, b := range r.balances {
 		delta = b.take(delta)
 	}
+}
+
+// mayBeForgotten reports whether the run of a record may have been counted, and
+// forgotten since: the record comes later than a run is remembered. journald can
+// hang for three minutes before its watchdog ends it. The caller holds mu.
+func (r *Receiver) mayBeForgotten(rec record, now time.Time) bool {
+	usec, _ := strconv.ParseInt(cmp.Or(rec.Source, rec.Realtime), 10, 64)
+	// On the monotonic clock, as the others are.
+	ended := now.Add(-now.Sub(time.UnixMicro(usec)))
+	return ended.After(r.began) && !ended.After(r.forgotten)
 }
 
 // counters returns what the record says of the run, and when it was written.

@@ -303,3 +303,43 @@ func parseRecord(t *testing.T, line string) (rec record) {
 	}
 	return rec
 }
+
+// TestLateRecord: where journald hangs, a record may come when its run has been
+// counted and forgotten, and must not be taken for that of a run nobody saw.
+func TestLateRecord(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, all(100)))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	want(t, r.Sweep(t.Context()), "a.service", all(100))
+	ended := time.Now()
+	fake.Remove("a.service")
+	fake.EmitUnitRemoved("a.service")
+	eventually(t, "the end is known", func() bool { return r.unitNamed("a.service").Accounting == "" })
+	recordOf := func(n int, ended time.Time) record {
+		return record{
+			Cursor: id(n), Unit: "a.service", Invocation: id(n), Boot: r.journalBoot(),
+			Source: strconv.FormatInt(ended.UnixMicro(), 10), Realtime: strconv.FormatInt(time.Now().UnixMicro(), 10),
+			IngressBytes: "100", IngressPackets: "100", EgressBytes: "100", EgressPackets: "100",
+		}
+	}
+	r.takeRecord(recordOf(1, ended))
+	want(t, r.Sweep(t.Context()), "a.service", all(100))
+	r.takeRecord(recordOf(2, ended)) // of a run that nobody saw
+	want(t, r.Sweep(t.Context()), "a.service", all(200))
+	r.mu.Lock()
+	shift := keepClosed + time.Minute // what three minutes do
+	for _, run := range r.runs {
+		run.closed = run.closed.Add(-shift)
+	}
+	r.began = r.began.Add(-shift)
+	r.mu.Unlock()
+	if s := r.Sweep(t.Context()); len(s.State.Runs) != 0 {
+		t.Fatalf("it remembers %+v", s.State.Runs)
+	}
+	r.takeRecord(recordOf(1, ended.Add(-shift)))
+	r.takeRecord(recordOf(3, time.Now()))
+	want(t, r.Sweep(t.Context()), "a.service", all(300))
+	if h := r.healthNow(); h.missed != 1 {
+		t.Errorf("%d runs were missed, want 1", h.missed)
+	}
+}

@@ -390,6 +390,14 @@ func (s *tally) close() {
 	s.endGap()
 }
 
+// giveUp ends the reading of maps whose run counts in others by now.
+func (s *tally) giveUp() {
+	if s != nil {
+		s.endGap()
+		s.doubt()
+	}
+}
+
 // endGap gives up the maps of a gap, and the gap.
 func (s *tally) endGap() {
 	if s.gap != nil {
@@ -568,8 +576,12 @@ func (r *Receiver) lookAt(t *target, fresh bool) {
 		return
 	}
 	if s.run != t.run {
-		if s.run != nil {
+		switch {
+		case s.run != nil:
 			s.endGap()
+			s.doubt()
+		case !t.run.time.IsZero():
+			// A second cgroup of the run: systemd may have carried over what was before.
 			s.doubt()
 		}
 		s.run = t.run
@@ -681,6 +693,7 @@ func (t *target) fill() {
 	t.value[egressBytes], t.value[egressPackets] = c.EgressBytes, c.EgressPackets
 	t.got[ingressBytes], t.got[ingressPackets], t.got[egressBytes], t.got[egressPackets] = true, true, true, true
 	t.slice, t.got[slice] = t.tally.slice, true
+	t.exited = t.exited && t.tally.dir < 0 // else it has a cgroup
 	t.quiet, t.mayBeUnreset, t.noData, t.gone, t.missed, t.lost, t.err = [2]bool{}, false, false, false, false, false, nil
 	t.time = time.Now()
 }
@@ -837,8 +850,9 @@ func (r *Receiver) readRest(s *tally) bool {
 	if err != nil {
 		return false
 	}
-	// Up to systemd 255, the next run counts in the same maps.
-	if next := r.kernel.find(s.unit, s.slice); next != nil && next.now.shares(s.now) {
+	// Up to systemd 255, the next run counts in the same maps; and one that goes
+	// on in another cgroup must not be counted by two.
+	if next := r.kernel.find(s.unit, s.slice); next != nil && (next.now.shares(s.now) || s.run != nil && next.run == s.run) {
 		return false
 	}
 	if s.run == nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -334,6 +335,102 @@ func TestKernelUnitTypes(t *testing.T) {
 }
 
 // TestKernelOrphans: sockets outlive their unit, and go on sending.
+// TestKernelExited: a service that goes on without a process has a cgroup again for
+// ExecReload= and ExecStop=. What that counts is the run's too, whether it begins
+// at 0 (from systemd 256 on, or after two reloads) or at what was before.
+func TestKernelExited(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	const unit = "exits.service"
+	send := rig.Traffic() + " udp-send " + sinkAddress + " -bytes " + strconv.Itoa(payloadBytes) + " -count "
+	rig.WriteFile(t, "/etc/systemd/system/"+unit, `[Service]
+IPAccounting=yes
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=`+send+`5
+ExecReload=`+send+`6
+ExecStop=`+send+`7
+ExecStop=sh -c 'until [ -e /run/exits ]; do sleep .1; done'
+ExecStop=`+send+"2\n")
+	for _, reloads := range []int{0, 1, 2} {
+		rig.Run(t, "rm", "-f", "/run/exits")
+		k, _ := start(t, kernelConfig(rig, Config{Bus: rig.SystemBus(), Include: []string{unit}}))
+		d, _ := start(t, Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), StopEdge: "ref", Include: []string{unit}})
+		both := func(what string, n int) {
+			t.Helper()
+			for _, r := range []*Receiver{k, d} {
+				sweepUntil(t, r, what, func(s *Sweep) bool { got, _ := s.seriesOf(unit); return got.Total.EgressPackets >= uint64(n) })
+				for range 3 {
+					s := r.Sweep(t.Context())
+					if got, _ := s.seriesOf(unit); got.Total != sent(n) {
+						t.Fatalf("%s, %d reloads, source %q: the total is %+v, want %+v", what, reloads, r.cfg.Source, got.Total, sent(n))
+					}
+				}
+			}
+		}
+		exited := func() {
+			t.Helper()
+			for _, r := range []*Receiver{k, d} {
+				eventually(t, "it is read after its exit", func() bool {
+					r.Sweep(t.Context())
+					r.mu.Lock()
+					defer r.mu.Unlock()
+					u := r.units[unit]
+					return u != nil && u.status.sub == "exited" && (u.run.parted || r.version < 256)
+				})
+			}
+		}
+		rig.Run(t, "systemctl", "start", unit)
+		both("started", 5)
+		exited()
+		rig.Run(t, "systemctl", "reload", unit)
+		both("reloaded", 11)
+		exited()
+		for range reloads {
+			rig.Run(t, "systemctl", "daemon-reload")
+			k.Sweep(t.Context())
+			d.Sweep(t.Context())
+		}
+		rig.Run(t, "systemctl", "stop", "--no-block", unit)
+		both("stopping", 18)
+		rig.Run(t, "touch", "/run/exits")
+		both("stopped", 20)
+	}
+}
+
+// TestKernelExitedForGood: one without ExecStop= shows what it had to the end.
+func TestKernelExitedForGood(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	const unit = "exited-for-good.service"
+	rig.WriteFile(t, "/etc/systemd/system/"+unit, `[Service]
+IPAccounting=yes
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=`+rig.Traffic()+" udp-send "+sinkAddress+" -bytes "+strconv.Itoa(payloadBytes)+" -count 5\n")
+	cfg := Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), StopEdge: "ref", Include: []string{unit}}
+	k, _ := start(t, kernelConfig(rig, cfg))
+	d, _ := start(t, cfg)
+	rig.Run(t, "systemctl", "start", unit)
+	for _, r := range []*Receiver{k, d} {
+		sweepUntil(t, r, "it is read", func(s *Sweep) bool { got, _ := s.seriesOf(unit); return got.Total == sent(5) })
+		r.Sweep(t.Context())
+	}
+	rig.Run(t, "systemctl", "stop", unit)
+	for _, r := range []*Receiver{k, d} {
+		eventually(t, "the end is known", func() bool {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			u := r.units[unit]
+			return u == nil || !u.status.running()
+		})
+		for range 3 {
+			s := r.Sweep(t.Context())
+			want(t, s, unit, sent(5))
+		}
+	}
+}
+
 func TestKernelOrphans(t *testing.T) {
 	rig := theRig(t)
 	rig.WriteFile(t, "/etc/systemd/system/korphan.slice", "[Slice]\nIPAccounting=yes\n")

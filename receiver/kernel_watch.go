@@ -329,11 +329,12 @@ func (w *reloadWatch) polling() bool { return w.active }
 
 // reloadBegins takes systemd's word that it is about to reload or re-execute.
 func (r *Receiver) reloadBegins() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.reloadBegan = time.Now()
 	if r.kernel == nil {
 		return
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	w := &r.kernel.reload
 	w.over.Store(false)
 	switch {

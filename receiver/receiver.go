@@ -87,22 +87,29 @@ type Receiver struct {
 	mu     sync.Mutex
 	bus    *bus // nil while not connected
 	ready  chan struct{}
-	broken error            // why there is no connection
-	listed bool             // the units have been listed once
-	units  map[string]*unit // the metered units that are loaded, by name
-	runs   map[string]*run  // by epoch; closed ones stay for keepClosed
-	series map[string]*series
-	order  []*series                    // all of series, in the order of their creation
-	index  map[attribute.Distinct]place // in order; made anew when order changes
-	health health
-	said   map[string]int // what the sweep in progress has logged, see say
+	broken error // why there is no connection
+	listed bool  // the units have been listed once
+	// reloadBegan is when systemd last began to reload or re-execute itself, or
+	// may have while nobody was connected.
+	reloadBegan time.Time
+	units       map[string]*unit // the metered units that are loaded, by name
+	runs        map[string]*run  // by epoch; closed ones stay for keepClosed
+	series      map[string]*series
+	order       []*series                    // all of series, in the order of their creation
+	index       map[attribute.Distinct]place // in order; made anew when order changes
+	health      health
+	version     int            // of systemd, the major one; 0 if not known
+	said        map[string]int // what the sweep in progress has logged, see say
 	// balances are by the name of a top-level slice.
 	balances map[string]*balance
 	// unplaced is the growth of units whose slice nobody could find out.
 	unplaced Counters
 	// journal is how far the stop records are on the odometers.
 	journal Position
-	kernel  *kernelSource // nil with Source dbus
+	// began is when this Receiver was made, and forgotten when the last of the
+	// runs was closed that it remembers no more.
+	began, forgotten time.Time
+	kernel           *kernelSource // nil with Source dbus
 	// journalctl is the command and its first arguments; tests set it.
 	journalctl []string
 }
@@ -134,6 +141,7 @@ func New(cfg Config) (*Receiver, error) {
 		series:   map[string]*series{},
 		said:     map[string]int{},
 		balances: map[string]*balance{},
+		began:    time.Now(),
 	}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
@@ -238,12 +246,16 @@ func (r *Receiver) restore(state State) {
 				continue
 			}
 		}
-		// Without its series, which the ledger may have forgotten, a new one
-		// begins with what the run grows by from here.
-		r.runs[r.runKey(saved.Unit, saved.Epoch)] = &run{
-			unit: saved.Unit, epoch: saved.Epoch, earlier: earlier, series: r.series[saved.Series], closed: time.Now(), restored: true,
+		restored := &run{
+			unit: saved.Unit, epoch: saved.Epoch, earlier: earlier, closed: time.Now(), restored: true,
 			odometer: odometer{last: saved.Last, time: past(saved.Time)},
 		}
+		// Without its series, which the ledger may have forgotten, or a slice had
+		// none so far, a new one begins with what the run grows by from here.
+		if !strings.HasPrefix(saved.Series, unattributedPrefix) {
+			restored.series = r.series[saved.Series]
+		}
+		r.runs[r.runKey(saved.Unit, saved.Epoch)] = restored
 	}
 }
 

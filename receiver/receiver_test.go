@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -1251,6 +1252,135 @@ func TestBusRefuses(t *testing.T) {
 			if s := r.Sweep(t.Context()); !s.Partial || len(s.State.Series) > 0 {
 				t.Errorf("the sweep is %+v", s)
 			}
+		})
+	}
+}
+
+// TestStateOfOtherSettings: a run that the settings leave out for a while is
+// none to be counted anew when they ask for it again.
+func TestStateOfOtherSettings(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, all(100)))
+	fake.SetUnit(accounted("system.slice", 2, all(500)))
+	var state State
+	cycle := func(cfg Config) *Sweep {
+		t.Helper()
+		cfg.Bus, cfg.State = fake.Address(), state
+		r, _ := start(t, cfg)
+		s := sweepUntil(t, r, "all are read", func(s *Sweep) bool { return !s.Partial })
+		r.mu.Lock()
+		for _, run := range r.runs {
+			if !run.closed.IsZero() {
+				run.closed = run.closed.Add(-2 * time.Hour) // what two hours do
+			}
+		}
+		r.mu.Unlock()
+		r.Sweep(t.Context())
+		state = r.Sweep(t.Context()).State
+		return s
+	}
+	want(t, cycle(Config{}), "a.service", all(100))
+	cycle(Config{Exclude: []string{"a.*"}})
+	fake.SetUnit(accounted("a.service", 1, all(130)))
+	want(t, cycle(Config{}), "a.service", all(130))
+
+	// A slice that is read for its balance only, and then for a series of its own.
+	unattributed, _ := cycle(Config{}).seriesOf(unattributedPrefix + "system.slice")
+	fake.SetUnit(accounted("system.slice", 2, all(507)))
+	s := cycle(Config{Types: []string{"service", "slice"}})
+	want(t, s, "system.slice", all(7))
+	if got, _ := s.seriesOf(unattributedPrefix + "system.slice"); got.Total != unattributed.Total {
+		t.Errorf("unattributed are %v, they were %v", got.Total, unattributed.Total)
+	}
+}
+
+// TestSwitchDuringReading: accounting is switched off and on between the replies
+// for packets and those for bytes. Packets of before count once.
+func TestSwitchDuringReading(t *testing.T) {
+	for name, sweeps := range map[string]int{"busy": 1, "idle": 3} {
+		t.Run(name, func(t *testing.T) {
+			fake := systemdtest.StartFake(t)
+			fake.SetUnit(accounted("a.service", 1, all(100)))
+			r, _ := start(t, Config{Bus: fake.Address()})
+			for range sweeps {
+				want(t, r.Sweep(t.Context()), "a.service", all(100))
+			}
+			fake.SetUnit(accounted("a.service", 1, all(110)))
+			var packets atomic.Int32
+			fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
+				switch {
+				case !strings.HasSuffix(property, "Packets"):
+					return dbus.MakeVariant(uint64(3)), nil, 0, strings.HasSuffix(property, "Bytes")
+				case packets.Add(1) <= 2:
+					return dbus.Variant{}, nil, 0, false
+				}
+				return dbus.MakeVariant(uint64(3)), nil, 0, true
+			})
+			// What came between the last reading and the switch, nobody can know whole.
+			for range 3 {
+				want(t, r.Sweep(t.Context()), "a.service", all(103))
+			}
+			if h := r.healthNow(); h.resets != 1 {
+				t.Errorf("%d resets, want 1", h.resets)
+			}
+		})
+	}
+}
+
+// TestSwitchedOnUnderChurn: a unit whose accounting is switched on is asked again
+// also where other units restart all the time.
+func TestSwitchedOnUnderChurn(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	off := accounted("off.service", 1, all(systemdtest.NoData))
+	off.Accounting = false
+	fake.SetUnit(off)
+	fake.SetUnit(accounted("churn.service", 2, all(1)))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	none(t, r.Sweep(t.Context()), "off.service")
+	fake.SetUnit(accounted("off.service", 1, all(0)))
+	var s *Sweep
+	for i := range recheckEvery {
+		fake.SetUnit(accounted("churn.service", 3+i, all(1))) // no signal tells
+		s = r.Sweep(t.Context())
+	}
+	want(t, s, "off.service", all(0))
+}
+
+// TestStubIsNoRun: a unit that is unloaded while it is asked for its state is
+// loaded again by that, without an invocation. Its next run is no run of that.
+func TestStubIsNoRun(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, all(100)))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	want(t, r.Sweep(t.Context()), "a.service", all(100))
+	r.mu.Lock()
+	r.update("a.service", status{active: "inactive", sub: "dead"})
+	r.mu.Unlock()
+	fake.SetUnit(accounted("a.service", 2, all(30)))
+	r.Sweep(t.Context()) // before the signals of that run are here
+	fake.EmitPropertiesChanged("a.service")
+	sweepUntil(t, r, "the run is known", func(*Sweep) bool { return r.unitNamed("a.service").Invocation == id(2) })
+	want(t, r.Sweep(t.Context()), "a.service", all(130))
+}
+
+// TestReferenceNotAnswered: a call that was under way when systemd re-executed
+// itself is answered by the bus. That says nothing of the next one.
+func TestReferenceNotAnswered(t *testing.T) {
+	for _, name := range []string{noReply, nameHasNoOwner, serviceUnknown, limitsExceeded} {
+		t.Run(name, func(t *testing.T) {
+			fake := systemdtest.StartFake(t)
+			fake.OnCall(func(member string, _ []any) ([]any, *dbus.Error, time.Duration, bool) {
+				return nil, dbus.NewError(name, []any{"not now"}), 0, member == "RefUnit"
+			})
+			fake.SetUnit(accounted("a.service", 1, all(100)))
+			_, l := start(t, Config{Bus: fake.Address(), SystemBus: fake.Address(), StopEdge: "ref"})
+			eventually(t, "it is refused", func() bool { return fake.Calls("RefUnit") > 0 })
+			fake.OnCall(nil)
+			eventually(t, "it is referenced", func() bool {
+				fake.EmitUnitNew("a.service")
+				return fake.Refs("a.service") > 0
+			})
+			l.only(t, 0, "no references")
 		})
 	}
 }

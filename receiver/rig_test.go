@@ -300,6 +300,53 @@ func rigAccountingSwitched(t *testing.T, rig *systemdtest.Rig, bus string) {
 	}
 }
 
+// TestRigSwitchedOverReload: accounting that a unit file switches off counts on
+// from 0 when it is switched on again, but on systemd 256 and 257 from before.
+func TestRigSwitchedOverReload(t *testing.T) {
+	rig := theRig(t)
+	talker(t, rig, "reloaded.service")
+	talk(t, rig, "reloaded.service", 9)
+	r, _ := start(t, Config{Bus: rig.SystemBus()})
+	want(t, r.Sweep(t.Context()), "reloaded.service", sent(9))
+	const file = "/etc/systemd/system/reloaded.service"
+	rig.WriteFile(t, file, strings.Replace(rig.Run(t, "cat", file), "IPAccounting=yes", "IPAccounting=no", 1))
+	rig.Run(t, "systemctl", "daemon-reload")
+	sweepUntil(t, r, "accounting is off", func(*Sweep) bool { return r.unitNamed("reloaded.service").Accounting == "off" })
+	rig.Run(t, "systemctl", "set-property", "--runtime", "reloaded.service", "IPAccounting=yes")
+	talk(t, rig, "reloaded.service", 4)
+	s := sweepUntil(t, r, "accounting is on", func(*Sweep) bool { return r.unitNamed("reloaded.service").Accounting == "on" })
+	want(t, s, "reloaded.service", sent(13))
+}
+
+// TestRigExitedOverReload: a unit that goes on without a process and a cgroup has
+// no counters after a reload, which is no loss that anybody could mend.
+func TestRigExitedOverReload(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	send := rig.Traffic() + " udp-send " + sinkAddress + " -count "
+	rig.WriteFile(t, "/etc/systemd/system/exited.service", `[Service]
+IPAccounting=yes
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=`+send+`5
+ExecStop=`+send+"3\n")
+	rig.Run(t, "systemctl", "start", "exited.service")
+	r, l := start(t, Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), StopEdge: "ref"})
+	want(t, r.Sweep(t.Context()), "exited.service", sent(5))
+	rig.Run(t, "systemctl", "daemon-reload")
+	sweepUntil(t, r, "it has no data", func(*Sweep) bool { return r.unitNamed("exited.service").Accounting == "no_data" })
+	eventually(t, "the unit is referenced", func() bool {
+		return strings.TrimSpace(rig.Run(t, "systemctl", "show", "exited.service", "-p", "Refs", "--value")) != ""
+	})
+	rig.Run(t, "systemctl", "stop", "exited.service")
+	s := sweepUntil(t, r, "the stop is counted", func(s *Sweep) bool {
+		got, _ := s.seriesOf("exited.service")
+		return got.Total != sent(5)
+	})
+	want(t, s, "exited.service", sent(8))
+	l.only(t, 0, "systemd lost the counters", "exited.service")
+}
+
 // TestRigStartTimes: a series begins when systemd began to count, not when it
 // was first read, and not when the unit was up.
 func TestRigStartTimes(t *testing.T) {
@@ -550,6 +597,32 @@ func TestRigBusRestart(t *testing.T) {
 	talk(t, rig, "after.service", 2)
 	s = sweepUntil(t, r, "a new unit is noticed", func(s *Sweep) bool { _, ok := s.seriesOf("after.service"); return ok })
 	want(t, s, "after.service", sent(2))
+}
+
+// TestRigReferencesReturn: dbus ends without the end of PID 1's own socket, but the
+// references are over with it.
+func TestRigReferencesReturn(t *testing.T) {
+	buses(t, func(t *testing.T, rig *systemdtest.Rig, bus string) {
+		talker(t, rig, "held.service")
+		_, l := start(t, Config{Bus: bus, SystemBus: rig.SystemBus(), StopEdge: "ref"})
+		referenced := func() bool {
+			return strings.TrimSpace(rig.Run(t, "systemctl", "show", "held.service", "-p", "Refs", "--value")) != ""
+		}
+		eventually(t, "the unit is referenced", referenced)
+		rig.Run(t, "systemctl", "reset-failed", "dbus.service") // else it is started too often
+		rig.Run(t, "systemctl", "restart", "dbus.service")
+		eventually(t, "the unit is referenced again", referenced)
+		rig.Run(t, "systemctl", "stop", "dbus.service", "dbus.socket")
+		if bus != rig.SystemBus() {
+			eventually(t, "it is told", func() bool { return len(l.matching(t, "WARN", "no references")) > 0 })
+		}
+		rig.Run(t, "systemctl", "start", "dbus.socket", "dbus.service")
+		eventually(t, "the unit is referenced in the end", referenced)
+		if bus != rig.SystemBus() {
+			l.only(t, 1, "no references")
+			l.only(t, 1, "references", "again")
+		}
+	})
 }
 
 func TestRigPrivateSocket(t *testing.T) {

@@ -23,6 +23,10 @@ const maxAsked = 24
 // docs/decisions/receiver-wire.md. The others that hold references need room too.
 const maxHeld = 128
 
+// refsPause is after what time a lost connection for references is opened again:
+// dbus takes about as long to restart.
+const refsPause = 2 * time.Second
+
 // finalRead bounds the reading of one unit at its end. Nobody can start a
 // transient unit of the same name before it is over.
 const finalRead = time.Second
@@ -35,6 +39,8 @@ const finalRead = time.Second
 // engines start them again under the same name at once.
 type references struct {
 	refs       *dbus.Conn // on the system bus: PID 1's own socket refuses references
+	lost       <-chan struct{}
+	retry      <-chan time.Time
 	refReplies chan *dbus.Call
 	held       map[string]bool // true: held; false: asked for
 	wanted     []string        // of those asked for, the ones that wait for their turn
@@ -56,16 +62,25 @@ func (f *follower) holdReferences(ctx context.Context) {
 		return
 	}
 	conn := f.bus.conn
+	var lost <-chan struct{}
 	if f.bus.private {
 		b, err := openFor(ctx, f.cfg.SystemBus, false, false)
 		if err != nil {
-			f.warnNoReferences(err)
+			if !f.unreferenced {
+				f.warnNoReferences(err)
+			}
+			f.unreferenced = true
+			f.references = references{retry: time.After(refsPause)}
 			return
 		}
-		conn = b.conn
+		conn, lost = b.conn, b.conn.Context().Done()
+		if f.unreferenced {
+			f.unreferenced = false
+			f.log.Info("references on running services can be had again")
+		}
 	}
 	f.references = references{
-		refs: conn, refReplies: make(chan *dbus.Call, maxAsked),
+		refs: conn, lost: lost, refReplies: make(chan *dbus.Call, maxAsked),
 		held: map[string]bool{}, suppressed: map[string]bool{}, any: mode == "ref",
 	}
 	f.mu.Lock()
@@ -141,6 +156,8 @@ func (f *follower) referenced(call *dbus.Call) {
 	switch refused.Name {
 	case noSuchUnit, unknownObject:
 		f.suppressed[name] = true
+	case noReply, nameHasNoOwner, serviceUnknown, limitsExceeded:
+		// The bus answered for systemd, which re-executes itself.
 	default:
 		f.warnNoReferences(call.Err)
 		f.releaseReferences()
@@ -240,12 +257,10 @@ func (f *follower) readEnded(ctx context.Context, units []*unit) {
 	targets := make([]target, 0, len(units))
 	f.mu.Lock()
 	for _, u := range units {
-		targets = append(targets, u.target(now))
+		targets = append(targets, f.target(u, now))
 	}
 	f.mu.Unlock()
-	if f.Receiver.read(ctx, f.bus, targets) == nil {
-		f.apply(targets)
-	}
+	_ = f.collect(ctx, f.bus, targets) // what was not reached, the next sweep reads
 }
 
 // placing is the asking for the slices of units.

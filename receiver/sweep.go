@@ -29,11 +29,13 @@ const (
 	ipAccounting
 	execMainStart
 	slice
+	controlGroup
+	subState
 	properties // how many there are
 )
 
 func propertyName(i int) string {
-	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice"}[i]
+	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice", "ControlGroup", "SubState"}[i]
 }
 
 // target is one run that a sweep reads, and what was read.
@@ -49,13 +51,17 @@ type target struct {
 	lost         bool    // had no data at the last reading
 	mayBeUnreset bool    // see executedNothing
 	needSlice    bool
+	exited       bool // see run.parted
 
 	value  [properties]uint64
 	got    [properties]bool
 	slice  string
+	cgroup string
+	sub    string // asked after all counters
 	noData bool
 	gone   bool // the run is over and can no longer be read
 	missed bool // the bus, not systemd, answered; the next sweep has a better chance
+	fell   bool // a counter was lower than before; this is so after the second reading too
 	err    error
 	time   time.Time // of the last reply
 
@@ -118,9 +124,7 @@ func (r *Receiver) readAll(ctx context.Context, b *bus, targets []target) error 
 	}
 	var missed error
 	for _, part := range [][]target{before, units, after} {
-		err := r.read(ctx, b, part)
-		r.apply(part)
-		if err != nil {
+		if err := r.collect(ctx, b, part); err != nil {
 			return err
 		}
 		if slices.ContainsFunc(part, func(t target) bool { return t.missed }) {
@@ -149,13 +153,13 @@ func (r *Receiver) targets() []target {
 			}
 			u.skipped = 0
 		}
-		targets = append(targets, u.target(now))
+		targets = append(targets, r.target(u, now))
 	}
 	return targets
 }
 
 // target returns what is to be read of a unit with a run. The caller holds mu.
-func (u *unit) target(now time.Time) target {
+func (r *Receiver) target(u *unit, now time.Time) target {
 	quiet := u.run.quiet
 	if u.state == accountingLost || u.state == accountingOff || u.state == accountingNone {
 		quiet = [2]bool{true, true}
@@ -165,6 +169,7 @@ func (u *unit) target(now time.Time) target {
 		quiet: quiet, lost: u.state == accountingLost,
 		mayBeUnreset: u.run.time.IsZero() && typeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
+		exited:       r.version >= 256 && typeOf(u.name) == "service" && u.status.sub == "exited",
 	}
 }
 
@@ -182,8 +187,11 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 	}
 	get := func() error {
 		return b.wire.gets(ctx, len(calls), func(i int) property {
-			t := &targets[calls[i].target]
-			return property{t.path, t.iface, propertyName(calls[i].property)}
+			t, name := &targets[calls[i].target], propertyName(calls[i].property)
+			if calls[i].property == subState {
+				return property{t.path, unitInterface, name}
+			}
+			return property{t.path, t.iface, name}
 		}, func(i int, reply reply) {
 			targets[calls[i].target].take(calls[i].property, reply)
 		})
@@ -198,7 +206,7 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 		switch {
 		case t.gone || t.missed || t.err != nil:
 		case t.noData:
-			calls = append(calls, call{i, ipAccounting})
+			calls = append(calls, call{i, ipAccounting}, call{i, controlGroup})
 		default:
 			for direction, quiet := range t.quiet {
 				if quiet && (t.moved(direction) || t.lost) {
@@ -211,6 +219,9 @@ func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error 
 		}
 		if t.needSlice && !t.noData {
 			calls = append(calls, call{i, slice})
+		}
+		if t.exited && !t.noData {
+			calls = append(calls, call{i, controlGroup}, call{i, subState})
 		}
 	}
 	return get()
@@ -237,6 +248,10 @@ func (t *target) take(property int, reply reply) {
 		}
 	case slice:
 		t.slice, err = reply.string()
+	case controlGroup:
+		t.cgroup, err = reply.string()
+	case subState:
+		t.sub, err = reply.string()
 	default:
 		v, err = reply.uint64()
 	}
@@ -283,19 +298,39 @@ func (t *target) assumed(direction int) bool {
 	return t.quiet[direction] && !t.moved(direction) && !t.lost
 }
 
-// apply puts the readings on the odometers.
-func (r *Receiver) apply(targets []target) {
+// collect reads targets and puts the readings on the odometers. What fell is read
+// once more: accounting that is switched off and on between the four replies
+// leaves packets of before and bytes of after.
+func (r *Receiver) collect(ctx context.Context, b *bus, targets []target) error {
+	err := r.read(ctx, b, targets)
+	if fell := r.apply(targets); err == nil && len(fell) > 0 {
+		err = r.read(ctx, b, fell)
+		r.apply(fell)
+	}
+	return err
+}
+
+// apply puts the readings on the odometers. It returns the targets that are to be
+// read again, since a counter fell.
+func (r *Receiver) apply(targets []target) (fell []target) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for i := range targets {
-		r.applyOne(&targets[i])
+		t := &targets[i]
+		if r.applyOne(t); t.fell {
+			again := r.target(t.unit, time.Now())
+			again.quiet, again.fell = [2]bool{}, true
+			fell = append(fell, again)
+		}
 	}
+	return fell
 }
 
 // applyOne takes one reading. The caller holds mu.
 func (r *Receiver) applyOne(t *target) {
 	u, current := t.unit, t.unit.run == t.run
 	raw, ok := t.counters()
+	_, lower := raw.minus(t.run.last)
 	switch {
 	case t.gone:
 		if current && !t.run.ended.IsZero() {
@@ -317,7 +352,8 @@ func (r *Receiver) applyOne(t *target) {
 			r.withoutData(u, t)
 		}
 		return
-	case !ok || t.needSlice && !t.got[slice] || t.mayBeUnreset && !t.got[execMainStart] || t.executedNothing():
+	case !ok || t.needSlice && !t.got[slice] || t.mayBeUnreset && !t.got[execMainStart] || t.executedNothing(),
+		t.exited && t.sub != "exited":
 		return // not reached before the deadline, or not this run's counters
 	case t.run.time.After(t.asked):
 		// The run ended meanwhile, and a later reading is on the odometer.
@@ -325,14 +361,12 @@ func (r *Receiver) applyOne(t *target) {
 			t.run.series.observed = true
 		}
 		return
-	}
-	if _, fell := raw.minus(t.run.last); fell && (t.assumed(0) || t.assumed(1)) {
+	case lower && current && !t.fell:
+		t.fell = true
+		return
+	case lower && (t.assumed(0) || t.assumed(1)):
 		// All four counters began again, so that bytes of the last reading are of
-		// no use, even if just as many packets came since. The next sweep reads all.
-		t.run.quiet = [2]bool{}
-		if current {
-			u.state = accountingUnknown
-		}
+		// no use, even if just as many packets came since.
 		return
 	}
 	if current && (u.state == accountingFailed || u.state == accountingLost) {
@@ -345,6 +379,7 @@ func (r *Receiver) applyOne(t *target) {
 	if t.needSlice {
 		u.slice, t.run.slice = t.slice, t.slice
 	}
+	t.run.parted = t.exited && t.cgroup == ""
 	before := t.run.time
 	t.run.quiet = [2]bool{!before.IsZero() && !t.moved(0), !before.IsZero() && !t.moved(1)}
 	delta, reset := r.advance(t, raw)
@@ -408,18 +443,19 @@ func (r *Receiver) withoutData(u *unit, t *target) {
 	was := u.state
 	kind := typeOf(u.name)
 	switch {
-	case !t.got[ipAccounting]:
+	case !t.got[ipAccounting] || !t.got[controlGroup]:
 		return
 	case t.value[ipAccounting] == 0:
 		u.state = accountingOff
 		t.run.start = time.Time{}
 		// When it is switched on again it counts from 0, if other units of its
 		// slice use BPF: always in system.slice, where journald does. Else
-		// systemd has kept the counters; that they fall is then the only sign.
-		if t.run.slice == "system.slice" {
+		// systemd has kept the counters; that they fall is then the only sign. So
+		// it has over a reload, on 256 and 257.
+		if t.run.slice == "system.slice" && t.run.time.After(r.reloadBegan) {
 			t.run.last = Counters{}
 		}
-	case had, u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope"):
+	case t.cgroup != "" && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
 		u.state = accountingLost
 		if was != accountingLost {
 			r.say(slog.LevelWarn, "systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
@@ -500,19 +536,17 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 	}
 	r.mu.Lock()
 	restarted := targets[:0]
-	for _, t := range r.targets() {
-		switch {
-		case !slices.Contains(names, t.unit.name):
-		case !slices.Contains(loaded, t.unit.name):
-			r.drop(t.unit) // its signal is on the way or was lost
-		case t.run.time.IsZero():
-			restarted = append(restarted, t)
+	for _, name := range names {
+		switch u := r.units[name]; {
+		case u == nil:
+		case !slices.Contains(loaded, name):
+			r.drop(u) // its signal is on the way or was lost
+		case u.run.time.IsZero():
+			restarted = append(restarted, r.target(u, time.Now()))
 		}
 	}
 	r.mu.Unlock()
-	err = r.read(ctx, b, restarted)
-	r.apply(restarted)
-	return err
+	return r.collect(ctx, b, restarted)
 }
 
 // finish adds up the sweep, forgets what has been over for long enough, and
@@ -538,8 +572,13 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 		}
 		// Before the first list, nobody knows which of the restored runs are over.
 		over := r.listed && !run.closed.IsZero() && now.Sub(run.closed) > keep
+		// No list shows what the settings leave out, and they may change again.
+		over = over && (!run.restored || run.earlier != "" || topSlice(run.unit) || r.exports(run.unit))
 		if over && !run.final && !run.time.IsZero() && run.earlier == "" {
 			r.health.missed++
+		}
+		if over && run.closed.After(r.forgotten) {
+			r.forgotten = run.closed
 		}
 		return over
 	})
