@@ -78,27 +78,28 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			return err
 		}
 	}
-	io, packets := counters[IOName], counters[PacketCountName]
+	io, packets, unattributed := counters[IOName], counters[PacketCountName], counters[UnattributedName]
 	host := attribute.String("host.name", r.cfg.HostName)
 	plain := metric.WithAttributes(host)
 
 	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
 		sweep := r.Sweep(ctx)
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		for _, s := range r.order {
+		for i := range sweep.State.Series {
+			s := &sweep.State.Series[i]
 			switch {
-			case !s.observed:
-			case strings.HasPrefix(s.name, unattributedPrefix):
-				o.ObserveInt64(counters[UnattributedName], int64(s.total.IngressBytes), s.receiveOption...)
-				o.ObserveInt64(counters[UnattributedName], int64(s.total.EgressBytes), s.transmitOption...)
+			case !s.Observed:
+			case strings.HasPrefix(s.Name, unattributedPrefix):
+				o.ObserveInt64(unattributed, int64(s.Total.IngressBytes), s.options.receive...)
+				o.ObserveInt64(unattributed, int64(s.Total.EgressBytes), s.options.transmit...)
 			default:
-				o.ObserveInt64(io, int64(s.total.IngressBytes), s.receiveOption...)
-				o.ObserveInt64(io, int64(s.total.EgressBytes), s.transmitOption...)
-				o.ObserveInt64(packets, int64(s.total.IngressPackets), s.receiveOption...)
-				o.ObserveInt64(packets, int64(s.total.EgressPackets), s.transmitOption...)
+				o.ObserveInt64(io, int64(s.Total.IngressBytes), s.options.receive...)
+				o.ObserveInt64(io, int64(s.Total.EgressBytes), s.options.transmit...)
+				o.ObserveInt64(packets, int64(s.Total.IngressPackets), s.options.receive...)
+				o.ObserveInt64(packets, int64(s.Total.EgressPackets), s.options.transmit...)
 			}
 		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
 		for state, n := range r.countStates() {
 			o.ObserveInt64(counters["unitmeter.units"], n, metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", accounting(state).String())))
 		}

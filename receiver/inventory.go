@@ -23,7 +23,7 @@ const (
 	callTimeout   = 25 * time.Second // one call that is not part of a sweep
 	newUnitPause  = 250 * time.Millisecond
 	lateTraffic   = 2 * time.Minute // reads after the end of a run
-	keepClosed    = 2 * time.Minute // a run's memory after its unit has gone
+	keepClosed    = 2 * time.Minute // a run's memory after its unit has gone, at least
 	keepRestored  = time.Hour       // the same, of a run that no list has shown yet
 	// recheckEvery is after how many sweeps a unit without accounting is asked
 	// again: systemd tells nobody of a set-property IPAccounting=yes.

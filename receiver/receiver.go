@@ -57,6 +57,10 @@ type Config struct {
 	// systemd is not (needs CAP_SYS_ADMIN); "auto" to do what the privileges
 	// allow. Default: dbus.
 	Source string
+	// KeepEnded is how long the last point of a unit that has gone is repeated, so
+	// that each of several readers gets it: more than the longest time between two
+	// collections of one. Default, and the least: 2 minutes.
+	KeepEnded time.Duration
 	// SweepTimeout bounds one reading of all units. Default: 10 s.
 	SweepTimeout time.Duration
 	// State continues the series of an earlier Receiver.
@@ -170,6 +174,7 @@ func New(cfg Config) (*Receiver, error) {
 			return nil, fmt.Errorf("meter units of type %q: systemd has no IP accounting for them; use any of service, scope, socket, mount, swap, slice", t)
 		}
 	}
+	r.cfg.KeepEnded = max(cfg.KeepEnded, keepClosed)
 	r.cfg.StopEdge = cmp.Or(cfg.StopEdge, "auto")
 	if !slices.Contains([]string{"auto", "ref", "journal", "off"}, r.cfg.StopEdge) {
 		return nil, fmt.Errorf("read the end of units by %q: there is no such way; use auto, ref, journal or off", cfg.StopEdge)
@@ -351,8 +356,10 @@ func (s *series) setAttributes(attrs ...attribute.KeyValue) {
 	direction := attribute.Key("network.io.direction")
 	s.receive = attribute.NewSet(append(slices.Clone(attrs), direction.String("receive"))...)
 	s.transmit = attribute.NewSet(append(slices.Clone(attrs), direction.String("transmit"))...)
-	s.receiveOption = []metric.ObserveOption{metric.WithAttributeSet(s.receive)}
-	s.transmitOption = []metric.ObserveOption{metric.WithAttributeSet(s.transmit)}
+	s.options = &options{
+		receive:  []metric.ObserveOption{metric.WithAttributeSet(s.receive)},
+		transmit: []metric.ObserveOption{metric.WithAttributeSet(s.transmit)},
+	}
 }
 
 // keep adds a series to those of the receiver. The caller holds mu.
@@ -423,8 +430,7 @@ type series struct {
 	observed          bool      // by the last sweep
 	moved             bool      // since the last sweep
 	receive, transmit attribute.Set
-	// The options of both directions are made once: they are passed with ...
-	receiveOption, transmitOption []metric.ObserveOption
+	options           *options
 }
 
 // runKey is the key of a run in Receiver.runs. An invocation id is unique by

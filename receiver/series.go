@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
 )
 
 // Counters are the four IP accounting counters of one unit, under systemd's
@@ -37,7 +38,12 @@ type Series struct {
 	// Receive and Transmit are the attribute sets of the two directions, as
 	// they were given to the instruments.
 	Receive, Transmit attribute.Set
+	options           *options
 }
+
+// options are what the points of a series are observed with. They are made once,
+// since they are passed with "...".
+type options struct{ receive, transmit []metric.ObserveOption }
 
 // Run is the state of one invocation of one unit: what the odometer must
 // remember to add the next reading exactly once.

@@ -566,7 +566,7 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 	r.kernel.state(r.log, &r.health)
 	now := time.Now()
 	maps.DeleteFunc(r.runs, func(_ string, run *run) bool {
-		keep := keepClosed
+		keep := r.cfg.KeepEnded
 		if run.restored {
 			keep = keepRestored
 		}
@@ -596,7 +596,7 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 		if run.closed.IsZero() {
 			// One that ended long ago, of a unit that is still loaded, is not read.
 			live[run.series] = live[run.series] || run.ended.IsZero() || now.Sub(run.ended) <= lateTraffic
-		} else if now.Sub(run.closed) <= keepClosed && (!run.restored || run.final) {
+		} else if now.Sub(run.closed) <= r.cfg.KeepEnded && (!run.restored || run.final) {
 			over[run.series] = true // an earlier Receiver has shown what else it had
 		}
 	}
@@ -619,7 +619,7 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 		s.moved, s.fresh = false, false
 		sweep.State.Series[i] = Series{
 			Name: s.name, Total: s.total, Start: s.start, Time: s.time, Observed: s.observed,
-			Receive: s.receive, Transmit: s.transmit,
+			Receive: s.receive, Transmit: s.transmit, options: s.options,
 		}
 	}
 	for _, run := range r.runs {

@@ -63,7 +63,7 @@ func contenders(b *testing.B, units int, interval time.Duration) []contender {
 		}
 		return contender{
 			name: "unitmeter, " + name, against: against, user: user, command: []string{binary, "run"},
-			reads: "the four IP counters, only two of a unit without traffic since; commits to disk",
+			reads: "the four IP counters, but bytes only where packets moved since: two calls for an idle unit, three for one that only sends, as these do; commits to disk",
 			env: map[string]string{
 				"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317", "OTEL_METRIC_EXPORT_INTERVAL": strconv.FormatInt(interval.Milliseconds(), 10),
 				"UNITMETER_INCLUDE": "load-*.service", "UNITMETER_STATE_DIR": "/var/lib/bench/state", variable: value,

@@ -100,6 +100,9 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	rcvConfig := receiverConfig(cfg)
 	rcvConfig.Logger = log
 	rcvConfig.State = state.restored()
+	if len(cfg.Exporters) > 1 {
+		rcvConfig.KeepEnded = 2 * cfg.Interval
+	}
 	rcv, err := receiver.New(rcvConfig)
 	if err != nil {
 		return false, usageError{err}
