@@ -160,7 +160,7 @@ func openFor(ctx context.Context, address string, private, signals bool) (*bus, 
 		return nil, fmt.Errorf("connect to systemd at %s: %w", address, err)
 	}
 	if private {
-		w.every, w.window = readEveryPrivate, maxInFlightPrivate
+		w.window = maxInFlightPrivate
 	}
 	conn, err := dbus.NewConn(w, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
 	if err != nil {

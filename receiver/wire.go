@@ -28,11 +28,10 @@ const (
 	// takes other clients' calls in between. The calls fit into the socket's
 	// buffer, and so do the replies.
 	maxInFlightPrivate = 512
-	// readEvery and readEveryPrivate are how often a sweep looks for replies.
-	// They come a hundred in a millisecond, and to be woken for each of them
-	// costs more than to read them, here and in the peer.
-	readEvery        = time.Millisecond
-	readEveryPrivate = 2 * time.Millisecond
+	// readEvery is how often a sweep looks for replies at first. To be woken for
+	// each of them costs more than to read them, here and in the peer. From half
+	// to eight times of it, it adapts to how fast they come.
+	readEvery = time.Millisecond
 	// firstOwnSerial divides the serial numbers of one connection: godbus
 	// counts from 1, the calls of sweeps start here.
 	firstOwnSerial = 1 << 31
@@ -64,8 +63,10 @@ type wire struct {
 	sending chan struct{} // one writer at a time
 	turn    chan struct{} // held by the caller of gets whose turn it is
 
-	every  time.Duration // how often a sweep reads; 0 where nothing is buffered on the way
 	window int           // how many calls may be without a reply
+	every  time.Duration // how often a sweep reads at first; 0 where nothing is buffered on the way
+	nap    time.Duration // how often by now; used in Read only
+	napped bool          // before the last read; the same
 
 	out []byte // reused encoding buffer, guarded by sending
 
@@ -129,7 +130,7 @@ func dial(ctx context.Context, address string) (*wire, error) {
 			tried = append(tried, err)
 			continue
 		}
-		w.conn, w.every = s, readEvery
+		w.conn, w.every, w.nap = s, readEvery, readEvery
 		early, _ := w.in.Peek(w.in.Buffered()) // what a peer says unasked behind its OK
 		w.in.Reset(io.MultiReader(bytes.NewReader(bytes.Clone(early)), s))
 		return w, nil
@@ -358,8 +359,15 @@ func (w *wire) dispatch(h header) {
 // than the batch.
 func (w *wire) pause() {
 	w.mu.Lock()
-	room, over := w.room(), w.round.size > 0 && w.round.open == 0
+	room, open, more, over := w.room(), w.round.open, w.round.sent < w.round.size, w.round.size > 0 && w.round.open == 0
 	w.mu.Unlock()
+	switch {
+	case !w.napped || !more:
+	case room == 0: // too few replies for a batch
+		w.nap = min(2*w.nap, 8*w.every)
+	case open == 0: // systemd had nothing to do
+		w.nap = max(w.nap/2, w.every/2)
+	}
 	if room > 0 {
 		select {
 		case w.sending <- struct{}{}:
@@ -372,10 +380,10 @@ func (w *wire) pause() {
 		w.wakeUp()
 	}
 	w.mu.Lock()
-	waiting := w.round.open > 0
+	w.napped = w.every > 0 && w.round.open > 0
 	w.mu.Unlock()
-	if waiting && w.every > 0 {
-		time.Sleep(w.every)
+	if w.napped {
+		time.Sleep(w.nap)
 	}
 }
 
