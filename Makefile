@@ -34,7 +34,7 @@ lint: ## gofmt, go vet, staticcheck, and that generated files are current
 fmt: ## format all Go files
 	gofmt -w .
 
-# BenchmarkIdle takes ten minutes for each agent. The flags are last: go takes what
+# BenchmarkIdle takes ten minutes by itself. The flags are last: go takes what
 # follows a flag that is the test's own for the test's as well.
 bench: build ## run all benchmarks but BenchmarkIdle, one package after the other; PKG and BENCH=regexp for some
 	.ci/tools bench

@@ -53,8 +53,8 @@ func (r *benchReport) rig(b *testing.B, rig *systemdtest.Rig, o others) {
 type others struct{ all, foreign time.Duration }
 
 // watchOthers returns a function that returns what there was since the call: the
-// machine's CPU time less that of the rig and of this process.
-func watchOthers(b *testing.B, rig *systemdtest.Rig) func() others {
+// machine's CPU time less that of the rigs and of this process.
+func watchOthers(b *testing.B, rigs ...*systemdtest.Rig) func() others {
 	read := func() (all, foreign time.Duration) {
 		text, err := os.ReadFile("/proc/stat")
 		if err != nil {
@@ -72,15 +72,18 @@ func watchOthers(b *testing.B, rig *systemdtest.Rig) func() others {
 				foreign += time.Duration(n) * tick
 			}
 		}
-		inside, err := cgroupCPU(rig, ".")
-		if err != nil {
-			b.Fatal(err)
+		for _, rig := range rigs {
+			inside, err := cgroupCPU(rig, ".")
+			if err != nil {
+				b.Fatal(err)
+			}
+			foreign -= inside
 		}
 		var self syscall.Rusage
 		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &self); err != nil {
 			b.Fatal(err)
 		}
-		return all, foreign - inside - time.Duration(self.Utime.Nano()+self.Stime.Nano())
+		return all, foreign - time.Duration(self.Utime.Nano()+self.Stime.Nano())
 	}
 	all, foreign := read()
 	return func() others {

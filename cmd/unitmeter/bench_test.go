@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -17,7 +18,7 @@ import (
 
 var (
 	collections = flag.Int("collections", 5, "how many collections BenchmarkHost measures of each agent")
-	idleFor     = flag.Duration("idle", 10*time.Minute, "how long BenchmarkIdle measures each agent")
+	idleFor     = flag.Duration("idle", 10*time.Minute, "how long BenchmarkIdle measures the agents")
 )
 
 // BenchmarkHost measures what one collection costs a host: the CPU time of the
@@ -50,21 +51,34 @@ func BenchmarkHost(b *testing.B) {
 }
 
 // BenchmarkIdle measures what each agent costs a host with 1,000 idle units at an
-// interval of 10 s, over ten minutes for each of them, or as long as -idle says.
-// With -update it writes its part of docs/benchmarks.md.
+// interval of 10 s, over ten minutes, or as long as -idle says: all of them at the
+// same time, each beside a systemd of its own, and about a second apart. With
+// -update it writes its part of docs/benchmarks.md.
 //
 //	make bench PKG=./cmd/unitmeter BENCH=BenchmarkIdle TESTFLAGS=-update
 func BenchmarkIdle(b *testing.B) {
 	const units, interval = 1000, 10 * time.Second
+	n := max(1, int(*idleFor/interval))
 	r := &benchReport{began: time.Now()}
-	rig := startLoad(b, units, 0)
-	others := watchOthers(b, rig)
-	for _, a := range contenders(b, units, interval) {
-		b.Run(a.slug(), func(b *testing.B) {
-			r.add(b, measure(b, rig, a, units, max(1, int(*idleFor/interval))))
-		})
+	agents := contenders(b, units, interval)
+	rigs := make([]*systemdtest.Rig, len(agents))
+	for i := range agents {
+		rigs[i] = startLoad(b, units, 0)
 	}
-	r.rig(b, rig, others())
+	others := watchOthers(b, rigs...)
+	all := make([]watched, len(agents))
+	var watching sync.WaitGroup
+	for i, a := range agents {
+		next := a.start(b, rigs[i], units)
+		watching.Go(func() { all[i] = watch(next, units, n) })
+		time.Sleep(interval / time.Duration(len(agents)))
+	}
+	watching.Wait()
+	rest := others()
+	for i, a := range agents {
+		b.Run(a.slug(), func(b *testing.B) { r.add(b, all[i].report(b, rigs[i], a, units)) })
+	}
+	r.rig(b, rigs[0], rest)
 	r.writeIdle(b)
 }
 
@@ -106,31 +120,47 @@ type measured struct {
 	lost          float64       // units, of one collection
 }
 
-// measure starts an agent as bench.service and looks at n collections of it. The
-// first ones are not counted: the agents connect, and some learn, in them.
+// measure starts an agent as bench.service and looks at n collections of it.
 func measure(b *testing.B, rig *systemdtest.Rig, a contender, units, n int) measured {
-	next := a.start(b, rig, units)
-	for range 2 {
-		if c := next(); c.err != nil {
-			b.Fatal(c.err)
+	return watch(a.start(b, rig, units), units, n).report(b, rig, a, units)
+}
+
+// watched is what was seen of an agent.
+type watched struct {
+	first, last collection
+	walls       []time.Duration // of those after the first
+	lost        int             // units, in all of them
+	took        time.Duration
+}
+
+// watch looks at n collections. Some before them are not counted: the agents
+// connect, and some learn, in them. It ends with the first that has an error.
+func watch(next func() collection, units, n int) (w watched) {
+	for range 3 {
+		if w.first = next(); w.first.err != nil {
+			return watched{last: w.first}
 		}
 	}
-	first := next()
-	last, began, lost := first, time.Now(), 0
-	var walls []time.Duration
-	for range n {
-		if last = next(); last.err != nil {
-			b.Fatal(last.err)
-		}
-		walls, lost = append(walls, last.wall), lost+units-last.seen
+	for began := time.Now(); len(w.walls) < n && w.last.err == nil; w.took = time.Since(began) {
+		w.last = next()
+		w.walls, w.lost = append(w.walls, w.last.wall), w.lost+units-w.last.seen
 	}
-	slices.Sort(walls)
+	slices.Sort(w.walls)
+	return w
+}
+
+// report says what the collections cost, while the agent is still there.
+func (w watched) report(b *testing.B, rig *systemdtest.Rig, a contender, units int) measured {
+	if w.last.err != nil {
+		b.Fatal(w.last.err)
+	}
+	n := len(w.walls)
 	r := measured{
-		agent: a, units: units, count: n, took: time.Since(began), rss: rss(b, rig), wall: walls[len(walls)/2], lost: float64(lost) / float64(n),
-		cpu: (last.cpu.all() - first.cpu.all()) / time.Duration(n), own: (last.cpu.agent - first.cpu.agent) / time.Duration(n),
+		agent: a, units: units, count: n, took: w.took, rss: rss(b, rig), wall: w.walls[n/2], lost: float64(w.lost) / float64(n),
+		cpu: (w.last.cpu.all() - w.first.cpu.all()) / time.Duration(n), own: (w.last.cpu.agent - w.first.cpu.agent) / time.Duration(n),
 	}
-	if a.ours() && lost != 0 {
-		b.Errorf("%s lost %d of %d × %d units", a.name, lost, n, units)
+	if a.ours() && w.lost != 0 {
+		b.Errorf("%s lost %d of %d × %d units", a.name, w.lost, n, units)
 	}
 	milliseconds := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	b.ReportMetric(0, "ns/op") // of no meaning
