@@ -155,7 +155,8 @@ func TestKernelReloads(t *testing.T) {
 			sink(t, rig)
 			unit := "k" + operation + ".service"
 			rig.WriteFile(t, "/etc/systemd/system/"+unit, "[Service]\nIPAccounting=yes\nType=oneshot\nRemainAfterExit=yes\nExecStart="+
-				rig.Traffic()+" udp-send "+sinkAddress+fmt.Sprintf(" -count %d -rate 10000\nExecStart=/bin/sleep 2\n", packets))
+				rig.Traffic()+" udp-send "+sinkAddress+fmt.Sprintf(" -count %d -rate 10000\n", packets)+
+				"ExecStart=/bin/sh -c 'until [ -e /run/reloaded-%N ]; do sleep .1; done'\n") // systemd forgets counters of what has exited
 			rig.Run(t, "systemctl", "daemon-reload")
 			r, _ := start(t, kernelConfig(rig, Config{Include: []string{unit}}))
 			r.Sweep(t.Context())
@@ -177,6 +178,7 @@ func TestKernelReloads(t *testing.T) {
 				sweep()
 				rig.Run(t, "systemctl", operation)
 			}
+			rig.Run(t, "touch", "/run/reloaded-k"+operation)
 			rig.Run(t, "sh", "-c", "while [ $(systemctl show -p ActiveState --value "+unit+") = activating ]; do sleep .1; done")
 			held(t, r, unit)
 			got := sweep()
