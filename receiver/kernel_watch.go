@@ -308,6 +308,9 @@ const (
 	maxPolled = 128
 	// pollPause is the pause between two looks at all of them.
 	pollPause = 20 * time.Microsecond
+	// betweenPrograms is more than a packet takes from the one program on a cgroup
+	// to the next, by far.
+	betweenPrograms = 5 * time.Microsecond
 	// pollAfter is for how long it goes on when systemd has said that the reload
 	// is over, and pollAtMost for how long in all.
 	pollAfter  = 300 * time.Millisecond
@@ -478,9 +481,10 @@ func (p *polled) look(calls *bpfCalls) bool {
 // lookAt is look for one direction. As long as the same programs are attached
 // after the reading, all of it is from before the new ones.
 //
-// Once the old program is detached, the two maps have in common only what the
-// new one has by then: the old map's value less the new one's is in no other.
-// That is read in the round after, when no packet is between the two programs.
+// After that, the two maps have in common only what the new one has by then: the
+// old map's value less the new one's, read a little later, is in no other. It is
+// read when the new map is found, where mostly both programs are attached still,
+// and once more when the old one is detached.
 func (p *polled) lookAt(calls *bpfCalls, direction int) (more bool) {
 	packets, bytes, err := calls.readOne(p.maps, direction)
 	var now programs
@@ -494,22 +498,31 @@ func (p *polled) lookAt(calls *bpfCalls, direction int) (more bool) {
 		p.latest.set(direction, packets, bytes)
 		return true
 	}
-	if p.next.ids[direction] == 0 {
+	found := p.next.ids[direction] == 0
+	if found {
 		calls.openMap(&p.next, &now, direction)
 	}
 	switch {
 	case p.next.ids[direction] == p.maps.ids[direction]:
 		return false // no new map after all
-	case p.next.ids[direction] == 0 || !p.gone[direction]:
-		p.gone[direction] = !slices.ContainsFunc(now.in(direction), func(id uint32) bool { return slices.Contains(p.attached.in(direction), id) })
+	case p.next.ids[direction] == 0:
 		return true
 	}
-	if newPackets, newBytes, err := calls.readOne(p.next, direction); err == nil {
-		var both Counters
-		both.set(direction, packets-min(packets, newPackets), bytes-min(bytes, newBytes))
-		p.latest = p.latest.max(both)
+	gone := p.gone[direction]
+	if found {
+		// The query waits for a lock that systemd holds to attach and detach.
+		if packets, bytes, err = calls.readOne(p.maps, direction); err != nil {
+			return false
+		}
+		_ = unix.Nanosleep(&unix.Timespec{Nsec: betweenPrograms.Nanoseconds()}, nil)
 	}
-	return false
+	if newPackets, newBytes, err := calls.readOne(p.next, direction); err == nil && (found || gone) {
+		var old Counters
+		old.set(direction, packets-min(packets, newPackets), bytes-min(bytes, newBytes))
+		p.latest = p.latest.max(old)
+	}
+	p.gone[direction] = !slices.ContainsFunc(now.in(direction), func(id uint32) bool { return slices.Contains(p.attached.in(direction), id) })
+	return !gone
 }
 
 // polled takes what the polling has found, and the new maps, as soon as systemd
