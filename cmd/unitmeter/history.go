@@ -82,9 +82,18 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if usage.Damaged > 0 {
 		fmt.Fprintf(t.stderr, "unitmeter history: %d pieces of the history are damaged and left out\n", usage.Damaged)
 	}
-	if len(usage.Units) == 0 && len(units) > 0 {
-		return fmt.Errorf("find %s in the history: nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
-			strings.Join(units, " "), query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
+	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
+		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
+	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
+		return strings.ContainsAny(name, "*?[") || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
+	})
+	switch {
+	case len(usage.Units) == 0 && len(units) > 0:
+		return fmt.Errorf("find %s in the history: %s", strings.Join(units, " "), none)
+	case len(usage.Units) == 0:
+		fmt.Fprintf(t.stderr, "unitmeter history: %s\n", none)
+	case len(missing) > 0:
+		fmt.Fprintf(t.stderr, "unitmeter history: of %s, %s\n", strings.Join(missing, ", "), none)
 	}
 	switch {
 	case *asJSON:

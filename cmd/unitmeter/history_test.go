@@ -5,6 +5,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"errors"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -132,5 +133,38 @@ func TestHistoryMistakes(t *testing.T) {
 	}
 	if code, _, stderr := runCommand(t, []string{state}, "history"); code != 1 || !strings.Contains(stderr, "set UNITMETER_STATE_DIR to the agent's directory") {
 		t.Errorf("without a history: code %d: %s", code, stderr)
+	}
+}
+
+// A name that is not in the history is not passed over, beside others neither.
+func TestHistoryNamesWhatIsMissing(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(t.Context(), store.Config{Dir: dir, History: 24 * time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	err = s.Commit(t.Context(), store.Cycle{Time: now, Samples: []store.Sample{
+		{Unit: "here.service", Time: now, Delta: [4]uint64{1, 1, 1, 1}, Interval: time.Second}}})
+	if err := errors.Join(err, s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		args     []string
+		code     int
+		says, is string // on standard error and output
+	}{
+		{[]string{"here", "gone", "also.socket"}, 0, "of gone.service, also.socket, nothing was recorded between", "here.service"},
+		{[]string{"here", "*.socket"}, 0, "", "here.service"},
+		{[]string{"gone", "*.socket"}, 1, "find gone *.socket in the history: nothing was recorded between", ""},
+		{[]string{"--until", "12h"}, 0, "unitmeter history: nothing was recorded between", "UNIT"},
+	} {
+		code, stdout, stderr := runCommand(t, []string{"UNITMETER_STATE_DIR=" + dir}, append([]string{"history"}, test.args...)...)
+		if code != test.code || !strings.Contains(stderr, test.says) || test.says == "" && stderr != "" || !strings.Contains(stdout, test.is) {
+			t.Errorf("history %v: code %d, %q, %q", test.args, code, stdout, stderr)
+		}
 	}
 }
