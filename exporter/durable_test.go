@@ -295,6 +295,26 @@ func runAgent(t *testing.T, dir string) {
 	}
 }
 
+// An empty outbox has no size, though the frame of the next request is in the file.
+func TestOutboxValues(t *testing.T) {
+	s, d := openStore(t, filepath.Join(t.TempDir(), "state"))
+	request := bytes.Repeat([]byte("request"), 1000)
+	for range 2 {
+		if err := d.Commit(t.Context(), Cycle{Request: request, Points: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if v := outboxValues(s.Stats()); v[0] == 0 || v[1] != 2 {
+		t.Errorf("with two requests: %v", v)
+	}
+	if err := d.Done(t.Context(), Outcome{ID: 1}, Outcome{ID: 2}); err != nil {
+		t.Fatal(err)
+	}
+	if v := outboxValues(s.Stats()); s.Stats().OutboxBytes == 0 || v[0] != 0 || v[1] != 0 {
+		t.Errorf("with none: %v of %+v", v, s.Stats())
+	}
+}
+
 func TestDeltaGoesOnAfterARestart(t *testing.T) {
 	server := otlptest.Start(t, otlptest.Config{})
 	dir := filepath.Join(t.TempDir(), "state")

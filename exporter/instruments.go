@@ -49,7 +49,11 @@ func outboxValues(s store.Stats) []int64 {
 	if !s.OldestTime.IsZero() {
 		age = max(int64(time.Since(s.OldestTime)/time.Second), 0)
 	}
-	return []int64{s.OutboxBytes, s.OutboxEntries, age, s.ThinnedPoints, s.DroppedPoints}
+	size := s.OutboxBytes
+	if s.OutboxEntries == 0 {
+		size = 0 // what there is helps to compress the requests to come
+	}
+	return []int64{size, s.OutboxEntries, age, s.ThinnedPoints, s.DroppedPoints}
 }
 
 // Register makes the exporter's own instruments on the meter (see Health). Their
