@@ -327,7 +327,10 @@ func (w *switcher) describe(u accountedUnit, runtime, rearm bool) {
 	fmt.Fprintf(w.out, "%s%s:\n", u.name, why)
 	fmt.Fprintf(w.out, "  would call  %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", managerInterface, u.name, runtime, w.on)
 	fmt.Fprintf(w.out, "  systemd writes  %s/%s.d/%s\n", dir, u.name, settingFile)
-	fmt.Fprintf(w.out, "  the same as  systemctl set-property %s%s IPAccounting=%s\n", flag, u.name, yesNo(w.on))
+	if strings.HasPrefix(u.name, "-") {
+		flag += "-- "
+	}
+	fmt.Fprintf(w.out, "  the same as  systemctl set-property %s%s IPAccounting=%s\n", flag, shellWord(u.name), yesNo(w.on))
 }
 
 // setDefault writes or removes the drop-in of systemd's own configuration and
