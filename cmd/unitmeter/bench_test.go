@@ -76,7 +76,13 @@ func BenchmarkIdle(b *testing.B) {
 	watching.Wait()
 	rest := others()
 	for i, a := range agents {
-		b.Run(a.slug(), func(b *testing.B) { r.add(b, all[i].report(b, rigs[i], a, units)) })
+		reported := false
+		b.Run(a.slug(), func(b *testing.B) { // more than once, since it takes no time
+			if one := all[i].report(b, rigs[i], a, units); !reported {
+				r.add(b, one)
+			}
+			reported = true
+		})
 	}
 	r.rig(b, rigs[0], rest)
 	r.writeIdle(b)
