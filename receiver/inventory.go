@@ -269,7 +269,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = b.conn.Close() })
 	defer stop()
 
-	if err := r.relist(ctx, b); err != nil {
+	if err := r.relist(ctx, b, true); err != nil {
 		return false, err
 	}
 	r.reloadEnds()
@@ -327,7 +327,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			}
 		case <-f.thaw:
 			f.reloaded(func(h *health) { h.reloads++ })
-			err = r.relist(ctx, b)
+			err = r.relist(ctx, b, true)
 		case call := <-f.refReplies:
 			f.referenced(call)
 		case <-f.lost: // systemd has given up the references too
@@ -336,7 +336,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			f.holdReferences(ctx)
 		case <-relist.C:
 			if f.thaw == nil {
-				err = r.relist(ctx, b)
+				err = r.relist(ctx, b, false)
 			}
 		}
 		if err != nil {
@@ -395,7 +395,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		} else if ok {
 			f.reloadEnds()
 			f.reloaded(func(h *health) { h.reloads++ })
-			return f.relist(ctx, f.bus)
+			return f.relist(ctx, f.bus, true)
 		}
 	case "org.freedesktop.DBus.NameOwnerChanged":
 		if owner, ok := argument[string](signal, 2); ok && owner == "" {
@@ -407,7 +407,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 			// Before systemd 258, one that has lost the bus forgets its
 			// subscribers; one that has not answers with an error.
 			f.bus.conn.Object(systemdName, managerPath).Go(managerInterface+".Subscribe", dbus.FlagNoReplyExpected, nil)
-			return f.relist(ctx, f.bus)
+			return f.relist(ctx, f.bus, true)
 		}
 	}
 	return nil
@@ -482,8 +482,10 @@ func (r *Receiver) exports(name string) bool {
 	return slices.Contains(r.cfg.Types, typeOf(name)) && r.include.index(name) >= 0 && r.exclude.index(name) < 0
 }
 
-// relist brings the inventory in line with what systemd has loaded.
-func (r *Receiver) relist(ctx context.Context, b *bus) error {
+// relist brings the inventory in line with what systemd has loaded. Without all, it
+// is for what signals may have missed: units that are in the same state as before are
+// not asked. If one was restarted, its run shows to be over where it is read.
+func (r *Receiver) relist(ctx context.Context, b *bus, all bool) error {
 	patterns := make([]string, len(r.cfg.Types))
 	for i, t := range r.cfg.Types {
 		patterns[i] = "*." + t
@@ -493,8 +495,7 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 	if err != nil {
 		return err
 	}
-	here := make(map[string]bool, len(rows))
-	names := make([]string, 0, len(rows))
+	here := make(map[string]listed, len(rows))
 	version, err := b.version(ctx)
 	if err != nil {
 		return err
@@ -502,16 +503,22 @@ func (r *Receiver) relist(ctx context.Context, b *bus) error {
 	for _, row := range rows {
 		// Followed units are devices' other names; the name in the path is the
 		// unit's own, whatever alias the row may carry.
-		if name := unitOfPath(string(row.Path)); r.follows(name) && !here[name] {
-			here[name] = true
-			names = append(names, name)
+		if name := unitOfPath(string(row.Path)); r.follows(name) {
+			here[name] = row
 		}
 	}
 	r.mu.Lock()
 	r.version = cmp.Or(version, r.version)
+	names := make([]string, 0, len(here))
+	for name, row := range here {
+		if u := r.units[name]; all || u == nil || u.run == nil || u.run.unbegun || u.status.active != row.Active || u.status.sub != row.Sub {
+			names = append(names, name)
+		}
+	}
 	for name, u := range r.units {
+		_, loaded := here[name]
 		switch {
-		case here[name]:
+		case loaded:
 			if u.state == accountingOff || u.state == accountingNone {
 				u.state = accountingUnknown // ask again whether it counts now
 			}
