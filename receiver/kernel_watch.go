@@ -516,10 +516,12 @@ func (p *polled) lookAt(calls *bpfCalls, direction int) (more bool) {
 		}
 		_ = unix.Nanosleep(&unix.Timespec{Nsec: betweenPrograms.Nanoseconds()}, nil)
 	}
-	if newPackets, newBytes, err := calls.readOne(p.next, direction); err == nil && (found || gone) {
-		var old Counters
-		old.set(direction, packets-min(packets, newPackets), bytes-min(bytes, newBytes))
-		p.latest = p.latest.max(old)
+	if found || gone {
+		if newPackets, newBytes, err := calls.readOne(p.next, direction); err == nil {
+			var old Counters
+			old.set(direction, packets-min(packets, newPackets), bytes-min(bytes, newBytes))
+			p.latest = p.latest.max(old)
+		}
 	}
 	p.gone[direction] = !slices.ContainsFunc(now.in(direction), func(id uint32) bool { return slices.Contains(p.attached.in(direction), id) })
 	return !gone
