@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -36,6 +37,7 @@ const (
 	serviceUnknown       = "org.freedesktop.DBus.Error.ServiceUnknown"
 	limitsExceeded       = "org.freedesktop.DBus.Error.LimitsExceeded"
 	propertiesChangedSig = propertiesInterface + ".PropertiesChanged"
+	nameOwnerChangedSig  = "org.freedesktop.DBus.NameOwnerChanged"
 )
 
 // bus is one connection to systemd: over a message bus, or to PID 1 directly.
@@ -43,7 +45,11 @@ type bus struct {
 	wire    *wire
 	conn    *dbus.Conn
 	signals chan *dbus.Signal
-	private bool
+	// urgent has the same signals once more, for who must not wait while others
+	// are handled.
+	urgent    chan *dbus.Signal
+	private   bool
+	reloading bool // guarded by Receiver.mu
 }
 
 // unit is one loaded unit of a metered type.
@@ -166,9 +172,10 @@ func openFor(ctx context.Context, address string, private, signals bool) (*bus, 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to systemd at %s: %w", address, err), w.Close())
 	}
-	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), private: private}
+	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), urgent: make(chan *dbus.Signal, 64), private: private}
 	if signals {
 		conn.Signal(b.signals)
+		conn.Signal(b.urgent)
 	}
 	if err = b.hello(ctx); err == nil && signals {
 		err = b.subscribe(ctx)
@@ -260,11 +267,14 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	var heeding sync.WaitGroup
+	heeding.Go(func() { r.heedReloads(b) }) // until the connection is closed
 	defer func() {
 		r.mu.Lock()
 		r.bus = nil
 		r.mu.Unlock()
 		_ = b.conn.Close() // the reason is in err already
+		heeding.Wait()
 	}()
 	stop := context.AfterFunc(ctx, func() { _ = b.conn.Close() })
 	defer stop()
@@ -272,8 +282,10 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	if err := r.relist(ctx, b, true); err != nil {
 		return false, err
 	}
-	r.reloadEnds()
 	r.mu.Lock()
+	if !b.reloading {
+		r.reloadEnds()
+	}
 	r.bus, r.listed, r.reloadBegan = b, true, time.Now()
 	recovered := r.broken != nil
 	r.broken = nil
@@ -390,18 +402,15 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	case managerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
-			f.reloadBegins()
 			f.thaw, f.reloading = time.After(reloadTimeout), true
 		} else if ok {
-			f.reloadEnds()
 			f.reloaded(func(h *health) { h.reloads++ })
 			return f.relist(ctx, f.bus, true)
 		}
-	case "org.freedesktop.DBus.NameOwnerChanged":
+	case nameOwnerChangedSig:
 		if owner, ok := argument[string](signal, 2); ok && owner == "" {
 			f.thaw = time.After(reloadTimeout)
 		} else if ok {
-			f.reloadEnds()
 			f.reloading = true // systemd 261 may leave out the signal
 			f.reloaded(func(h *health) { h.reexecs++ })
 			// Before systemd 258, one that has lost the bus forgets its
@@ -411,6 +420,29 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	}
 	return nil
+}
+
+// heedReloads takes systemd's word on its reloads as soon as it arrives, whatever
+// else is going on, until the connection is closed.
+func (r *Receiver) heedReloads(b *bus) {
+	for signal := range b.urgent {
+		began, isReload := argument[bool](signal, 0)
+		owner, isName := argument[string](signal, 2)
+		r.mu.Lock()
+		switch {
+		case signal.Name == managerInterface+".Reloading" && isReload && began:
+			b.reloading = true
+			r.reloadBegins()
+		case signal.Name == managerInterface+".Reloading" && isReload,
+			signal.Name == nameOwnerChangedSig && isName && owner != "":
+			b.reloading = false
+			r.reloadEnds()
+		}
+		r.mu.Unlock()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.systemdLost()
 }
 
 // noteFresh has a unit looked at in a moment.
@@ -438,7 +470,7 @@ func wellFormed(signal *dbus.Signal) (ok bool) {
 		_, ok = argument[map[string]dbus.Variant](signal, 1)
 	case managerInterface + ".Reloading":
 		_, ok = argument[bool](signal, 0)
-	case "org.freedesktop.DBus.NameOwnerChanged":
+	case nameOwnerChangedSig:
 		_, ok = argument[string](signal, 2)
 	default:
 		_, ok = argument[string](signal, 0)

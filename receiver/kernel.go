@@ -20,6 +20,9 @@ const (
 	// is done before the unit stays on D-Bus until its maps are replaced.
 	maxProbes   = 8
 	maxCompared = 64
+	// maxReplaced is how many maps that were replaced are held for each unit until
+	// it is known again what systemd adds to those that replaced them.
+	maxReplaced = 16
 	// maxSwitching is how many sweeps a unit waits for that counts in two maps.
 	maxSwitching = 3
 	// settling is for how long after any program was loaded into the kernel the
@@ -89,8 +92,14 @@ type tally struct {
 	low, high [4]int64
 	compared  bool
 	probes    int
+	reading   *reading
 	gap       *gap // from the replacement of known maps until extra is known again
 }
+
+// reading is a value that systemd has shown and that was put on the odometer, and
+// what the maps had just before and after. It is nil as soon as it is not the last
+// one, or the maps are not known to be those that it is about.
+type reading struct{ before, shown, after Counters }
 
 // gap is what has to be made up for when systemd has replaced a unit's maps:
 // what the old ones counted, and systemd has not carried over.
@@ -105,6 +114,7 @@ type gap struct {
 	last    Counters // of the odometer, when counted was brought up to date
 	base    Counters // of the new map, when the gap began
 	old     []replaced
+	unclear Counters // what may have been counted beyond owed, but for what old tells
 }
 
 type replaced struct {
@@ -288,19 +298,23 @@ func (k *kernelSource) lookAs(s *tally, query bool) sighting {
 		return unchanged
 	}
 	s.switching = 0
-	s.replace(attached, next)
+	s.replace(k.calls, attached, next)
 	return renewed
 }
 
 // replace takes the maps in which systemd counts from now on.
-func (s *tally) replace(attached programs, next counterMaps) {
-	if s.known && s.gap == nil {
+func (s *tally) replace(c *bpfCalls, attached programs, next counterMaps) {
+	s.latest = s.latest.max(c.onlyIn(s.now, next))
+	if s.gap == nil && (s.known || s.reading != nil && s.reading.shown == s.run.last) {
 		s.startGap()
 	}
 	if s.gap != nil {
 		s.gap.owed, _ = s.gap.owed.plus(s.latest.less(s.gap.base))
 		s.gap.old = append(s.gap.old, replaced{s.now, s.latest})
 		s.gap.base = Counters{}
+		if len(s.gap.old) > maxReplaced {
+			s.gap.forget(c)
+		}
 	} else {
 		s.now.close() // systemd's values were counted so far, and carry on
 		s.born = false
@@ -309,18 +323,31 @@ func (s *tally) replace(attached programs, next counterMaps) {
 	s.doubt()
 }
 
+// forget gives up the oldest maps.
+func (g *gap) forget(c *bpfCalls) {
+	old := &g.old[0]
+	if final, err := c.read(old.maps); err == nil {
+		g.unclear, _ = g.unclear.plus(final.less(old.latest))
+	}
+	old.maps.close()
+	g.old = g.old[1:]
+}
+
 // startGap begins a gap at the last reading on the odometer.
 func (s *tally) startGap() {
-	s.gap = &gap{base: s.latest}
-	if s.run != nil {
+	s.gap = &gap{}
+	switch {
+	case s.run == nil:
+	case s.known:
 		s.gap.last, s.gap.base = s.run.last, s.run.last.less(s.extra)
-	} else {
-		s.gap.base = Counters{}
+	default:
+		s.gap.last, s.gap.base = s.run.last, s.reading.after
+		s.gap.unclear = s.reading.after.less(s.reading.before)
 	}
 }
 
 // doubt makes systemd's value decide until extra is known again.
-func (s *tally) doubt() { s.known, s.compared, s.probes = false, false, 0 }
+func (s *tally) doubt() { s.known, s.compared, s.reading, s.probes = false, false, nil, 0 }
 
 // compare takes what systemd showed between two readings of the map.
 func (s *tally) compare(before, shown, after Counters) {
@@ -506,7 +533,7 @@ func (r *Receiver) readMaps(t *target) {
 		return
 	}
 	if !s.active && s.known && k.calls.still(s.now, s.latest) {
-		t.tally, t.held = s, s.latest
+		t.hold(s, s.latest)
 		return
 	}
 	held, err := k.calls.read(s.now)
@@ -516,8 +543,17 @@ func (r *Receiver) readMaps(t *target) {
 		s.close()
 		return
 	}
-	t.tally, t.held = s, held
+	t.hold(s, held)
 }
+
+// hold takes what the maps of a tally had. The caller holds mu.
+func (t *target) hold(s *tally, value Counters) {
+	t.tally, t.held, t.maps, t.compared = s, value, s.now.ids, false
+}
+
+// current reports whether systemd still counts in the maps that were read. The
+// caller holds mu.
+func (t *target) current() bool { return t.maps == t.tally.now.ids }
 
 // lookAt looks whether what was read of a target counts its run, and clears its
 // tally if not. The caller holds mu.
@@ -532,13 +568,13 @@ func (r *Receiver) lookAt(t *target, fresh bool) {
 	s.looks++
 	query := fresh || k.watch == nil || !s.known || s.dead || s.switching > 0 || s.looks%recheckEvery == 0
 	if !query && !s.active && value == s.latest && s.confirmed && s.run == t.run && t.run.ended.IsZero() {
-		t.tally, t.held = s, value // nothing to count, whichever run's it is by now
+		t.hold(s, value) // nothing to count, whichever run's it is by now
 		return
 	}
 	switch k.lookAs(s, query) {
 	case left:
 		if k.retire(s) && s.run == t.run && (s.known || s.gap != nil) {
-			t.tally, t.held = s, value
+			t.hold(s, value)
 			return
 		}
 		if s = k.tallies[t.unit.name]; s == nil {
@@ -586,7 +622,7 @@ func (r *Receiver) lookAt(t *target, fresh bool) {
 		}
 		s.run = t.run
 	}
-	t.tally, t.held = s, value
+	t.hold(s, value)
 }
 
 // lookAtEnded is lookAt for a run whose cgroup is gone. The caller holds mu.
@@ -600,7 +636,7 @@ func (r *Receiver) lookAtEnded(t *target) {
 		return
 	}
 	if next := r.kernel.find(s.unit, s.slice); next == nil || !next.now.shares(s.now) {
-		t.tally, t.held = s, held
+		t.hold(s, held)
 	}
 }
 
@@ -610,14 +646,14 @@ func (r *Receiver) compareAll(targets []target) {
 	defer r.mu.Unlock()
 	for i := range targets {
 		t := &targets[i]
-		if t.tally == nil {
+		if t.tally == nil || !t.current() {
 			continue
 		}
 		before := t.held
 		t.before = before
 		after, err := r.kernel.calls.read(t.tally.now)
 		if shown, ok := t.counters(); ok && err == nil && r.counting(t.tally) {
-			t.held = after
+			t.held, t.compared = after, true
 			t.tally.compare(before, shown, after)
 		}
 	}
@@ -649,13 +685,13 @@ func (r *Receiver) probe(ctx context.Context, b *bus, t *target) error {
 		if done || err != nil {
 			return nil
 		}
-		one := []target{{unit: t.unit, run: t.run, path: t.path, iface: t.iface, tally: s, held: held}}
+		one := []target{{unit: t.unit, run: t.run, path: t.path, iface: t.iface, tally: s, held: held, maps: s.now.ids}}
 		if err := r.readBus(ctx, b, one); err != nil {
 			return err
 		}
 		r.compareAll(one)
 		if _, ok := one[0].counters(); ok {
-			t.held, t.before, t.time = one[0].held, one[0].before, one[0].time
+			t.held, t.before, t.maps, t.compared, t.time = one[0].held, one[0].before, one[0].maps, one[0].compared, one[0].time
 			copy(t.value[:ipAccounting], one[0].value[:ipAccounting])
 		}
 	}
@@ -700,14 +736,25 @@ func (t *target) fill() {
 
 // advance puts a reading on the odometer of the run. The caller holds mu.
 func (r *Receiver) advance(t *target, raw Counters) (delta Counters, reset bool) {
-	if t.tally == nil || t.tally.run != t.run || t.tally.gap == nil {
-		return t.run.advance(raw, t.time)
+	s := t.tally
+	if s == nil || s.run != t.run || s.gap == nil {
+		delta, reset = t.run.advance(raw, t.time)
+		if s != nil {
+			s.reading = nil
+		}
+		if s != nil && s.run == t.run && !s.known && s.compared && t.compared && t.current() {
+			s.reading = &reading{t.before, t.run.last, t.held}
+		}
+		return delta, reset
 	}
-	if !t.tally.known {
-		// What came after systemd's value will be in the next one.
-		return r.bridge(t.tally, raw, t.before, t.time)
+	held := t.held
+	switch {
+	case !t.current(): // what was read is in the gap, as owed by maps of before
+		held = s.gap.base
+	case !s.known: // what came after systemd's value will be in the next one
+		held = t.before
 	}
-	return r.bridge(t.tally, raw, t.held, t.time)
+	return r.bridge(s, raw, held, t.time)
 }
 
 // bridge is advance for a tally with a gap. It adds the larger of what systemd
@@ -749,12 +796,11 @@ func (g *gap) proved(held Counters) Counters {
 
 // closeGap states what may have been left out, at most, and ends the gap.
 func (r *Receiver) closeGap(s *tally, held Counters) {
-	most, _ := s.gap.owed.plus(held.less(s.gap.base))
-	for _, old := range s.gap.old {
-		if final, err := r.kernel.calls.read(old.maps); err == nil {
-			most, _ = most.plus(final.less(old.latest))
-		}
+	for len(s.gap.old) > 0 {
+		s.gap.forget(r.kernel.calls)
 	}
+	most, _ := s.gap.owed.plus(held.less(s.gap.base))
+	most, _ = most.plus(s.gap.unclear)
 	if open := most.less(s.gap.counted); open != (Counters{}) {
 		r.kernel.open++
 		r.kernel.uncertain, _ = r.kernel.uncertain.plus(open)

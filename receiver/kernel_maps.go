@@ -252,6 +252,29 @@ func (c *bpfCalls) readOne(m counterMaps, direction int) (packets, bytes uint64,
 	return packets, c.value, nil
 }
 
+// onlyIn returns what old maps have counted and those that have replaced them have
+// not, at least. They have in common only what the new ones have by then. It is all
+// of it while both are attached, or if the new ones have counted nothing.
+func (c *bpfCalls) onlyIn(old, next counterMaps) Counters {
+	var all, both Counters
+	for direction := range old.ids {
+		packets, bytes, err := c.readOne(old, direction)
+		if err != nil {
+			return Counters{}
+		}
+		all.set(direction, packets, bytes)
+	}
+	_ = unix.Nanosleep(&unix.Timespec{Nsec: betweenPrograms.Nanoseconds()}, nil)
+	for direction := range next.ids {
+		packets, bytes, err := c.readOne(next, direction)
+		if err != nil {
+			return Counters{}
+		}
+		both.set(direction, packets, bytes)
+	}
+	return all.less(both)
+}
+
 // set puts both values of one direction: 0 is ingress, 1 egress.
 func (v *Counters) set(direction int, packets, bytes uint64) {
 	if direction == 0 {

@@ -612,7 +612,7 @@ func TestGapCountsOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	run := &run{odometer: odometer{last: all(100), time: time.Now()}}
-	s := &tally{run: run, gap: &gap{owed: all(20), last: all(100)}}
+	s := &tally{run: run, gap: &gap{owed: all(20), last: all(100)}, now: counterMaps{ids: [2]uint32{3, 4}}}
 	total := Counters{}
 	for _, reading := range []struct{ before, shown, after, want Counters }{
 		{all(4), all(105), all(8), all(24)},   // the maps prove 24
@@ -623,11 +623,19 @@ func TestGapCountsOnce(t *testing.T) {
 		{all(70), all(10), all(70), all(90)},  // it fell; the maps did not
 		{all(90), all(30), all(95), all(110)}, // and on
 	} {
-		target := &target{run: run, tally: s, before: reading.before, held: reading.after, time: time.Now()}
+		target := &target{run: run, tally: s, before: reading.before, held: reading.after, maps: s.now.ids, time: time.Now()}
 		delta, _ := r.advance(target, reading.shown)
 		if total, _ = total.plus(delta); total != reading.want {
 			t.Fatalf("after %+v the total is %+v, want %+v", reading, total, reading.want)
 		}
+	}
+	// The maps were replaced between the reading and now: it is in owed.
+	before := total
+	s.gap.owed, s.gap.base, s.now.ids = all(115), Counters{}, [2]uint32{5, 6}
+	stale := &target{run: run, tally: s, before: all(95), held: all(95), maps: [2]uint32{3, 4}, time: time.Now()}
+	delta, _ := r.advance(stale, all(35))
+	if total, _ = total.plus(delta); total != all(115) {
+		t.Fatalf("with a reading of maps of before, the total goes from %+v to %+v", before, total)
 	}
 }
 

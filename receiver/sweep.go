@@ -65,10 +65,13 @@ type target struct {
 	err    error
 	time   time.Time // of the last reply
 
-	tally  *tally   // the maps that are read, or compared; nil for none
-	held   Counters // their value
-	before Counters // their value before systemd was asked
-	waits  bool     // for systemd, which is replacing the maps
+	tally  *tally    // the maps that are read, or compared; nil for none
+	held   Counters  // their value
+	before Counters  // their value before systemd was asked
+	maps   [2]uint32 // ids of the maps that had it: others may have replaced them since
+	// compared says that held is from after systemd was asked.
+	compared bool
+	waits    bool // for systemd, which is replacing the maps
 	// restarted says that the cgroup is another run's by now.
 	restarted bool
 }

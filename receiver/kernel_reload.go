@@ -1,0 +1,443 @@
+package receiver
+
+import (
+	"context"
+	"runtime"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxPolled is how many units are watched closely over a reload: the first
+	// that were found to have traffic in the last sweep.
+	maxPolled = 128
+	// maxNewborn is how many new maps are watched at a time until it is known
+	// whose they are, and maxCounting how many of them count already.
+	maxNewborn  = 2048
+	maxCounting = 64
+	// maxLooks is how often a new map is compared with the units' once it counts:
+	// the old one is detached soon after.
+	maxLooks = 16
+	// pollPause is the pause between two looks at all of them, slowPause when
+	// systemd has replaced the programs of all, and awayPause when it has been away
+	// for longer than pollAtMost.
+	pollPause = 20 * time.Microsecond
+	slowPause = time.Millisecond
+	awayPause = 20 * time.Millisecond
+	pollSlice = 100 * time.Microsecond
+	// betweenPrograms is more than a packet takes from the one program on a cgroup
+	// to the next, by far.
+	betweenPrograms = 5 * time.Microsecond
+	// Which maps are whose is looked up, behind a lock that systemd needs to attach
+	// its programs, when there was no new one for placePause, and at each
+	// placeAtMost. A map that was loaded this long ago is attached by then.
+	placePause  = 2 * time.Millisecond
+	placeAtMost = 50 * time.Millisecond
+	// pollAfter is for how long it goes on when systemd has said that the reload
+	// is over, and pollAtMost for how long while it does not say so.
+	pollAfter  = 300 * time.Millisecond
+	pollAtMost = 5 * time.Second
+)
+
+// reloadWatch reads the maps of busy units often while systemd is being
+// reloaded, or is away, so that the last value before it attaches new programs is
+// known to the packet. All but over and away is guarded by Receiver.mu.
+type reloadWatch struct {
+	begun   chan struct{} // wakes the goroutine; nil without one
+	active  bool          // it polls now
+	settled chan struct{} // closed when it has; nil when it need not
+	over    atomic.Bool   // systemd has said that the last reload is over
+	away    atomic.Bool   // there is no connection on which it could say anything
+}
+
+func (w *reloadWatch) polling() bool { return w.active }
+
+// reloadBegins takes systemd's word that it is about to reload or re-execute. The
+// caller holds mu.
+func (r *Receiver) reloadBegins() {
+	r.reloadBegan = time.Now()
+	if r.kernel == nil {
+		return
+	}
+	w := &r.kernel.reload
+	w.over.Store(false)
+	if w.begun != nil && w.settled == nil {
+		w.settled = make(chan struct{})
+		w.begun <- struct{}{}
+	}
+}
+
+// systemdLost says that no signals arrive any more: systemd may re-execute itself
+// as often as it likes until the next connection. The caller holds mu.
+func (r *Receiver) systemdLost() {
+	if r.kernel != nil {
+		r.kernel.reload.away.Store(true)
+		r.reloadBegins()
+	}
+}
+
+// reloadEnds takes systemd's word that the reload is over, or that there is none.
+// It makes the new maps at about that time. The caller holds mu.
+func (r *Receiver) reloadEnds() {
+	if r.kernel != nil {
+		r.kernel.reload.away.Store(false)
+		r.kernel.reload.over.Store(true)
+	}
+}
+
+// awaitReload waits until it is known what the maps counted before a reload.
+func (r *Receiver) awaitReload(ctx context.Context) {
+	r.mu.Lock()
+	settled := r.kernel.reload.settled
+	r.mu.Unlock()
+	if settled == nil {
+		return
+	}
+	select {
+	case <-settled:
+	case <-ctx.Done():
+	}
+}
+
+// watchReloads polls at each reload, until ctx ends. It has a thread of its own
+// for that, whose sleeps may be as short as it asks.
+func (r *Receiver) watchReloads(ctx context.Context) {
+	runtime.LockOSThread() // and not unlocked: the thread ends with it
+	// Without it, each pause is longer by 50 microseconds.
+	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1, 0, 0, 0)
+	// From Linux 6.12 on, who asks for little is run sooner. No privilege is needed.
+	_ = unix.SchedSetAttr(0, &unix.SchedAttr{Runtime: uint64(pollSlice)}, 0)
+	w, calls := &r.kernel.reload, newCalls()
+	r.mu.Lock()
+	begun := w.begun
+	r.mu.Unlock()
+	defer func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		w.begun = nil
+		if w.settled != nil {
+			close(w.settled)
+			w.settled = nil
+		}
+	}()
+	for {
+		select {
+		case <-begun:
+		case <-ctx.Done():
+			return
+		}
+		for more := true; more; {
+			p := r.pollable(calls)
+			p.run(ctx, w)
+			more = r.polled(ctx, p)
+		}
+	}
+}
+
+// poll is the reading of busy units' maps over one reload or more.
+//
+// New maps are held as soon as their programs have been loaded, before they are
+// attached, and read after those of the units each time, without waiting for a
+// lock that systemd holds. What a unit's old map had when the new one had nothing
+// is in the old one only, and so is by how much it was ahead of the new one later.
+// The most of these is all that only the old one counted, unless that was detached
+// between two looks.
+type poll struct {
+	calls   *bpfCalls
+	units   []*polled
+	newborn []*newborn
+	newest  uint32    // program
+	born    time.Time // when it was seen; zero when its maps have been looked up
+	looks   int
+	// now and before are the last two readings of the units' maps.
+	now, before []values
+	counting    int // newborn maps that do
+}
+
+// values are of the two maps of a unit, by direction.
+type values [2]struct{ packets, bytes uint64 }
+
+// polled is a unit that is watched over a reload, with descriptors of its own.
+type polled struct {
+	tally    *tally // not to be looked into
+	dir      int
+	attached programs
+	// maps are those in which systemd counts, and latest is their last value that
+	// is known to be from before other programs were attached.
+	maps   counterMaps
+	latest Counters
+	since  int            // look
+	held   counterMaps    // the first of them, by the descriptors that are to be closed
+	older  []replacedMaps // oldest first
+	done   bool           // in this reload
+}
+
+// replacedMaps are maps that others have replaced.
+type replacedMaps struct {
+	latest   Counters // what is in them and not in those that replaced them, at least
+	attached programs
+	next     counterMaps
+}
+
+// newborn is a map that has not been there before, and of which it is not known
+// yet whose it is.
+type newborn struct {
+	id   uint32
+	fd   int
+	born time.Time
+	// first is the look that saw it count first, and looks how many have since.
+	first, looks int
+	// only is what each unit's maps have counted and this one has not, at least, if
+	// it is that unit's.
+	only []values
+}
+
+// pollable returns the units to poll, and makes new maps wait meanwhile.
+func (r *Receiver) pollable(calls *bpfCalls) *poll {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	k := r.kernel
+	k.reload.active = true
+	p := &poll{calls: calls, newest: k.newest}
+	p.programs(func(uint32) {})
+	for _, s := range k.tallies {
+		if len(p.units) == maxPolled {
+			break
+		}
+		if !s.active || s.dir < 0 {
+			continue
+		}
+		maps, err := s.now.dup()
+		if err != nil {
+			break // no descriptor is left
+		}
+		dir, err := unix.FcntlInt(uintptr(s.dir), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			maps.close()
+			break
+		}
+		p.units = append(p.units, &polled{tally: s, dir: dir, maps: maps, held: maps, attached: s.attached, latest: s.latest})
+	}
+	p.now, p.before = make([]values, len(p.units)), make([]values, len(p.units))
+	return p
+}
+
+// run polls until systemd has replaced the programs of all units, and has said
+// that it is done.
+func (p *poll) run(ctx context.Context, w *reloadWatch) {
+	var placed, end time.Time
+	began, left, over := time.Now(), true, false
+	for ctx.Err() == nil {
+		p.look()
+		now := time.Now()
+		switch was := over; {
+		case w.over.Load() != was:
+			if over = !was; over {
+				end = now.Add(pollAfter)
+			} else {
+				began, left = now, true
+				for _, u := range p.units {
+					u.done = false
+				}
+			}
+		case over && (!left || now.After(end)):
+			p.place()
+			return
+		case !over && now.Sub(began) > pollAtMost && !w.away.Load():
+			w.over.Store(true) // it is stuck, or its word was lost
+		}
+		if !p.born.IsZero() && now.Sub(p.born) > placePause || now.Sub(placed) > placeAtMost || p.counting >= maxCounting {
+			left = p.place()
+			placed = now
+		}
+		pause := pollPause
+		switch {
+		case now.Sub(began) > pollAtMost:
+			pause = awayPause
+		case !left:
+			pause = slowPause
+		}
+		_ = unix.Nanosleep(&unix.Timespec{Nsec: pause.Nanoseconds()}, nil)
+	}
+}
+
+// look reads all maps.
+func (p *poll) look() {
+	p.looks++
+	p.now, p.before = p.before, p.now
+	for i, u := range p.units {
+		for direction := range p.now[i] {
+			v := &p.now[i][direction]
+			var err error
+			if v.packets, v.bytes, err = p.calls.readOne(u.maps, direction); err != nil {
+				*v = p.before[i][direction]
+			}
+		}
+	}
+	p.programs(p.adopt)
+	for _, n := range p.newborn {
+		if n.looks < maxLooks {
+			p.watch(n)
+		}
+	}
+}
+
+// programs calls yield with each program that has been loaded since the last
+// call.
+func (p *poll) programs(yield func(id uint32)) {
+	for {
+		id, ok := p.calls.nextProgram(p.newest)
+		if !ok {
+			return
+		}
+		p.newest = id
+		yield(id)
+	}
+}
+
+// adopt takes hold of the maps of a new program.
+func (p *poll) adopt(program uint32) {
+	p.born = time.Now()
+	candidates := [8]uint32{}
+	for _, id := range candidates[:copy(candidates[:], p.calls.mapsOf(program))] {
+		known := func(n *newborn) bool { return n.id == id }
+		if len(p.newborn) == maxNewborn || slices.ContainsFunc(p.newborn, known) {
+			continue
+		}
+		if fd, ok := p.calls.openCounter(id); ok {
+			p.newborn = append(p.newborn, &newborn{id: id, fd: fd, born: p.born})
+		}
+	}
+}
+
+// watch compares a new map, once it counts, with those of the units, which have
+// just been read.
+func (p *poll) watch(n *newborn) {
+	m := counterMaps{ids: [2]uint32{n.id}, fds: [2]int{n.fd}}
+	packets, _, err := p.calls.readOne(m, 0)
+	if err != nil || packets == 0 {
+		return
+	}
+	_ = unix.Nanosleep(&unix.Timespec{Nsec: betweenPrograms.Nanoseconds()}, nil)
+	packets, bytes, err := p.calls.readOne(m, 0)
+	if err != nil {
+		return
+	}
+	if n.only == nil {
+		// After the look before, it was not there or had nothing.
+		n.first, n.only = p.looks, slices.Clone(p.before)
+		p.counting++
+	}
+	n.looks++
+	for i, unit := range p.now {
+		for direction, v := range unit {
+			only := &n.only[i][direction]
+			only.packets = max(only.packets, v.packets-min(v.packets, packets))
+			only.bytes = max(only.bytes, v.bytes-min(v.bytes, bytes))
+		}
+	}
+}
+
+// place finds out whose the new maps are. It reports whether units are left whose
+// maps systemd has not replaced in this reload.
+func (p *poll) place() (left bool) {
+	halfway := false
+	for i, u := range p.units {
+		attached, err := p.calls.attached(u.dir)
+		switch {
+		case err != nil: // the cgroup is gone
+			continue
+		case attached == u.attached: // all of the last reading is from before any others
+			for direction, v := range p.now[i] {
+				u.latest.set(direction, v.packets, v.bytes)
+			}
+		default:
+			next, several, ok := p.calls.openMaps(&attached)
+			if ok && !several && next.ids[0] != u.maps.ids[0] && next.ids[1] != u.maps.ids[1] {
+				p.replace(i, attached, next)
+				break
+			}
+			next.close()
+			halfway = halfway || several || next.ids != u.maps.ids
+		}
+		left = left || !u.done
+	}
+	now := time.Now()
+	p.born, p.counting = time.Time{}, 0
+	if halfway {
+		p.born = now
+		return left
+	}
+	// What counts, and is none of the units', is another unit's.
+	p.newborn = slices.DeleteFunc(p.newborn, func(n *newborn) bool {
+		others := n.only != nil || now.Sub(n.born) > placeAtMost
+		if others {
+			_ = unix.Close(n.fd)
+		}
+		return others
+	})
+	return left
+}
+
+// replace goes on with the maps that have replaced those of a unit.
+func (p *poll) replace(i int, attached programs, next counterMaps) {
+	u := p.units[i]
+	u.latest = u.latest.max(p.calls.onlyIn(u.maps, next))
+	for direction := range next.ids {
+		at := slices.IndexFunc(p.newborn, func(n *newborn) bool { return n.id == next.ids[direction] })
+		if at < 0 {
+			continue
+		}
+		if n := p.newborn[at]; n.only != nil && n.first > u.since { // else the unit's maps were others then
+			var only Counters
+			only.set(direction, n.only[i][direction].packets, n.only[i][direction].bytes)
+			u.latest = u.latest.max(only)
+		}
+	}
+	u.older = append(u.older, replacedMaps{latest: u.latest, attached: attached, next: next})
+	u.attached, u.maps, u.latest, u.since, u.done = attached, next, Counters{}, p.looks, true
+	p.now[i], p.before[i] = values{}, values{}
+}
+
+// polled takes what the polling has found, and the new maps, as soon as systemd
+// is done with them. It reports whether the next reload has begun.
+func (r *Receiver) polled(ctx context.Context, p *poll) (more bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	w := &r.kernel.reload
+	w.active = false
+	for _, n := range p.newborn {
+		_ = unix.Close(n.fd)
+	}
+	for _, u := range p.units {
+		s := u.tally
+		same := s.now.ids == u.held.ids
+		for _, old := range u.older {
+			if same {
+				s.latest = s.latest.max(old.latest)
+				s.replace(r.kernel.calls, old.attached, old.next)
+			} else {
+				old.next.close()
+			}
+		}
+		if same {
+			s.latest = s.latest.max(u.latest)
+		}
+		u.held.close()
+		_ = unix.Close(u.dir)
+	}
+	for pause := time.Millisecond; r.renew() && pause < time.Second && ctx.Err() == nil && w.over.Load(); pause *= 2 {
+		r.mu.Unlock()
+		time.Sleep(pause)
+		r.mu.Lock()
+	}
+	if !w.over.Load() && ctx.Err() == nil {
+		return true
+	}
+	close(w.settled)
+	w.settled = nil
+	return false
+}
