@@ -81,6 +81,10 @@ type Config struct {
 	// StateDir is where the ledger, outbox and history live: an absolute path,
 	// or "" for no state on disk.
 	StateDir string
+	// StateDirFrom is the variable that said so: UNITMETER_STATE_DIR,
+	// STATE_DIRECTORY, or XDG_STATE_HOME or HOME, below which it then is; "" for
+	// none of them.
+	StateDirFrom string
 	// OutboxMaxBytes bounds what waits for the Collector, in bytes on disk.
 	OutboxMaxBytes int64
 	// OutboxMaxAge bounds how long it waits.

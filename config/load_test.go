@@ -39,7 +39,7 @@ func TestNoConfigurationNeeded(t *testing.T) {
 		Fold: []string{"run-*.service", "run-*.scope", "session-*.scope", "docker-*.scope", "libpod-*.scope",
 			"cri-containerd-*.scope", "crio-*.scope", "nerdctl-*.scope"},
 		UnitTypes: []string{"service", "scope", "socket", "mount", "swap"}, MaxUnits: 5000,
-		StateDir: "/home/u/.local/state/unitmeter", OutboxMaxBytes: 256 << 20, OutboxMaxAge: 168 * time.Hour, History: 21 * day,
+		StateDir: "/home/u/.local/state/unitmeter", StateDirFrom: "HOME", OutboxMaxBytes: 256 << 20, OutboxMaxAge: 168 * time.Hour, History: 21 * day,
 	}
 	if got := load(t, []string{"HOME=/home/u"}); !reflect.DeepEqual(got, want) {
 		t.Errorf("\n got %+v\nwant %+v", got, want)
@@ -125,10 +125,10 @@ func TestGoodInput(t *testing.T) {
 		{"UNITMETER_MAX_UNITS=1000000", "MaxUnits=1000000"},
 		{"UNITMETER_STOP_EDGE=off\nUNITMETER_SOURCE=DBus", "StopEdge=off Source=dbus"},
 
-		{"UNITMETER_STATE_DIR=/srv//state/", "StateDir=/srv/state"},
-		{"UNITMETER_STATE_DIR=None", "StateDir="},
-		{"STATE_DIRECTORY=/var/lib/a:/var/lib/b\nXDG_STATE_HOME=/x", "StateDir=/var/lib/a"},
-		{"XDG_STATE_HOME=/x", "StateDir=/x/unitmeter"},
+		{"UNITMETER_STATE_DIR=/srv//state/", "StateDir=/srv/state StateDirFrom=UNITMETER_STATE_DIR"},
+		{"UNITMETER_STATE_DIR=None", "StateDir= StateDirFrom=UNITMETER_STATE_DIR"},
+		{"STATE_DIRECTORY=/var/lib/a:/var/lib/b\nXDG_STATE_HOME=/x", "StateDir=/var/lib/a StateDirFrom=STATE_DIRECTORY"},
+		{"XDG_STATE_HOME=/x", "StateDir=/x/unitmeter StateDirFrom=XDG_STATE_HOME"},
 		{"UNITMETER_OUTBOX_MAX_BYTES=1 gib", "OutboxMaxBytes=1073741824"},
 		{"UNITMETER_OUTBOX_MAX_BYTES=1048576", "OutboxMaxBytes=1048576"},
 		{"UNITMETER_OUTBOX_MAX_AGE=1d12h", "OutboxMaxAge=36h0m0s"},

@@ -28,7 +28,9 @@ func parseStateDir(text string, bad report) string {
 // that of the XDG base directory specification.
 func (l *loader) finishState() {
 	named, set := l.given["UNITMETER_STATE_DIR"]
-	if !set && strings.TrimSpace(l.env["UNITMETER_STATE_DIR"]) == "" {
+	if set {
+		l.cfg.StateDirFrom = named.name
+	} else if strings.TrimSpace(l.env["UNITMETER_STATE_DIR"]) == "" {
 		l.defaultStateDir()
 	}
 	if !set || !strings.EqualFold(named.text, "none") {
@@ -58,7 +60,7 @@ func (l *loader) defaultStateDir() {
 			l.warn(candidate.name + " is not an absolute path, and is ignored for the state directory")
 			continue
 		}
-		l.cfg.StateDir = filepath.Join(candidate.base, candidate.below)
+		l.cfg.StateDir, l.cfg.StateDirFrom = filepath.Join(candidate.base, candidate.below), candidate.name
 		return
 	}
 	l.warn("there is no state directory, so each start of the agent starts every series anew: " +

@@ -274,7 +274,9 @@ func (w *wire) Read(p []byte) (int, error) {
 		}
 	}
 	n := copy(p, w.unread)
-	w.unread = w.unread[n:]
+	if w.unread = w.unread[n:]; len(w.unread) == 0 {
+		w.unread = nil // or it would hold a long message until the next one
+	}
 	return n, nil
 }
 

@@ -18,6 +18,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
 
@@ -67,7 +68,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if cfg.StateDir == "" {
 		return usageError{errors.New("there is no state directory, and so no history; set UNITMETER_STATE_DIR to the one of the agent, as in /var/lib/unitmeter")}
 	}
-	reader, err := store.OpenReader(ctx, historyDir(t.environ, cfg.StateDir))
+	reader, err := store.OpenReader(ctx, historyDir(cfg))
 	if err != nil {
 		return fmt.Errorf("%w; set UNITMETER_STATE_DIR to the agent's directory if it is another", err)
 	}
@@ -106,26 +107,23 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	return historyTable(t.stdout, usage)
 }
 
-// historyDir is the state directory to read: without a word on it in the
-// environment that of the packaged service, where there is one. A person's own is
-// that of an agent tried by hand.
-func historyDir(environ []string, own string) string {
+// historyDir is the state directory to read: where none is named, that of the
+// packaged service, if there is one. A person's own is that of an agent tried by
+// hand.
+func historyDir(cfg config.Config) string {
 	const service = "/var/lib/unitmeter"
-	if slices.ContainsFunc(environ, func(kv string) bool {
-		name, value, _ := strings.Cut(kv, "=")
-		return (name == "UNITMETER_STATE_DIR" || name == "STATE_DIRECTORY") && strings.TrimSpace(value) != ""
-	}) {
-		return own
+	if cfg.StateDirFrom == "UNITMETER_STATE_DIR" || cfg.StateDirFrom == "STATE_DIRECTORY" {
+		return cfg.StateDir
 	}
 	has := func(dir string) error {
 		_, err := os.Stat(filepath.Join(dir, "unitmeter.db"))
 		return err
 	}
 	// Who may not read the one may have the other.
-	if err := has(service); err == nil || errors.Is(err, fs.ErrPermission) && has(own) != nil {
+	if err := has(service); err == nil || errors.Is(err, fs.ErrPermission) && has(cfg.StateDir) != nil {
 		return service
 	}
-	return own
+	return cfg.StateDir
 }
 
 // fullName completes a name without a type, as systemctl does.

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"time"
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
@@ -28,12 +29,14 @@ func trimMemory() {
 	}
 }
 
-// frugal gives what a cycle has used back to the kernel after it: most of the
-// time the agent waits for the next one. Without it the heap would stay as large
-// as it was at its largest (docs/decisions/weight.md). GOGC= switches it off.
+// frugal gives what a cycle has used back to the kernel once it is delivered:
+// most of the time the agent waits for the next one. Without it the heap would
+// stay as large as it was at its largest (docs/decisions/weight.md). GOGC= switches
+// it off.
 type frugal struct {
 	sdkmetric.Exporter
-	allocated uint64 // bytes by the last time
+	patience  time.Duration // for the delivery
+	allocated uint64        // bytes by the last time
 }
 
 // worthwhile is how many bytes are gathered over the cycles of a small host,
@@ -45,16 +48,33 @@ func (f *frugal) Export(ctx context.Context, rm *metricdata.ResourceMetrics) err
 	if os.Getenv("GOGC") != "" {
 		return f.Exporter.Export(ctx, rm)
 	}
-	// A collection in the middle, a moment before the one at the end, would be
-	// for nothing.
-	debug.SetGCPercent(2 * gcPercent)
-	defer debug.SetGCPercent(gcPercent)
+	// What a cycle leaves behind is collected at its end: to do so in its middle
+	// as well would be for nothing.
+	caughtUp := f.delivered(ctx, 0)
+	if !caughtUp {
+		debug.SetGCPercent(2 * gcPercent)
+	}
 	err := f.Exporter.Export(ctx, rm)
+	// With nothing else to deliver, the request is about to be garbage too. A
+	// backlog takes as long as it takes, and memory all the time.
+	percent := gcPercent
+	if caughtUp && f.delivered(ctx, f.patience) {
+		percent = 3 * gcPercent // also while the next cycle reads
+	}
+	debug.SetGCPercent(percent)
 	if allocatedBytes() > f.allocated+worthwhile {
+		*rm = metricdata.ResourceMetrics{} // the reader would hold the points for the next time
 		debug.FreeOSMemory()
 		f.allocated = allocatedBytes()
 	}
 	return err
+}
+
+// delivered says whether all cycles are delivered, at the latest after d.
+func (f *frugal) delivered(ctx context.Context, d time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	return f.Exporter.ForceFlush(ctx) == nil
 }
 
 // allocatedBytes is how much has been allocated on the heap since the start.

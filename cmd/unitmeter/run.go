@@ -219,7 +219,7 @@ func (o *outputs) readers(cfg config.Config) []sdkmetric.Option {
 		return sdkmetric.WithReader(sdkmetric.NewPeriodicReader(e,
 			sdkmetric.WithInterval(cfg.Interval), sdkmetric.WithTimeout(cfg.ExportTimeout)))
 	}
-	options := []sdkmetric.Option{periodic(&frugal{Exporter: o.main})}
+	options := []sdkmetric.Option{periodic(&frugal{Exporter: o.main, patience: min(time.Second, cfg.Interval/4)})}
 	if o.console != nil {
 		options = append(options, periodic(o.console))
 	}

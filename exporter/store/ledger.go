@@ -52,8 +52,6 @@ type ledgerState struct {
 	// Only while replaying.
 	seriesByID map[uint64]*seriesRow
 	runsByID   map[uint64]*runRow
-
-	seriesChanges, runChanges []rowChange // buffers of advance
 }
 
 type seriesRow struct {
@@ -119,7 +117,7 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 	l.gen++
 	l.time = next.Time
 
-	changes := l.seriesChanges[:0]
+	series := make([]rowChange, 0, len(next.Series))
 	for _, s := range next.Series {
 		row, known := l.series[s.Key]
 		if !known {
@@ -144,17 +142,16 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 			c.kind, c.texts[0] = rowNew, s.Key
 		}
 		row.Series = s
-		changes = append(changes, c)
+		series = append(series, c)
 	}
 	for key, row := range l.series {
 		if row.gen != l.gen {
-			changes = append(changes, rowChange{id: row.id, kind: rowGone})
+			series = append(series, rowChange{id: row.id, kind: rowGone})
 			delete(l.series, key)
 		}
 	}
-	l.seriesChanges = changes
 
-	changes = l.runChanges[:0]
+	runs := make([]rowChange, 0, len(next.Runs))
 	for _, r := range next.Runs {
 		row, known := l.runs[r.Key]
 		if !known {
@@ -180,18 +177,20 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		delta, seen := l.expect(r.Series)
 		c.add = sub(sub(r.Last, row.Last), delta)
 		c.seen = nanos(r.Seen) - seen
+		if known {
+			r.Key = row.Key // which the map holds anyway
+		}
 		row.Run = r
-		changes = append(changes, c)
+		runs = append(runs, c)
 	}
 	for key, row := range l.runs {
 		if row.gen != l.gen {
-			changes = append(changes, rowChange{id: row.id, kind: rowGone})
+			runs = append(runs, rowChange{id: row.id, kind: rowGone})
 			delete(l.runs, key)
 		}
 	}
-	l.runChanges = changes
 
-	record = encodeRecord(l.time, l.seriesChanges, l.runChanges)
+	record = encodeRecord(l.time, series, runs)
 	l.grew(len(record), base)
 	return record, base, nil
 }
