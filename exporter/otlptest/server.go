@@ -188,10 +188,10 @@ func (s *Server) Points() []Point {
 }
 
 // Wait returns when ok returns true for the requests so far. The test fails if
-// that takes longer than 30 s.
+// that takes longer than two minutes.
 func (s *Server) Wait(tb testing.TB, ok func([]Request) bool) {
 	tb.Helper()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(2 * time.Minute)
 	for {
 		s.mu.Lock()
 		requests, changed := slices.Clone(s.requests), s.changed
@@ -202,7 +202,7 @@ func (s *Server) Wait(tb testing.TB, ok func([]Request) bool) {
 		select {
 		case <-changed:
 		case <-timeout:
-			tb.Fatalf("wait for requests: not within 30 s; got %d", len(requests))
+			tb.Fatalf("wait for requests: not within two minutes; got %d", len(requests))
 		}
 	}
 }
