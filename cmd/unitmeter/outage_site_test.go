@@ -119,7 +119,7 @@ func (s *site) startAgent(env ...string) {
 // machine may need.
 func (s *site) wait(what string, condition func() bool) {
 	s.t.Helper()
-	if !within(2*time.Minute, condition) {
+	if !within(patience, condition) {
 		s.t.Fatalf("this never happened: %s", what)
 	}
 }
@@ -136,7 +136,7 @@ func (s *site) committed() int {
 // the rig from outside.
 func (s *site) query(sql string) int {
 	s.t.Helper()
-	n, err := strconv.Atoi(strings.TrimSpace(s.Run(s.t, "sqlite3", "-readonly", "-cmd", ".timeout 5000", siteState+"/unitmeter.db", sql)))
+	n, err := strconv.Atoi(strings.TrimSpace(s.Run(s.t, "sqlite3", "-readonly", "-cmd", ".timeout 60000", siteState+"/unitmeter.db", sql)))
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -156,7 +156,7 @@ func (s *site) exact() {
 	s.t.Helper()
 	s.in("systemctl kill -s STOP " + siteUnit)
 	var want, got receiver.Counters
-	if !within(2*time.Minute, func() bool { want, got = s.shown(siteUnit), s.total(siteUnit); return got == want }) || want.EgressPackets == 0 {
+	if !within(patience, func() bool { want, got = s.shown(siteUnit), s.total(siteUnit); return got == want }) || want.EgressPackets == 0 {
 		s.t.Errorf("%s: arrived are %+v, systemd says %+v", siteUnit, got, want)
 	}
 	s.witness.mu.Lock()
