@@ -56,7 +56,8 @@ func newAgent(t *testing.T, endpoint string, cfg Config) *agent {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		if err := a.provider.Shutdown(ctx); err != nil && !errors.Is(err, sdkmetric.ErrReaderShutdown) && !errors.Is(err, sdkmetric.ErrExporterShutdown) {
+		err := a.provider.Shutdown(ctx)
+		if err != nil && ctx.Err() == nil && !errors.Is(err, sdkmetric.ErrReaderShutdown) && !errors.Is(err, sdkmetric.ErrExporterShutdown) {
 			t.Errorf("shutdown: %v", err)
 		}
 	})
