@@ -155,7 +155,7 @@ func TestCollectorAnswersAndDies(t *testing.T) {
 			go kill()
 		}
 	}
-	s.startAgent()
+	s.startAgent(patientCalls)
 	n := 0
 	for ; n < times(4, 50) || s.tally() == 0 && n < 100; n++ { // an answer must be lost
 		armed.Store(true)

@@ -88,6 +88,10 @@ func (s *site) in(script string) string {
 	return s.Run(s.t, "bash", "-euc", script)
 }
 
+// patientCalls is a setting for startAgent with which a call comes twice only
+// because of what was killed, and not because the machine is slow.
+const patientCalls = "OTEL_EXPORTER_OTLP_TIMEOUT=20000"
+
 // startAgent starts the agent in its own network, with an export each 200 ms, and
 // returns when its first points have arrived.
 func (s *site) startAgent(env ...string) {
