@@ -231,7 +231,7 @@ func TestMessageLimits(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			s := newSite(t, collectorConfig("      "+c.receiver))
-			o := outage{dir: filepath.Join(t.TempDir(), "state"), endpoint: freePort(t), units: c.units, cycles: c.cycles}
+			o := outage{dir: filepath.Join(t.TempDir(), "state"), endpoint: otlptest.FreeAddress(t), units: c.units, cycles: c.cycles}
 			o.begin = time.Now().Add(-time.Hour)
 			o.fill(t)
 			s.in("mkdir -m 700 " + siteState)

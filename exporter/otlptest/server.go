@@ -119,11 +119,11 @@ type Server struct {
 // Start starts a server and stops it at the end of the test.
 func Start(tb testing.TB, cfg Config) *Server {
 	tb.Helper()
-	if cfg.Address == "" {
-		cfg.Address = "127.0.0.1:0"
-	}
 	ln := cfg.Listener
 	if ln == nil {
+		if cfg.Address == "" {
+			cfg.Address = FreeAddress(tb)
+		}
 		var err error
 		if ln, err = net.Listen("tcp", cfg.Address); err != nil {
 			tb.Fatalf("start OTLP server: %v", err)

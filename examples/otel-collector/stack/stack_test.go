@@ -138,17 +138,6 @@ func start(t *testing.T, env []string, program string, args ...string) {
 	})
 }
 
-// address returns a free one. Somebody else could take it before it is used.
-func address(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // eventually waits for what other processes do in their own time.
 func eventually(t *testing.T, what string, done func() error) {
 	t.Helper()
@@ -178,7 +167,7 @@ func listening(t *testing.T, address string) {
 // collector starts a Collector and returns the address at which it takes OTLP.
 func collector(t *testing.T, file string, env ...string) string {
 	t.Helper()
-	at := address(t)
+	at := otlptest.FreeAddress(t)
 	start(t, append(env, "OTELCOL_GRPC="+at), tool(t, "otelcol"), "--config", file)
 	listening(t, at)
 	return at
@@ -207,7 +196,7 @@ func newPrometheus(t *testing.T, strategy, extra string) prometheus {
 		write(t, filepath.Join(dir, file), read(t, filepath.Join("../prometheus", file)))
 	}
 	config := write(t, filepath.Join(dir, "prometheus.yaml"), text)
-	at := address(t)
+	at := otlptest.FreeAddress(t)
 	start(t, nil, tool(t, "prometheus"), "--config.file="+config, "--web.enable-otlp-receiver", "--web.enable-remote-write-receiver",
 		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+at, "--log.level=warn")
 	p := prometheus{"http://" + at}
@@ -322,7 +311,7 @@ type backend struct {
 // Collector that sends along all of them.
 func backends(t *testing.T) (string, []backend) {
 	t.Helper()
-	scraped := address(t)
+	scraped := otlptest.FreeAddress(t)
 	scrape := strings.Replace(read(t, "../prometheus/systemd_exporter.scrape.yaml"), "localhost:9464", scraped, 1)
 	scrape = "scrape_configs:\n" + regexp.MustCompile(`(?m)^`).ReplaceAllString(scrape, "  ")
 	all := []backend{
