@@ -25,6 +25,10 @@ func TestKernelShortRuns(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer start.Close()
-	eventually(t, "all have ended", func() bool { return len(r.Units()) == 0 })
+	eventually(t, "all of it is counted", func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.series["kwhole-*"].total == sent(runs*each)
+	})
 	want(t, r.Sweep(t.Context()), "kwhole-*", sent(runs*each))
 }
