@@ -20,7 +20,7 @@ build: ## build bin/unitmeter, a static binary
 # The race detector needs cgo. `make lint` has vetted already. The timeout is for
 # each package.
 test: tools lint build ## lint, then run all tests; PKG=./config TESTFLAGS=-run=X for some
-	$(TESTENV) CGO_ENABLED=1 go test -race -vet=off -timeout 12m $(TESTFLAGS) $(PKG)
+	$(TESTENV) CGO_ENABLED=1 go test -race -vet=off -timeout 30m $(TESTFLAGS) $(PKG)
 
 demo: ## meter a NATS server under load in a throwaway systemd (root; changes nothing on the host)
 	.ci/tools demo

@@ -176,7 +176,7 @@ func TestGRPCExporterAgrees(t *testing.T) {
 					}
 					options = explicitOptions(cfg.OTLP)
 				}
-				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 				defer cancel()
 				exp, err := otlpmetricgrpc.New(ctx, options...)
 				if err != nil {

@@ -1,6 +1,7 @@
 package exporter
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -228,11 +229,21 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestKilledAgentLosesNothing$")
 			cmd.Env = append(os.Environ(), agentEnv+"="+dir, "OTEL_EXPORTER_OTLP_ENDPOINT="+server.URL(), "PROTOCOL="+protocol)
 			var out bytes.Buffer
-			cmd.Stdout, cmd.Stderr = &out, &out
+			cmd.Stderr = &out
+			said, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(time.Duration(400+37*i) * time.Millisecond)
+			lines := bufio.NewScanner(said)
+			for committed := 0; committed < 3; committed++ {
+				if !lines.Scan() {
+					t.Fatalf("the agent has ended by itself: %v\n%s", cmd.Wait(), out.String())
+				}
+			}
+			time.Sleep(time.Duration(200+37*i) * time.Millisecond)
 			if err := cmd.Process.Kill(); err != nil {
 				t.Fatalf("the agent has ended by itself: %v\n%s", err, out.String())
 			}
@@ -247,7 +258,7 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
 		if err := exp.Shutdown(ctx); err != nil {
 			t.Fatal(err)
@@ -278,6 +289,7 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 	})
 }
 
+// runAgent is the child: it says each cycle that is committed, until it is killed.
 func runAgent(t *testing.T, dir string) {
 	_, d := openStore(t, dir)
 	a := newAgent(t, os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT"), Config{Protocol: os.Getenv("PROTOCOL"), Outbox: d, Ledger: d.State()})
@@ -291,6 +303,7 @@ func runAgent(t *testing.T, dir string) {
 		if err := a.Export(t.Context(), collected(a.Last().State.Series...)); err != nil {
 			t.Fatal(err)
 		}
+		fmt.Println("committed", n)
 		time.Sleep(3 * time.Millisecond)
 	}
 }

@@ -93,10 +93,13 @@ func (w *grpcWire) send(ctx context.Context, request []byte) answer {
 	defer cancel()
 	ctx = metadata.NewOutgoingContext(ctx, w.headers)
 	var reply colmetricpb.ExportMetricsServiceResponse
-	err := w.conn.Invoke(ctx, w.method, request, &reply, grpc.ForceCodecV2(rawCodec{}))
+	var trailer metadata.MD
+	err := w.conn.Invoke(ctx, w.method, request, &reply, grpc.ForceCodecV2(rawCodec{}), grpc.Trailer(&trailer))
 	if err != nil {
 		a := grpcAnswer(status.Convert(err))
-		if a.verdict == transient && w.conn.GetState() != connectivity.Ready {
+		// What came with a trailer is the server's own answer. The state alone does
+		// not tell: gRPC may set it to ready after the first call has come back.
+		if a.verdict == transient && len(trailer) == 0 && w.conn.GetState() != connectivity.Ready {
 			a.verdict, a.kind = unreachable, "connection"
 		}
 		// The server knows our deadline too and may be the first to end the

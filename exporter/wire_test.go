@@ -1,13 +1,16 @@
 package exporter
 
 import (
+	"net"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
@@ -35,6 +38,34 @@ func TestGRPCAnswers(t *testing.T) {
 		if a := grpcAnswer(asked); a.verdict != v || a.after != 7*time.Second {
 			t.Errorf("%v with RetryInfo: %+v, want %v", code, a, v)
 		}
+	}
+}
+
+// Unavailable is the server's own answer, whatever state gRPC has the connection
+// in when the answer comes.
+func TestGRPCAnswerOnAnEndingConnection(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := open(t.Context(), to("http://"+ln.Addr().String(), Config{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close(t.Context())
+	var server *grpc.Server
+	server = grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		go server.GracefulStop()
+		c.wire.(*grpcWire).conn.WaitForStateChange(stream.Context(), connectivity.Ready)
+		return status.Error(codes.Unavailable, "going away")
+	}))
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(ln) }()
+	if a := c.wire.send(t.Context(), c.empty); a.verdict != transient || a.kind != codes.Unavailable.String() || !a.says("going away") {
+		t.Errorf("%v, %s: %v", a.verdict, a.kind, a.err)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -39,7 +39,7 @@ type insideReport struct {
 
 func runInside(mode string) int {
 	var report insideReport
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	var err error
 	switch mode {
@@ -95,7 +95,7 @@ func inside(t *testing.T, rig *systemdtest.Rig, mode string, as ...string) insid
 // that arrives together with the handshake.
 func (r *insideReport) private(ctx context.Context) error {
 	for range 500 {
-		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
 		b, err := open(ctx, PrivateBus, true)
 		if err != nil {
 			cancel()

@@ -584,7 +584,7 @@ func TestWireIsShared(t *testing.T) {
 			if s.Name != managerInterface+".UnitNew" {
 				t.Errorf("signal %s", s.Name)
 			}
-		case <-time.After(15 * time.Second):
+		case <-time.After(patience):
 			t.Fatal("signals are missing")
 		}
 	}

@@ -149,10 +149,14 @@ func (l *lab) log() string {
 	return string(log)
 }
 
+// patience is how long tests wait for what must come. It is what no machine
+// needs, however loaded: tests are about what comes, and not about when.
+const patience = 3 * time.Minute
+
 // eventually waits for a condition, for as long as a loaded machine may need.
 func (l *lab) eventually(what string, condition func() bool) {
 	l.t.Helper()
-	if !within(time.Minute, condition) {
+	if !within(patience, condition) {
 		l.t.Fatalf("this never happened: %s", what)
 	}
 }
@@ -162,7 +166,7 @@ func (l *lab) eventually(what string, condition func() bool) {
 // behind by more than that.
 func (l *lab) arrives(d time.Duration, condition func() bool) bool {
 	end := time.Now().Add(d)
-	within(5*time.Minute, func() bool {
+	within(10*time.Minute, func() bool {
 		l.mu.Lock()
 		reached := l.reached.Add(-l.clock)
 		l.mu.Unlock()
@@ -223,7 +227,7 @@ func (l *lab) transient(unit, slice string, command ...string) error {
 		Name       string
 		Properties []property
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	return l.conn.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1").CallWithContext(ctx,
 		"org.freedesktop.systemd1.Manager.StartTransientUnit", 0, unit, "fail", []property{
@@ -243,7 +247,7 @@ func (l *lab) running(pattern string) int {
 // shell runs a script inside. It fails the test with what the script said.
 func (l *lab) shell(t *testing.T, script string, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	out, err := l.Command(ctx, "bash", append([]string{"-euc", script, "bash"}, args...)...).CombinedOutput()
 	if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
 	"time"
@@ -255,7 +256,7 @@ ExecStart=/bin/sh -c 'while read -r n </run/{id}.in; do {send} $$n && echo done 
 // say has the scenario's commanded service send n datagrams.
 func (s *scene) say(n int) {
 	s.t.Helper()
-	s.in(`timeout 30 sh -c 'echo '$1' >/run/{id}.in && read -r x </run/{id}.out'`, strconv.Itoa(n))
+	s.in(`timeout 300 sh -c 'echo '$1' >/run/{id}.in && read -r x </run/{id}.out'`, strconv.Itoa(n))
 }
 
 // toggled is a service whose accounting is switched. What systemd does with its
@@ -278,11 +279,14 @@ func toggled(id, title string, alone bool) scenario {
 				s.eventually("what was sent has arrived", func() bool {
 					return s.receivedNow().EgressPackets == carried.EgressPackets+before.EgressPackets
 				})
-				// What systemd drops between two readings is gone: the last
-				// reading, and the time without data, must be seen.
-				s.in("sleep 1; systemctl set-property --runtime {id}.service IPAccounting=no; sleep 1")
+				// What systemd drops between two readings is gone: the time
+				// without data, and the new beginning, must be seen.
+				on := s.inState("on")
+				s.in("systemctl set-property --runtime {id}.service IPAccounting=no")
+				s.eventually("the agent has seen that accounting is off", func() bool { return s.inState("on") == on-1 })
 				s.say(10)
-				s.in("systemctl set-property --runtime {id}.service IPAccounting=yes; sleep 3")
+				s.in("systemctl set-property --runtime {id}.service IPAccounting=yes")
+				s.eventually("the agent has seen that accounting is on", func() bool { return s.inState("on") == on })
 				if now, _ := s.lab.counted(unit); now.EgressPackets < before.EgressPackets {
 					carried.EgressBytes += before.EgressBytes
 					carried.EgressPackets += before.EgressPackets
@@ -312,7 +316,7 @@ func (s *scene) stated() {
 	missing.EgressBytes -= s.row.received.EgressBytes
 	missing.IngressPackets, missing.EgressPackets = 0, 0
 	// What a slice has more than its units waits 20 s for their stop records.
-	if !s.arrives(40*time.Second, func() bool { return s.lab.unattributed(s.slice()) == missing }) {
+	if !s.arrives(2*time.Minute, func() bool { return s.lab.unattributed(s.slice()) == missing }) {
 		s.t.Errorf("unattributed are %s; the slice has %s more than what was received", show(s.lab.unattributed(s.slice())), show(missing))
 	}
 	if missing.EgressBytes+missing.IngressBytes > 0 {
@@ -324,15 +328,14 @@ var orphans = scenario{
 	id: "orphan", title: "late bytes of a TCP socket whose sender was killed",
 	units: map[string]string{"orphan.service": unitHead + "ExecStart={traffic} tcp-send " + slowSink + " -bytes 50000000\n"},
 	run: func(s *scene) {
-		s.in("systemctl start orphan; sleep .5; systemctl kill -s KILL orphan; until systemctl is-failed orphan; do sleep .01; done")
+		s.in("systemctl start orphan")
+		s.eventually("it sends", func() bool { return s.sliceCounted().EgressBytes > 1_000_000 })
+		s.in("systemctl kill -s KILL orphan; until systemctl is-failed orphan; do sleep .01; done")
 		atEnd := s.sliceCounted()
-		var last receiver.Counters
-		s.eventually("the socket is drained", func() bool {
-			before := last
-			last = s.sliceCounted()
-			time.Sleep(700 * time.Millisecond)
-			return last == before
-		})
+		// A socket that listens (0A) or waits for late packets (06) sends nothing.
+		sink := netip.MustParseAddrPort(slowSink)
+		open := fmt.Sprintf(`awk '$2 $3 ~ /:%04X/ && $4 != "06" && $4 != "0A"' /proc/net/tcp`, sink.Port())
+		s.eventually("the socket is drained", func() bool { return s.in(open) == "" })
 		s.sent("TCP until killed")
 		s.exact(receiver.Counters{})
 		late := s.row.accounted.EgressBytes - atEnd.EgressBytes
@@ -470,7 +473,7 @@ func partly(s *scene) {
 		got, rest := s.receivedNow(), s.lab.unattributed(s.slice())
 		return got.EgressBytes+rest.EgressBytes == accounted.EgressBytes && got.IngressBytes+rest.IngressBytes == accounted.IngressBytes
 	}
-	ok := s.arrives(40*time.Second, complete)
+	ok := s.arrives(2*time.Minute, complete)
 	s.row.accounted, s.row.received, s.row.counted = accounted, s.receivedNow(), true
 	s.again = s.receivedNow
 	s.row.verdict = "stated"

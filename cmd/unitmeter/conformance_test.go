@@ -205,7 +205,7 @@ func (s *scene) exact(known receiver.Counters) {
 // equal wants what arrives to become what systemd accounted.
 func (s *scene) equal(accounted receiver.Counters, received func() receiver.Counters) {
 	s.t.Helper()
-	s.arrives(15*time.Second, func() bool { return received() == accounted })
+	s.arrives(time.Minute, func() bool { return received() == accounted })
 	s.row.accounted, s.row.received, s.row.counted = accounted, received(), true
 	s.row.unattributed = s.lab.unattributed(s.slice())
 	s.again = received

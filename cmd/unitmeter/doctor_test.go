@@ -101,7 +101,7 @@ func TestDoctorEndpoint(t *testing.T) {
 			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
 		}
 	})
-	closed := closedPort(t)
+	closed := otlptest.FreeAddress(t)
 
 	const (
 		endpoint = "OTEL_EXPORTER_OTLP_ENDPOINT="
@@ -192,17 +192,6 @@ func listenAndServe(t *testing.T, serve func(net.Listener)) string {
 	done := make(chan struct{})
 	go func() { defer close(done); serve(l) }()
 	t.Cleanup(func() { l.Close(); <-done })
-	return l.Addr().String()
-}
-
-// closedPort returns an address that nobody listens at.
-func closedPort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
 	return l.Addr().String()
 }
 
@@ -312,7 +301,7 @@ func TestDoctorOutbox(t *testing.T) {
 	// What waits for longer than two cycles is told, with what is in its way.
 	commit(time.Now().Add(-time.Hour))
 	endpoint := "OTEL_EXPORTER_OTLP_ENDPOINT="
-	findings = examined(t, append(env, endpoint+"http://"+closedPort(t))...)
+	findings = examined(t, append(env, endpoint+"http://"+otlptest.FreeAddress(t))...)
 	want(t, findings, "outbox", statusWarn, findings["endpoint-connection"].Mend)
 	if found := findings["outbox"].Found; !strings.Contains(found, "1 requests (") || !strings.Contains(found, "the oldest for 1h0m") {
 		t.Errorf("outbox: %s", found)

@@ -16,7 +16,7 @@ func TestKills(t *testing.T) {
 	s := newSite(t, collectorConfig(plainReceivers))
 	// Answers that take their time, so that kills find calls in flight.
 	s.answered = func() { time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond) }
-	s.startAgent()
+	s.startAgent(patientCalls)
 	kills, outages, down := map[string]int{}, 0, false
 	for range times(6, 100) {
 		time.Sleep(time.Duration(rand.IntN(700)) * time.Millisecond)

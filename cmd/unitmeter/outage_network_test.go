@@ -155,7 +155,7 @@ func TestCollectorAnswersAndDies(t *testing.T) {
 			go kill()
 		}
 	}
-	s.startAgent()
+	s.startAgent(patientCalls)
 	n := 0
 	for ; n < times(4, 50) || s.tally() == 0 && n < 100; n++ { // an answer must be lost
 		armed.Store(true)
@@ -231,7 +231,7 @@ func TestMessageLimits(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			s := newSite(t, collectorConfig("      "+c.receiver))
-			o := outage{dir: filepath.Join(t.TempDir(), "state"), endpoint: freePort(t), units: c.units, cycles: c.cycles}
+			o := outage{dir: filepath.Join(t.TempDir(), "state"), endpoint: otlptest.FreeAddress(t), units: c.units, cycles: c.cycles}
 			o.begin = time.Now().Add(-time.Hour)
 			o.fill(t)
 			s.in("mkdir -m 700 " + siteState)

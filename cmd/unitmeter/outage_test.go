@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
 )
@@ -462,17 +463,6 @@ func drained(tb testing.TB, dir string) {
 	}
 }
 
-// freePort returns an address at which nobody listens.
-func freePort(tb testing.TB) string {
-	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // TestOutage commits cycles while nobody listens. Every point must arrive once,
 // in the order of its commit, with the time at which it was measured, also when
 // the clock jumps meanwhile.
@@ -491,7 +481,7 @@ func TestOutage(t *testing.T) {
 	for name, jump := range map[string]time.Duration{"an hour": 0, "clock set forward, then back": 36 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			o := outage{dir: filepath.Join(t.TempDir(), "state"), endpoint: freePort(t), units: 20, cycles: 360, jump: jump}
+			o := outage{dir: filepath.Join(t.TempDir(), "state"), endpoint: otlptest.FreeAddress(t), units: 20, cycles: 360, jump: jump}
 			o.begin = time.Now().Add(-time.Duration(o.cycles) * 10 * time.Second)
 			o.start(t)
 			if b := backlog(t, o.dir); b.Requests != o.cycles {
@@ -549,7 +539,7 @@ func BenchmarkOutage(b *testing.B) {
 
 func benchmarkOutage(b *testing.B, receive func(outage) (check func())) {
 	for range b.N {
-		o := outage{dir: filepath.Join(b.TempDir(), "state"), endpoint: freePort(b), units: 1000, cycles: 24 * 360}
+		o := outage{dir: filepath.Join(b.TempDir(), "state"), endpoint: otlptest.FreeAddress(b), units: 1000, cycles: 24 * 360}
 		o.begin = time.Now().Add(-time.Duration(o.cycles) * 10 * time.Second)
 		began := time.Now()
 		cmd := o.start(b)

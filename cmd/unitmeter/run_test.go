@@ -75,7 +75,7 @@ func TestDisabledIsReady(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer manager.Close()
-	if err := manager.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+	if err := manager.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 	runAgent(t, "OTEL_SDK_DISABLED=true", "NOTIFY_SOCKET="+address.Name, "WATCHDOG_USEC=300000")

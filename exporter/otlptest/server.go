@@ -119,11 +119,11 @@ type Server struct {
 // Start starts a server and stops it at the end of the test.
 func Start(tb testing.TB, cfg Config) *Server {
 	tb.Helper()
-	if cfg.Address == "" {
-		cfg.Address = "127.0.0.1:0"
-	}
 	ln := cfg.Listener
 	if ln == nil {
+		if cfg.Address == "" {
+			cfg.Address = FreeAddress(tb)
+		}
 		var err error
 		if ln, err = net.Listen("tcp", cfg.Address); err != nil {
 			tb.Fatalf("start OTLP server: %v", err)
@@ -188,10 +188,10 @@ func (s *Server) Points() []Point {
 }
 
 // Wait returns when ok returns true for the requests so far. The test fails if
-// that takes longer than 30 s.
+// that takes longer than two minutes.
 func (s *Server) Wait(tb testing.TB, ok func([]Request) bool) {
 	tb.Helper()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(2 * time.Minute)
 	for {
 		s.mu.Lock()
 		requests, changed := slices.Clone(s.requests), s.changed
@@ -202,7 +202,7 @@ func (s *Server) Wait(tb testing.TB, ok func([]Request) bool) {
 		select {
 		case <-changed:
 		case <-timeout:
-			tb.Fatalf("wait for requests: not within 30 s; got %d", len(requests))
+			tb.Fatalf("wait for requests: not within two minutes; got %d", len(requests))
 		}
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -755,8 +756,42 @@ func commitForever(dir string) error {
 	return nil
 }
 
-// child starts commitForever and returns what it says, when it has ended.
-func child(dir string, wrap ...string) (*exec.Cmd, *bytes.Buffer) {
+// transcript is what a child has said so far.
+type transcript struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (s *transcript) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(p)
+}
+
+func (s *transcript) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.String()
+}
+
+// await waits until ok, however slow the machine is.
+func (s *transcript) await(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("the child never came to this: %s; it said:\n%s", what, s)
+		}
+	}
+}
+
+// committing waits until the child is in the midst of its work.
+func (s *transcript) committing(t *testing.T) {
+	t.Helper()
+	s.await(t, "it commits", func() bool { return strings.Count(s.String(), "committed ") >= 2 })
+}
+
+// child is the command of commitForever, and what it says.
+func child(dir string, wrap ...string) (*exec.Cmd, *transcript) {
 	self, err := os.Executable()
 	if err != nil {
 		panic(err)
@@ -764,9 +799,9 @@ func child(dir string, wrap ...string) (*exec.Cmd, *bytes.Buffer) {
 	args := append(wrap, self)
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), "UNITMETER_STORE_CHILD="+dir)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	return cmd, &out
+	out := &transcript{}
+	cmd.Stdout, cmd.Stderr = out, out
+	return cmd, out
 }
 
 // said returns the last number that the child said with word, or 0.
@@ -810,6 +845,8 @@ func (p *progress) survived(t *testing.T, dir, out string) error {
 	return nil
 }
 
+// The process is killed at random moments, in most cases after it has begun to
+// commit, and in some while it opens the store.
 func TestKill(t *testing.T) {
 	r := rand.New(rand.NewPCG(13, uint64(time.Now().UnixNano())))
 	dir := filepath.Join(t.TempDir(), "state")
@@ -819,7 +856,10 @@ func TestKill(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Duration(5+r.IntN(250)) * time.Millisecond)
+		if i%4 != 0 {
+			out.committing(t)
+		}
+		time.Sleep(time.Duration(r.IntN(250)) * time.Millisecond)
 		_ = cmd.Process.Kill()
 		if err := cmd.Wait(); err == nil || cmd.ProcessState.Exited() {
 			t.Fatalf("the child ended by itself: %s", out)
@@ -922,7 +962,8 @@ func makeExt4(t testing.TB) (image string) {
 }
 
 // The power is cut at random instants under a process that commits without
-// pause. What Commit said is durable is there afterwards.
+// pause, and sometimes while it opens the store. What Commit said is durable is
+// there afterwards.
 func TestPowerCut(t *testing.T) {
 	r := rand.New(rand.NewPCG(15, uint64(time.Now().UnixNano())))
 	image := makeExt4(t)
@@ -935,6 +976,11 @@ func TestPowerCut(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		if i%3 != 0 {
+			out.committing(t)
+		}
 		time.Sleep(time.Duration(20+r.IntN(400)) * time.Millisecond)
 		// A power cut stops the process too. An fsync that runs while the file
 		// system is shut down may answer that all is well (seen on ext4, once in
@@ -944,9 +990,11 @@ func TestPowerCut(t *testing.T) {
 		if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(20 * time.Millisecond) // commits fail now, and must say so
+		out.await(t, "a commit fails, or the store cannot be opened", func() bool {
+			return strings.Contains(out.String(), "failed ") || len(ended) > 0
+		})
 		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
+		<-ended
 		command(t, "umount", disk)
 		command(t, "losetup", "-d", loop)
 		loop = ext4(t, image, disk)
@@ -968,7 +1016,7 @@ func freeze(t *testing.T, p *os.Process) {
 	if err := p.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.Pid))
 		running := err != nil || len(tasks) == 0
 		for _, task := range tasks {

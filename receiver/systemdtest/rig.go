@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,7 +33,7 @@ var bootScript string
 const (
 	// bootTimeout ends a boot that hangs. A boot takes about a second; a loaded
 	// machine may need ten.
-	bootTimeout   = time.Minute
+	bootTimeout   = 3 * time.Minute
 	trafficPath   = "/usr/local/bin/traffic"
 	wallClockPath = "/usr/local/bin/wallclock"
 	searchPath    = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -79,8 +80,8 @@ func (u unsupported) Error() string        { return string(u) }
 func (u unsupported) Is(target error) bool { return target == errors.ErrUnsupported }
 
 // Boot boots systemd to basic.target with dbus.service up. ctx bounds the boot,
-// not the life of the rig; without a deadline a minute is allowed. The rig ends
-// with Close or with this process, however that dies.
+// not the life of the rig; without a deadline three minutes are allowed. The rig
+// ends with Close or with this process, however that dies.
 //
 // An error for which errors.Is(err, [errors.ErrUnsupported]) holds says what the
 // machine lacks; any other is a fault.
@@ -304,8 +305,10 @@ func (r *Rig) readStatus(status io.Reader) (up bool, failure error) {
 
 // awaitBus returns when basic.target is reached and dbus.service runs.
 func (r *Rig) awaitBus(ctx context.Context) error {
+	// The socket is there a moment before systemd listens on it.
 	for private := r.Path("/run/systemd/private"); ; {
-		if _, err := os.Stat(private); err == nil {
+		if conn, err := net.Dial("unix", private); err == nil {
+			conn.Close()
 			break
 		}
 		if _, err := os.Stat(r.Path("/")); err != nil {

@@ -13,7 +13,7 @@ cgroup=$cgroups/$NAME
 fail() { echo "error $*"; exit 1; }
 
 # Ends what still runs in a cgroup and removes it. Dying processes keep it busy
-# for a moment, hence the tries.
+# for a moment, hence the tries: for two minutes, which only a loaded machine needs.
 remove_cgroup() {
 	tries=0
 	while [ -d "$1" ]; do
@@ -22,7 +22,7 @@ remove_cgroup() {
 		done
 		find "$1" -depth -type d -exec rmdir {} + 2>/dev/null
 		tries=$((tries + 1))
-		[ "$tries" -lt 200 ] || { echo "cgroup $1 stays busy" >&2; return 1; }
+		[ "$tries" -lt 2400 ] || { echo "cgroup $1 stays busy" >&2; return 1; }
 		[ ! -d "$1" ] || sleep 0.05
 	done
 }

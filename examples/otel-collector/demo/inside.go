@@ -16,7 +16,7 @@ import (
 
 // patience bounds each wait. All of them take seconds; a loaded machine takes
 // longer.
-const patience = time.Minute
+const patience = 3 * time.Minute
 
 // findFiles returns where each file that the rig needs is on the host, by its
 // path inside, and the directories they are in.
