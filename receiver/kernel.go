@@ -681,11 +681,12 @@ func (r *Receiver) probe(ctx context.Context, b *bus, t *target) error {
 		done := s.known || s.exact() || s.probes >= maxCompared
 		s.probes++
 		held, err := r.kernel.calls.read(s.now)
+		one := []target{{unit: t.unit, run: t.run, path: t.path, iface: t.iface}}
+		one[0].hold(s, held)
 		r.mu.Unlock()
 		if done || err != nil {
 			return nil
 		}
-		one := []target{{unit: t.unit, run: t.run, path: t.path, iface: t.iface, tally: s, held: held, maps: s.now.ids}}
 		if err := r.readBus(ctx, b, one); err != nil {
 			return err
 		}
