@@ -426,16 +426,22 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 // else is going on, until the connection is closed.
 func (r *Receiver) heedReloads(b *bus) {
 	for signal := range b.urgent {
-		began, isReload := argument[bool](signal, 0)
-		owner, isName := argument[string](signal, 2)
+		var begins, ends bool
+		switch signal.Name {
+		case managerInterface + ".Reloading":
+			began, ok := argument[bool](signal, 0)
+			begins, ends = ok && began, ok && !began
+		case nameOwnerChangedSig:
+			owner, ok := argument[string](signal, 2)
+			ends = ok && owner != ""
+		}
+		if !begins && !ends {
+			continue
+		}
 		r.mu.Lock()
-		switch {
-		case signal.Name == managerInterface+".Reloading" && isReload && began:
-			b.reloading = true
+		if b.reloading = begins; begins {
 			r.reloadBegins()
-		case signal.Name == managerInterface+".Reloading" && isReload,
-			signal.Name == nameOwnerChangedSig && isName && owner != "":
-			b.reloading = false
+		} else {
 			r.reloadEnds()
 		}
 		r.mu.Unlock()

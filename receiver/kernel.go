@@ -93,6 +93,7 @@ type tally struct {
 	compared  bool
 	probes    int
 	reading   *reading
+	polled    bool // by the watch of reloads, which is to tell when others replace now
 	gap       *gap // from the replacement of known maps until extra is known again
 }
 
@@ -281,12 +282,12 @@ func (k *kernelSource) lookAs(s *tally, query bool) sighting {
 	case attached == s.attached:
 		s.switching = 0
 		return unchanged
-	case k.reload.polling():
-		return waiting // until it is known what was read before
+	case s.polled:
+		return waiting
 	}
 	next, several, ok := k.calls.openMaps(&attached)
 	switch {
-	case s.switching < maxSwitching && (several || next.ids != s.now.ids && next.shares(s.now) || !ok && attached.n[0] != attached.n[1]):
+	case s.switching < maxSwitching && switching(s.now, next, &attached, several, ok):
 		next.close()
 		s.switching++
 		return waiting
@@ -304,12 +305,16 @@ func (k *kernelSource) lookAs(s *tally, query bool) sighting {
 
 // replace takes the maps in which systemd counts from now on.
 func (s *tally) replace(c *bpfCalls, attached programs, next counterMaps) {
-	s.latest = s.latest.max(c.onlyIn(s.now, next))
+	latest := s.latest.max(c.onlyIn(s.now, next))
+	s.active = s.active || latest != s.latest
+	s.latest = latest
 	if s.gap == nil && (s.known || s.reading != nil && s.reading.shown == s.run.last) {
 		s.startGap()
 	}
 	if s.gap != nil {
 		s.gap.owed, _ = s.gap.owed.plus(s.latest.less(s.gap.base))
+		// What is on the odometer beyond that, of a cgroup that is gone, may be in both.
+		s.gap.counted, _ = s.gap.counted.plus(s.gap.base.less(s.latest))
 		s.gap.old = append(s.gap.old, replaced{s.now, s.latest})
 		s.gap.base = Counters{}
 		if len(s.gap.old) > maxReplaced {
@@ -384,13 +389,15 @@ func (c Counters) less(d Counters) Counters {
 
 // retire puts aside a tally whose cgroup is gone, and opens the one that has
 // its place now, if any. It reports false if the maps count for that one.
-func (k *kernelSource) retire(s *tally) bool {
+func (r *Receiver) retire(s *tally) bool {
+	k := r.kernel
 	delete(k.tallies, s.unit)
 	next := k.openTally(s.unit, s.path)
 	s.gone = time.Now()
 	_ = unix.Close(s.dir)
 	s.dir = -1
 	if next != nil && next.now.shares(s.now) {
+		r.closeGap(s, s.latest)
 		s.close()
 		return false
 	}
@@ -573,7 +580,7 @@ func (r *Receiver) lookAt(t *target, fresh bool) {
 	}
 	switch k.lookAs(s, query) {
 	case left:
-		if k.retire(s) && s.run == t.run && (s.known || s.gap != nil) {
+		if r.retire(s) && s.run == t.run && (s.known || s.gap != nil) {
 			t.hold(s, value)
 			return
 		}
@@ -590,7 +597,7 @@ func (r *Receiver) lookAt(t *target, fresh bool) {
 		if value, err = k.calls.read(s.now); err == nil && !s.dead && s.run == t.run && s.known {
 			r.takeRest(s, value)
 			s.startGap()
-			s.gap.base = value
+			s.gap.base, s.latest = value, value
 		}
 		s.dead = true
 		s.doubt()
@@ -601,7 +608,7 @@ func (r *Receiver) lookAt(t *target, fresh bool) {
 		}
 	case unchanged:
 		if _, fell := value.minus(s.latest); fell { // set to zero for the next run
-			s.endGap()
+			r.closeGap(s, s.latest)
 			s.doubt()
 		}
 		s.active = value != s.latest
@@ -655,6 +662,9 @@ func (r *Receiver) compareAll(targets []target) {
 		if shown, ok := t.counters(); ok && err == nil && r.counting(t.tally) {
 			t.held, t.compared = after, true
 			t.tally.compare(before, shown, after)
+			if latest := t.tally.latest.max(after); t.tally.dir >= 0 && latest != t.tally.latest {
+				t.tally.latest, t.tally.active = latest, true // no other program was attached until then
+			}
 		}
 	}
 }
@@ -705,6 +715,7 @@ func (t *target) calibrate() {
 	s := t.tally
 	shown, whole := t.counters()
 	switch {
+	case !t.current(): // extra is not of the maps that were read
 	case s.dir < 0 && s.known:
 		held, _ := s.extra.plus(t.held)
 		if more, less := shown.minus(held); whole && !less && more != (Counters{}) {
@@ -738,31 +749,35 @@ func (t *target) fill() {
 // advance puts a reading on the odometer of the run. The caller holds mu.
 func (r *Receiver) advance(t *target, raw Counters) (delta Counters, reset bool) {
 	s := t.tally
-	if s == nil || s.run != t.run || s.gap == nil {
-		delta, reset = t.run.advance(raw, t.time)
-		if s != nil {
-			s.reading = nil
-		}
-		if s != nil && s.run == t.run && !s.known && s.compared && t.compared && t.current() {
-			s.reading = &reading{t.before, t.run.last, t.held}
-		}
-		return delta, reset
+	if s == nil || s.run != t.run {
+		return t.run.advance(raw, t.time)
 	}
-	held := t.held
+	compared := t.compared && t.current()
 	switch {
+	case s.gap == nil:
+		delta, reset = t.run.advance(raw, t.time)
 	case !t.current(): // what was read is in the gap, as owed by maps of before
-		held = s.gap.base
-	case !s.known: // what came after systemd's value will be in the next one
-		held = t.before
+		delta, reset = r.bridge(s, raw, s.gap.base, t.time)
+	case s.known:
+		delta, reset = r.bridge(s, raw, t.held, t.time)
+		r.closeGap(s, t.held)
+	default: // what came after systemd's value will be in the next one
+		delta, reset = r.bridge(s, raw, t.before, t.time)
+		if compared && s.probes >= maxCompared { // extra will not be known
+			r.closeGap(s, t.held)
+		}
 	}
-	return r.bridge(s, raw, held, t.time)
+	s.reading = nil
+	if s.gap == nil && !s.known && s.compared && compared {
+		s.reading = &reading{t.before, t.run.last, t.held}
+	}
+	return delta, reset
 }
 
 // bridge is advance for a tally with a gap. It adds the larger of what systemd
 // says and what the maps prove: each is no more than what there was. held must not
-// be from later than raw, or the next raw would have that once more. Once extra
-// is known, the gap is closed, and what is left of the uncertainty stated. The
-// caller holds mu.
+// be from later than raw, or the next raw would have that once more. The caller
+// holds mu.
 func (r *Receiver) bridge(s *tally, raw, held Counters, at time.Time) (delta Counters, fell bool) {
 	g := s.gap
 	g.follow(s.run.last)
@@ -775,9 +790,6 @@ func (r *Receiver) bridge(s *tally, raw, held Counters, at time.Time) (delta Cou
 	}
 	g.counted, _ = g.counted.plus(delta)
 	g.last = s.run.last
-	if s.known {
-		r.closeGap(s, held)
-	}
 	return delta, fell
 }
 
@@ -795,8 +807,12 @@ func (g *gap) proved(held Counters) Counters {
 	return all.less(g.counted)
 }
 
-// closeGap states what may have been left out, at most, and ends the gap.
+// closeGap states what may have been left out, at most, and ends the gap, if there is
+// one. The caller holds mu.
 func (r *Receiver) closeGap(s *tally, held Counters) {
+	if s.gap == nil {
+		return
+	}
 	for len(s.gap.old) > 0 {
 		s.gap.forget(r.kernel.calls)
 	}
@@ -879,15 +895,21 @@ func (r *Receiver) readRests() {
 	r.kernel.ended = slices.DeleteFunc(r.kernel.ended, func(s *tally) bool {
 		over := !r.readRest(s) || now.Sub(s.gone) > lateTraffic
 		if over {
-			if s.gap != nil {
-				if held, err := r.kernel.calls.read(s.now); err == nil {
-					r.closeGap(s, held)
-				}
-			}
+			r.closeGap(s, r.final(s))
 			s.close()
 		}
 		return over
 	})
+}
+
+// final is the last that is known of the maps of a cgroup that is gone: up to systemd
+// 255, the next run counts in the same ones. The caller holds mu.
+func (r *Receiver) final(s *tally) Counters {
+	held, err := r.kernel.calls.read(s.now)
+	if next := r.kernel.find(s.unit, s.slice); err != nil || next != nil && next.now.shares(s.now) {
+		return s.latest
+	}
+	return held
 }
 
 // readRest reads the maps of one cgroup that is gone. It reports false when
@@ -967,7 +989,7 @@ func (r *Receiver) leave(unit string) {
 	}
 	// The next run counts from when programs are on its cgroup; until then
 	// retire finds none, and what was read before is still the old run's.
-	if r.kernel.retire(s) && err == nil && s.run != nil && s.known {
+	if r.retire(s) && err == nil && s.run != nil && s.known {
 		if _, fell := held.minus(s.latest); !fell {
 			r.takeRest(s, held)
 		}

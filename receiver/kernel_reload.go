@@ -40,20 +40,25 @@ const (
 	// is over, and pollAtMost for how long while it does not say so.
 	pollAfter  = 300 * time.Millisecond
 	pollAtMost = 5 * time.Second
+	// renewPause is for how long no map was new, and those of all watched units had
+	// been replaced, when all units' are taken while it goes on; else pollAtMost.
+	renewPause = 50 * time.Millisecond
 )
 
 // reloadWatch reads the maps of busy units often while systemd is being
 // reloaded, or is away, so that the last value before it attaches new programs is
-// known to the packet. All but over and away is guarded by Receiver.mu.
+// known to the packet. Receiver.mu guards the channels, and is held where begins and
+// away are set.
 type reloadWatch struct {
 	begun   chan struct{} // wakes the goroutine; nil without one
-	active  bool          // it polls now
-	settled chan struct{} // closed when it has; nil when it need not
-	over    atomic.Bool   // systemd has said that the last reload is over
-	away    atomic.Bool   // there is no connection on which it could say anything
+	settled chan struct{} // closed when it has polled; nil when it need not
+	begins  atomic.Uint32 // how many reloads have begun
+	ends    atomic.Uint32 // how many had when the last one that is over was
+	away    atomic.Bool   // there is no connection on which systemd could say anything
 }
 
-func (w *reloadWatch) polling() bool { return w.active }
+// over reports whether systemd has said that the last reload is over.
+func (w *reloadWatch) over() bool { return w.ends.Load() == w.begins.Load() }
 
 // reloadBegins takes systemd's word that it is about to reload or re-execute. The
 // caller holds mu.
@@ -63,7 +68,8 @@ func (r *Receiver) reloadBegins() {
 		return
 	}
 	w := &r.kernel.reload
-	w.over.Store(false)
+	w.away.Store(false)
+	w.begins.Add(1)
 	if w.begun != nil && w.settled == nil {
 		w.settled = make(chan struct{})
 		w.begun <- struct{}{}
@@ -73,9 +79,9 @@ func (r *Receiver) reloadBegins() {
 // systemdLost says that no signals arrive any more: systemd may re-execute itself
 // as often as it likes until the next connection. The caller holds mu.
 func (r *Receiver) systemdLost() {
-	if r.kernel != nil {
-		r.kernel.reload.away.Store(true)
+	if r.kernel != nil && !r.kernel.reload.away.Load() {
 		r.reloadBegins()
+		r.kernel.reload.away.Store(true)
 	}
 }
 
@@ -83,8 +89,9 @@ func (r *Receiver) systemdLost() {
 // It makes the new maps at about that time. The caller holds mu.
 func (r *Receiver) reloadEnds() {
 	if r.kernel != nil {
-		r.kernel.reload.away.Store(false)
-		r.kernel.reload.over.Store(true)
+		w := &r.kernel.reload
+		w.away.Store(false)
+		w.ends.Store(w.begins.Load())
 	}
 }
 
@@ -129,10 +136,10 @@ func (r *Receiver) watchReloads(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		for more := true; more; {
-			p := r.pollable(calls)
+		p := &poll{calls: calls}
+		for more := true; more; more = r.polled(ctx, p) {
+			p = r.pollable(p)
 			p.run(ctx, w)
-			more = r.polled(ctx, p)
 		}
 	}
 }
@@ -150,11 +157,15 @@ type poll struct {
 	units   []*polled
 	newborn []*newborn
 	newest  uint32    // program
-	born    time.Time // when it was seen; zero when its maps have been looked up
+	born    time.Time // when it was seen; zero when it is known whose its maps are
+	adopted time.Time // when a map was new last; zero if none was
 	looks   int
 	// now and before are the last two readings of the units' maps.
 	now, before []values
 	counting    int // newborn maps that do
+	// begins is how many reloads have been seen to begin, and began when the last was.
+	begins uint32
+	began  time.Time
 }
 
 // values are of the two maps of a unit, by direction.
@@ -195,13 +206,12 @@ type newborn struct {
 	only []values
 }
 
-// pollable returns the units to poll, and makes new maps wait meanwhile.
-func (r *Receiver) pollable(calls *bpfCalls) *poll {
+// pollable returns the units to poll, whose new maps wait meanwhile.
+func (r *Receiver) pollable(last *poll) *poll {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	k := r.kernel
-	k.reload.active = true
-	p := &poll{calls: calls, newest: k.newest}
+	p := &poll{calls: last.calls, newest: k.newest, begins: last.begins, began: last.began}
 	p.programs(func(uint32) {})
 	for _, s := range k.tallies {
 		if len(p.units) == maxPolled {
@@ -219,6 +229,7 @@ func (r *Receiver) pollable(calls *bpfCalls) *poll {
 			maps.close()
 			break
 		}
+		s.polled = true
 		p.units = append(p.units, &polled{tally: s, dir: dir, maps: maps, held: maps, attached: s.attached, latest: s.latest})
 	}
 	p.now, p.before = make([]values, len(p.units)), make([]values, len(p.units))
@@ -226,28 +237,29 @@ func (r *Receiver) pollable(calls *bpfCalls) *poll {
 }
 
 // run polls until systemd has replaced the programs of all units, and has said
-// that it is done.
+// that it is done; or until it is time to take all units' maps meanwhile, as it may
+// be long before it says so.
 func (p *poll) run(ctx context.Context, w *reloadWatch) {
+	started, left, over := time.Now(), true, false
 	var placed, end time.Time
-	began, left, over := time.Now(), true, false
 	for ctx.Err() == nil {
 		p.look()
 		now := time.Now()
-		switch was := over; {
-		case w.over.Load() != was:
-			if over = !was; over {
-				end = now.Add(pollAfter)
-			} else {
-				began, left = now, true
-				for _, u := range p.units {
-					u.done = false
-				}
+		if begins := w.begins.Load(); begins != p.begins {
+			p.begins, p.began, left, over = begins, now, true, false
+			for _, u := range p.units {
+				u.done = false
 			}
-		case over && (!left || now.After(end)):
+		}
+		switch {
+		case !over && w.ends.Load() == p.begins:
+			over, end = true, now.Add(pollAfter)
+		case over && (!left || now.After(end)),
+			!over && !p.adopted.IsZero() && (!left && now.Sub(p.adopted) > renewPause || now.Sub(started) > pollAtMost):
 			p.place()
 			return
-		case !over && now.Sub(began) > pollAtMost && !w.away.Load():
-			w.over.Store(true) // it is stuck, or its word was lost
+		case !over && now.Sub(p.began) > pollAtMost && !w.away.Load():
+			w.ends.Store(p.begins) // it is stuck, or its word was lost
 		}
 		if !p.born.IsZero() && now.Sub(p.born) > placePause || now.Sub(placed) > placeAtMost || p.counting >= maxCounting {
 			left = p.place()
@@ -255,7 +267,7 @@ func (p *poll) run(ctx context.Context, w *reloadWatch) {
 		}
 		pause := pollPause
 		switch {
-		case now.Sub(began) > pollAtMost:
+		case now.Sub(p.began) > pollAtMost:
 			pause = awayPause
 		case !left:
 			pause = slowPause
@@ -277,7 +289,11 @@ func (p *poll) look() {
 			}
 		}
 	}
+	read := time.Now()
 	p.programs(p.adopt)
+	if len(p.newborn) > 0 {
+		passPrograms(read)
+	}
 	for _, n := range p.newborn {
 		if n.looks < maxLooks {
 			p.watch(n)
@@ -309,6 +325,7 @@ func (p *poll) adopt(program uint32) {
 		}
 		if fd, ok := p.calls.openCounter(id); ok {
 			p.newborn = append(p.newborn, &newborn{id: id, fd: fd, born: p.born})
+			p.adopted = p.born
 		}
 	}
 }
@@ -317,17 +334,12 @@ func (p *poll) adopt(program uint32) {
 // just been read.
 func (p *poll) watch(n *newborn) {
 	m := counterMaps{ids: [2]uint32{n.id}, fds: [2]int{n.fd}}
-	packets, _, err := p.calls.readOne(m, 0)
+	packets, bytes, err := p.calls.readOne(m, 0)
 	if err != nil || packets == 0 {
 		return
 	}
-	_ = unix.Nanosleep(&unix.Timespec{Nsec: betweenPrograms.Nanoseconds()}, nil)
-	packets, bytes, err := p.calls.readOne(m, 0)
-	if err != nil {
-		return
-	}
 	if n.only == nil {
-		// After the look before, it was not there or had nothing.
+		// When the units' maps had been read before, it was not there or had nothing.
 		n.first, n.only = p.looks, slices.Clone(p.before)
 		p.counting++
 	}
@@ -356,12 +368,17 @@ func (p *poll) place() (left bool) {
 			}
 		default:
 			next, several, ok := p.calls.openMaps(&attached)
-			if ok && !several && next.ids[0] != u.maps.ids[0] && next.ids[1] != u.maps.ids[1] {
+			switch {
+			case switching(u.maps, next, &attached, several, ok):
+				next.close()
+				halfway = true
+			case !ok: // it is counted no more, or is to be again
+			case next.ids == u.maps.ids:
+				next.close()
+				u.attached, u.done = attached, true
+			default:
 				p.replace(i, attached, next)
-				break
 			}
-			next.close()
-			halfway = halfway || several || next.ids != u.maps.ids
 		}
 		left = left || !u.done
 	}
@@ -369,11 +386,11 @@ func (p *poll) place() (left bool) {
 	p.born, p.counting = time.Time{}, 0
 	if halfway {
 		p.born = now
-		return left
 	}
 	// What counts, and is none of the units', is another unit's.
 	p.newborn = slices.DeleteFunc(p.newborn, func(n *newborn) bool {
-		others := n.only != nil || now.Sub(n.born) > placeAtMost
+		age := now.Sub(n.born)
+		others := !halfway && (n.only != nil || age > placeAtMost) || age > pollAtMost
 		if others {
 			_ = unix.Close(n.fd)
 		}
@@ -403,17 +420,17 @@ func (p *poll) replace(i int, attached programs, next counterMaps) {
 }
 
 // polled takes what the polling has found, and the new maps, as soon as systemd
-// is done with them. It reports whether the next reload has begun.
+// is done with them. It reports whether a reload is going on.
 func (r *Receiver) polled(ctx context.Context, p *poll) (more bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	w := &r.kernel.reload
-	w.active = false
 	for _, n := range p.newborn {
 		_ = unix.Close(n.fd)
 	}
 	for _, u := range p.units {
 		s := u.tally
+		s.polled = false
 		same := s.now.ids == u.held.ids
 		for _, old := range u.older {
 			if same {
@@ -429,12 +446,12 @@ func (r *Receiver) polled(ctx context.Context, p *poll) (more bool) {
 		u.held.close()
 		_ = unix.Close(u.dir)
 	}
-	for pause := time.Millisecond; r.renew() && pause < time.Second && ctx.Err() == nil && w.over.Load(); pause *= 2 {
+	for pause := time.Millisecond; r.renew() && pause < time.Second && ctx.Err() == nil && w.over(); pause *= 2 {
 		r.mu.Unlock()
 		time.Sleep(pause)
 		r.mu.Lock()
 	}
-	if !w.over.Load() && ctx.Err() == nil {
+	if !w.over() && ctx.Err() == nil {
 		return true
 	}
 	close(w.settled)

@@ -22,11 +22,11 @@ type sender struct {
 	packets uint64
 }
 
-func busy(t *testing.T, rig *systemdtest.Rig, name string, packets, rate int) sender {
+func busy(t *testing.T, rig *systemdtest.Rig, name string, packets, rate int, settings ...string) sender {
 	t.Helper()
 	sink(t, rig)
-	rig.WriteFile(t, "/etc/systemd/system/"+name+".service", "[Service]\nIPAccounting=yes\nType=oneshot\nRemainAfterExit=yes\nExecStart="+
-		rig.Traffic()+" udp-send "+sinkAddress+fmt.Sprintf(" -count %d -rate %d\n", packets, rate)+
+	rig.WriteFile(t, "/etc/systemd/system/"+name+".service", "[Service]\nIPAccounting=yes\nType=oneshot\nRemainAfterExit=yes\n"+
+		strings.Join(settings, "\n")+"\nExecStart="+rig.Traffic()+" udp-send "+sinkAddress+fmt.Sprintf(" -count %d -rate %d\n", packets, rate)+
 		"ExecStart=/bin/sh -c 'until [ -e /run/%N.finish ]; do sleep .1; done'\n") // systemd forgets counters of what has exited
 	rig.Run(t, "systemctl", "daemon-reload")
 	t.Cleanup(func() { rig.Run(t, "systemctl", "stop", name) })
@@ -91,34 +91,82 @@ func TestKernelReloadsWhileSwept(t *testing.T) {
 }
 
 // TestKernelReloadsUnheard: systemd may reload as often as it likes while there is
-// no connection on which it could say so.
+// no connection on which it could say so, also when a unit begins to send only then.
 func TestKernelReloadsUnheard(t *testing.T) {
+	for _, idle := range []bool{false, true} {
+		t.Run(fmt.Sprintf("idle before %v", idle), func(t *testing.T) {
+			rig := theRig(t)
+			rig.Run(t, "rm", "-f", "/run/unheard")
+			c := busy(t, rig, fmt.Sprintf("kunheard-%v", idle), 12000, 2000, "ExecStartPre=/bin/sh -c 'until [ -e /run/unheard ]; do sleep .1; done'")
+			cable := newCable(t, strings.TrimPrefix(rig.SystemBus(), "unix:path="))
+			cfg := kernelConfig(rig, Config{Include: []string{c.unit}})
+			cfg.Bus = cable.address
+			r, _ := start(t, cfg)
+			r.Sweep(t.Context())
+			c.start(t, rig)
+			held(t, r, c.unit)
+			send := func() { rig.Run(t, "touch", "/run/unheard") }
+			if !idle {
+				send()
+				sweepUntil(t, r, "the unit sends", func(s *Sweep) bool {
+					got, _ := s.seriesOf(c.unit)
+					return got.Total.EgressPackets > 100
+				})
+			}
+			cable.cut()
+			send()
+			for range 3 {
+				before := programsOf(t, rig, c.unit)
+				rig.Run(t, "systemctl", "daemon-reload")
+				if version := systemdVersion(t, rig); version != 256 && version != 257 {
+					eventually(t, "systemd has attached new programs only", func() bool {
+						now := programsOf(t, rig, c.unit)
+						return now != before && now.n == before.n
+					})
+				}
+				time.Sleep(500 * time.Millisecond)
+			}
+			cable.mend()
+			c.finish(t, rig, r)
+		})
+	}
+}
+
+// TestKernelReloadThenRestart: what a unit has sent before a reload is not on the
+// odometer yet when it is restarted, and the maps are set to zero (up to systemd 255).
+func TestKernelReloadThenRestart(t *testing.T) {
 	rig := theRig(t)
-	c := busy(t, rig, "kunheard", 12000, 2000)
-	cable := newCable(t, strings.TrimPrefix(rig.SystemBus(), "unix:path="))
-	cfg := kernelConfig(rig, Config{Include: []string{c.unit}})
-	cfg.Bus = cable.address
-	r, _ := start(t, cfg)
-	r.Sweep(t.Context())
-	c.start(t, rig)
-	held(t, r, c.unit)
-	sweepUntil(t, r, "the unit sends", func(s *Sweep) bool {
-		got, _ := s.seriesOf(c.unit)
-		return got.Total.EgressPackets > 100
-	})
-	cable.cut()
+	const unit = "krenewed.service"
+	talker(t, rig, unit, "StartLimitInterval=0", "KillMode=process", "ExecStartPre=/bin/sh -c 'sleep 600 &'")
+	t.Cleanup(func() { rig.Run(t, "systemctl", "kill", "--kill-who=all", "--signal=KILL", unit) })
+	r, _ := start(t, kernelConfig(rig, Config{Include: []string{unit}}))
+	held(t, r, unit)
+	total := 0
 	for range 3 {
-		before := programsOf(t, rig, c.unit)
+		talk(t, rig, unit, 40)
+		before := programsOf(t, rig, unit)
 		rig.Run(t, "systemctl", "daemon-reload")
 		if version := systemdVersion(t, rig); version != 256 && version != 257 {
-			eventually(t, "systemd has attached new programs only", func() bool {
-				now := programsOf(t, rig, c.unit)
-				return now != before && now.n == before.n
+			eventually(t, "systemd's new maps are taken", func() bool {
+				now := programsOf(t, rig, unit)
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				s := r.kernel.tallies[unit]
+				return now != before && s != nil && s.attached == now && r.kernel.reload.settled == nil
 			})
 		}
+		rig.Run(t, "systemctl", "restart", unit)
+		talk(t, rig, unit, 5)
+		total += 45
+		held(t, r, unit)
 	}
-	cable.mend()
-	c.finish(t, rig, r)
+	got, _ := r.Sweep(t.Context()).seriesOf(unit)
+	stated := r.healthNow().uncertain
+	most, _ := got.Total.plus(stated)
+	t.Logf("of %d packets, %d are counted and %d stated", total, got.Total.EgressPackets, stated.EgressPackets)
+	if got.Total.less(sent(total)) != (Counters{}) || sent(total).less(most) != (Counters{}) {
+		t.Errorf("of %+v, %+v are counted, and %+v stated", sent(total), got.Total, stated)
+	}
 }
 
 // programsOf returns what is attached to a unit's cgroup.

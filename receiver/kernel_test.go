@@ -639,6 +639,50 @@ func TestGapCountsOnce(t *testing.T) {
 	}
 }
 
+// TestGapAfterTheEnd: what a unit's map had at its end was counted before it was known
+// that systemd had replaced it, and what both had.
+func TestGapAfterTheEnd(t *testing.T) {
+	r, err := New(Config{HostName: "host", BootID: "boot"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	none := [2]int{-1, -1} // nothing more can be read
+	r.kernel = &kernelSource{calls: newCalls()}
+	run := &run{unit: "a.service", odometer: odometer{last: all(60), time: time.Now()}}
+	s := &tally{unit: "a.service", run: run, dir: -1, known: true, latest: all(90), now: counterMaps{[2]uint32{3, 4}, none}}
+	r.takeRest(s, all(100))
+	s.replace(r.kernel.calls, programs{}, counterMaps{[2]uint32{5, 6}, none})
+	r.takeRest(s, all(15)) // 10 of these may be among the 100
+	if total := r.series["a.service"].total; total != all(45) {
+		t.Errorf("after 60, of 90 that only one map has and 15 that the other has, %+v are counted, want %+v", total, all(45))
+	}
+}
+
+// TestGapOfBusyUnit: what a reload has left uncertain is stated, and the next one
+// prepared for, also of a unit that is never quiet enough for extra to be known.
+func TestGapOfBusyUnit(t *testing.T) {
+	r, err := New(Config{HostName: "host", BootID: "boot"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.kernel = &kernelSource{calls: newCalls()}
+	run := &run{odometer: odometer{last: all(100), time: time.Now()}}
+	s := &tally{run: run, gap: &gap{owed: all(20), last: all(100), unclear: all(3)}, now: counterMaps{ids: [2]uint32{3, 4}}}
+	for _, reading := range []struct{ before, shown, after Counters }{{all(4), all(105), all(8)}, {all(10), all(112), all(14)}} {
+		s.compare(reading.before, reading.shown, reading.after)
+		target := &target{run: run, tally: s, before: reading.before, held: reading.after, maps: s.now.ids, compared: true, time: time.Now()}
+		r.advance(target, reading.shown)
+		s.probes = maxCompared
+	}
+	// 31 of 34 that the maps have, and 3 that they may have.
+	if s.gap != nil || r.kernel.uncertain != all(6) {
+		t.Errorf("gap %+v, uncertain %+v, want none and %+v", s.gap, r.kernel.uncertain, all(6))
+	}
+	if want := (reading{all(10), all(112), all(14)}); s.reading == nil || *s.reading != want {
+		t.Errorf("the last reading is %+v, want %+v", s.reading, want)
+	}
+}
+
 // TestKernelLost: systemd 256 and 257 lose the counters of running units at a
 // reload (systemd#38112), but go on to count in the same maps. An agent that held
 // them goes on too; one that comes later has nothing to go on.
