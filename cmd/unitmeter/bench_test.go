@@ -122,7 +122,7 @@ type measured struct {
 	cpu, own      time.Duration // of one collection: all, and that of the agent
 	wall          time.Duration // median
 	took          time.Duration // all collections together
-	rss           float64       // MiB, at the end
+	rss           float64       // MiB, half an interval after the last
 	lost          float64       // units, of one collection
 }
 
@@ -161,6 +161,7 @@ func (w watched) report(b *testing.B, rig *systemdtest.Rig, a contender, units i
 		b.Fatal(w.last.err)
 	}
 	n := len(w.walls)
+	time.Sleep(a.interval / 2) // what a collection has used is given back after its arrival
 	r := measured{
 		agent: a, units: units, count: n, took: w.took, rss: rss(b, rig), wall: w.walls[n/2], lost: float64(w.lost) / float64(n),
 		cpu: (w.last.cpu.all() - w.first.cpu.all()) / time.Duration(n), own: (w.last.cpu.agent - w.first.cpu.agent) / time.Duration(n),
