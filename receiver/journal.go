@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -64,11 +65,14 @@ func (r *Receiver) readsJournal() bool {
 // it cannot read is left out: a run is forgotten after keepClosed, and would then
 // be counted again.
 func (r *Receiver) followJournal(ctx context.Context) {
+	placed := sync.OnceFunc(func() { close(r.placed) })
+	defer time.AfterFunc(journalPatience, placed).Stop()
 	warned := false
 	var failing time.Time // since when journalctl keeps ending
 	for {
 		began := time.Now()
-		err := r.readJournal(ctx)
+		err := r.readJournal(ctx, placed)
+		placed()
 		// Who ends the agent may end journalctl with it, and first.
 		select {
 		case <-time.After(journalPause):
@@ -99,8 +103,9 @@ func (r *Receiver) followJournal(ctx context.Context) {
 
 // readJournal takes the stop records after the position, until journalctl or ctx
 // ends. At the first start that is where the journal ends: what is before, the
-// counters of running units have, or nobody counted.
-func (r *Receiver) readJournal(ctx context.Context) error {
+// counters of running units have, or nobody counted. It calls placed when it knows
+// the place.
+func (r *Receiver) readJournal(ctx context.Context, placed func()) error {
 	switch at := r.position(); {
 	case at.Boot == "":
 		last := Position{Boot: r.journalBoot()}
@@ -118,6 +123,7 @@ func (r *Receiver) readJournal(ctx context.Context) error {
 			return err
 		}
 	}
+	placed()
 	follow := []string{"--follow", "--no-tail", "--boot"}
 	// Nothing of this boot is taken so long as the last record is of another.
 	if at := r.position(); at.Boot == r.journalBoot() {
@@ -125,6 +131,19 @@ func (r *Receiver) readJournal(ctx context.Context) error {
 	}
 	err := r.journalRecords(ctx, r.takeRecord, follow...)
 	return cmp.Or(err, errors.New("follow the journal: journalctl ended"))
+}
+
+// awaitJournal waits until the place in the journal is known. An agent that is
+// killed after its first commit would begin where the journal ends by then, if the
+// commit did not have it, and leave out what ended meanwhile.
+func (r *Receiver) awaitJournal(ctx context.Context) {
+	if !r.readsJournal() {
+		return
+	}
+	select {
+	case <-r.placed:
+	case <-ctx.Done():
+	}
 }
 
 // position returns what of the journal is in the totals.

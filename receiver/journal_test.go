@@ -209,6 +209,37 @@ func wantFive(t *testing.T, s *Sweep, services ...string) {
 	}
 }
 
+// TestRigJournalPlaceFirst: the first sweep has the place in the journal, however
+// long journalctl takes to say it. The next receiver goes on from there.
+func TestRigJournalPlaceFirst(t *testing.T) {
+	rig := theRig(t)
+	sink(t, rig)
+	sends(t, rig, "place-before.service")
+	cfg := Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), HostName: "host", StopEdge: "journal", Include: []string{"place-*"}}
+	r, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.journalctl = []string{"sh", "-c", `sleep 1; exec "$@"`, "sh", "nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "journalctl"}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = r.Run(ctx) }()
+	if err := r.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	state := r.Sweep(t.Context()).State
+	cancel() // as if killed, before it has read any record
+	<-done
+	sends(t, rig, "place-between.service")
+	cfg.State = state
+	next, _ := journaled(t, rig, cfg)
+	s := readTo(t, rig, next, "place-last")
+	want(t, s, "place-between.service", sent(5))
+	if _, ok := s.seriesOf("place-before.service"); ok {
+		t.Error("what nobody was there to count is counted")
+	}
+}
+
 // TestRigJournalctlKilled: the records that journalctl had not printed when it
 // died are printed by the next one.
 func TestRigJournalctlKilled(t *testing.T) {
@@ -290,7 +321,7 @@ func TestLongRecord(t *testing.T) {
 	r.journalctl = []string{"sh", "-c", "exec tr '\\0' x </dev/zero"}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := r.readJournal(ctx); !errors.Is(err, bufio.ErrTooLong) || ctx.Err() != nil {
+	if err := r.readJournal(ctx, func() {}); !errors.Is(err, bufio.ErrTooLong) || ctx.Err() != nil {
 		t.Errorf("it returned %v; context: %v", err, ctx.Err())
 	}
 }

@@ -88,9 +88,12 @@ type Receiver struct {
 	sweeping sync.Mutex
 	last     atomic.Pointer[Sweep]
 
-	mu     sync.Mutex
-	bus    *bus // nil while not connected
-	ready  chan struct{}
+	mu    sync.Mutex
+	bus   *bus // nil while not connected
+	ready chan struct{}
+	// placed is closed when it is known what of the journal is in the totals, or
+	// that this will not be known soon.
+	placed chan struct{}
 	broken error // why there is no connection
 	listed bool  // the units have been listed once
 	// reloadBegan is when systemd last began to reload or re-execute itself, or
@@ -140,6 +143,7 @@ func New(cfg Config) (*Receiver, error) {
 		cfg:      cfg,
 		log:      cfg.Logger,
 		ready:    make(chan struct{}),
+		placed:   make(chan struct{}),
 		units:    map[string]*unit{},
 		runs:     map[string]*run{},
 		series:   map[string]*series{},

@@ -93,6 +93,11 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 
 	r.mu.Lock()
 	b := r.bus
+	r.mu.Unlock()
+	if b != nil {
+		r.awaitJournal(ctx)
+	}
+	r.mu.Lock()
 	targets := r.targets()
 	for _, s := range r.order {
 		s.observed = false

@@ -123,7 +123,7 @@ func killed(id, title string) scenario {
 			close(stop)
 			short := <-done
 			s.in("systemctl stop {id}-steady")
-			s.eventually("all short services have ended", func() bool { return s.running(s.id+"-short*") == 0 })
+			s.eventually("all short services have ended", func() bool { return s.pending(s.id+"-short*") == 0 })
 			s.sent("1,000 datagrams a second, and %d short services", short)
 			s.exact(receiver.Counters{})
 			restarts, err := strconv.Atoi(strings.TrimSpace(s.in("systemctl show -p NRestarts --value unitmeter")))
@@ -219,7 +219,7 @@ var distinct = scenario{
 				memory, cpu = append(memory, s.memory()), append(cpu, s.cpu())
 			}
 		}
-		s.eventually("all of them have ended", func() bool { return s.running(s.id+"-*") == 0 })
+		s.eventually("all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
 		s.sent("%d × 3 × 128 B", n)
 		// A series that made room for another has sent its last point: the sum
 		// over all series that there ever were is what the receiver has.

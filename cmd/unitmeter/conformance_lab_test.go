@@ -238,10 +238,22 @@ func (l *lab) transient(unit, slice string, command ...string) error {
 		}, []auxiliary{}).Err
 }
 
-// running returns how many units that match the pattern have not ended.
+// running returns how many units that match the pattern run.
 func (l *lab) running(pattern string) int {
 	l.t.Helper()
-	return strings.Count(l.Run(l.t, "systemctl", "list-units", "--no-legend", "--plain", "--state=active,activating,deactivating,reloading", pattern), "\n")
+	return l.listed("--state=active,activating,deactivating,reloading", pattern)
+}
+
+// pending returns how many transient units that match the pattern have not ended,
+// those included that have yet to start: what has ended is not loaded.
+func (l *lab) pending(pattern string) int {
+	l.t.Helper()
+	return l.listed("--all", pattern)
+}
+
+func (l *lab) listed(which, pattern string) int {
+	l.t.Helper()
+	return strings.Count(l.Run(l.t, "systemctl", "list-units", "--no-legend", "--plain", which, pattern), "\n")
 }
 
 // shell runs a script inside. It fails the test with what the script said.

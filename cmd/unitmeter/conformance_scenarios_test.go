@@ -414,7 +414,7 @@ func burst(id, title string, check func(*scene)) scenario {
 					s.t.Fatal(err)
 				}
 			}
-			s.eventually("all of them have ended", func() bool { return s.running(s.id+"-*") == 0 })
+			s.eventually("all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
 			s.sent("%d × 100 kB of payload", units)
 			check(s)
 			if sent := s.row.accounted.EgressBytes; sent < units*100_000 || sent > units*120_000 {
@@ -497,7 +497,7 @@ var churn = scenario{
 				s.t.Fatal(err)
 			}
 		}
-		s.eventually("all of them have ended", func() bool { return s.running(s.id+"-*") == 0 })
+		s.eventually("all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
 		if ran := strings.TrimSpace(s.in("wc -l </run/{id}.runs")); ran != strconv.Itoa(n) {
 			s.t.Errorf("%s of %d have sent all", ran, n)
 		}
