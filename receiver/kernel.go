@@ -299,13 +299,14 @@ func (k *kernelSource) lookAs(s *tally, query bool) sighting {
 		return unchanged
 	}
 	s.switching = 0
-	s.replace(k.calls, attached, next)
+	s.replace(k.calls, k.calls.onlyIn(s.now, next), attached, next)
 	return renewed
 }
 
-// replace takes the maps in which systemd counts from now on.
-func (s *tally) replace(c *bpfCalls, attached programs, next counterMaps) {
-	latest := s.latest.max(c.onlyIn(s.now, next))
+// replace takes the maps in which systemd counts from now on. only is what is in the
+// old ones and not in them, at least.
+func (s *tally) replace(c *bpfCalls, only Counters, attached programs, next counterMaps) {
+	latest := s.latest.max(only)
 	s.active = s.active || latest != s.latest
 	s.latest = latest
 	if s.gap == nil && (s.known || s.reading != nil && s.reading.shown == s.run.last) {
@@ -522,13 +523,10 @@ func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
 // called before. Programs have rising ids, so one call tells for all units.
 func (k *kernelSource) fresh() bool {
 	now := time.Now()
-	for {
-		id, ok := k.calls.nextProgram(k.newest)
-		if !ok {
-			return now.Sub(k.appeared) < settling
-		}
+	for id := range k.calls.programsAfter(k.newest) {
 		k.newest, k.appeared = id, now
 	}
+	return now.Sub(k.appeared) < settling
 }
 
 // readMaps reads the maps of a target, if they are held. Bytes of a unit whose

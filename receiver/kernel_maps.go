@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -115,23 +116,23 @@ func (c *bpfCalls) describe(fd int, size uint32) error {
 }
 
 // mapsOf returns the maps of a program if it can be systemd's, whose programs
-// have no name in older versions. They are valid until the next call.
-func (c *bpfCalls) mapsOf(program uint32) []uint32 {
+// have no name in older versions.
+func (c *bpfCalls) mapsOf(program uint32) (ids [8]uint32, n uint32) {
 	fd, err := c.byID(unix.BPF_PROG_GET_FD_BY_ID, program, 0)
 	if err != nil {
-		return nil // detached this moment
+		return ids, 0 // detached this moment
 	}
 	defer unix.Close(fd)
 	clear(c.info[:])
 	binary.NativeEndian.PutUint32(c.info[52:], uint32(len(c.maps))) // nr_map_ids
 	binary.NativeEndian.PutUint64(c.info[56:], uint64(uintptr(unsafe.Pointer(&c.maps))))
 	if c.describe(fd, 80) != nil || binary.NativeEndian.Uint32(c.info[:]) != unix.BPF_PROG_TYPE_CGROUP_SKB {
-		return nil
+		return ids, 0
 	}
 	if name := c.info[64:80]; name[0] != 0 && !strings.HasPrefix(string(name), "sd_fw_") {
-		return nil
+		return ids, 0
 	}
-	return c.maps[:min(binary.NativeEndian.Uint32(c.info[52:]), uint32(len(c.maps)))]
+	return c.maps, min(binary.NativeEndian.Uint32(c.info[52:]), uint32(len(c.maps)))
 }
 
 // openCounter opens a map if it is one in which systemd counts (bpf-firewall.c):
@@ -176,9 +177,8 @@ func (c *bpfCalls) openMaps(p *programs) (m counterMaps, several, ok bool) {
 // openMap is openMaps for one direction.
 func (c *bpfCalls) openMap(m *counterMaps, p *programs, direction int) (several bool) {
 	for _, program := range p.in(direction) {
-		// Opening them makes calls: the slice does not survive that.
-		candidates := [8]uint32{}
-		for _, id := range candidates[:copy(candidates[:], c.mapsOf(program))] {
+		ids, n := c.mapsOf(program)
+		for _, id := range ids[:n] {
 			fd, ok := c.openCounter(id)
 			switch {
 			case !ok:
@@ -228,12 +228,21 @@ func (c *bpfCalls) still(m counterMaps, v Counters) bool {
 	return true
 }
 
-// nextProgram returns the smallest id of a program above the given one.
-func (c *bpfCalls) nextProgram(id uint32) (next uint32, ok bool) {
-	clear(c.attr[:])
-	c.u32(0, id)
-	_, err := c.call(unix.BPF_PROG_GET_NEXT_ID, 12)
-	return binary.NativeEndian.Uint32(c.attr[4:]), err == nil
+// programsAfter yields the ids of the programs above the given one, which are those
+// that were loaded after it, in that order.
+func (c *bpfCalls) programsAfter(id uint32) iter.Seq[uint32] {
+	return func(yield func(uint32) bool) {
+		for {
+			clear(c.attr[:])
+			c.u32(0, id)
+			if _, err := c.call(unix.BPF_PROG_GET_NEXT_ID, 12); err != nil {
+				return
+			}
+			if id = binary.NativeEndian.Uint32(c.attr[4:]); !yield(id) {
+				return
+			}
+		}
+	}
 }
 
 // readOne returns the values of one direction.

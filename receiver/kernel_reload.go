@@ -212,7 +212,9 @@ func (r *Receiver) pollable(last *poll) *poll {
 	defer r.mu.Unlock()
 	k := r.kernel
 	p := &poll{calls: last.calls, newest: k.newest, begins: last.begins, began: last.began}
-	p.programs(func(uint32) {})
+	for id := range p.calls.programsAfter(p.newest) {
+		p.newest = id
+	}
 	for _, s := range k.tallies {
 		if len(p.units) == maxPolled {
 			break
@@ -290,7 +292,10 @@ func (p *poll) look() {
 		}
 	}
 	read := time.Now()
-	p.programs(p.adopt)
+	for id := range p.calls.programsAfter(p.newest) {
+		p.newest = id
+		p.adopt(id)
+	}
 	if len(p.newborn) > 0 {
 		passPrograms(read)
 	}
@@ -301,24 +306,11 @@ func (p *poll) look() {
 	}
 }
 
-// programs calls yield with each program that has been loaded since the last
-// call.
-func (p *poll) programs(yield func(id uint32)) {
-	for {
-		id, ok := p.calls.nextProgram(p.newest)
-		if !ok {
-			return
-		}
-		p.newest = id
-		yield(id)
-	}
-}
-
 // adopt takes hold of the maps of a new program.
 func (p *poll) adopt(program uint32) {
 	p.born = time.Now()
-	candidates := [8]uint32{}
-	for _, id := range candidates[:copy(candidates[:], p.calls.mapsOf(program))] {
+	ids, n := p.calls.mapsOf(program)
+	for _, id := range ids[:n] {
 		known := func(n *newborn) bool { return n.id == id }
 		if len(p.newborn) == maxNewborn || slices.ContainsFunc(p.newborn, known) {
 			continue
@@ -434,8 +426,7 @@ func (r *Receiver) polled(ctx context.Context, p *poll) (more bool) {
 		same := s.now.ids == u.held.ids
 		for _, old := range u.older {
 			if same {
-				s.latest = s.latest.max(old.latest)
-				s.replace(r.kernel.calls, old.attached, old.next)
+				s.replace(r.kernel.calls, old.latest, old.attached, old.next)
 			} else {
 				old.next.close()
 			}

@@ -33,14 +33,20 @@ func busy(t *testing.T, rig *systemdtest.Rig, name string, packets, rate int, se
 	return sender{name + ".service", uint64(packets)}
 }
 
-func (c sender) start(t *testing.T, rig *systemdtest.Rig) {
+// start starts the service under the eyes of a receiver, which has calibrated it.
+func (c sender) start(t *testing.T, rig *systemdtest.Rig, cfg Config) *Receiver {
 	t.Helper()
+	cfg.Include = []string{c.unit}
+	r, _ := start(t, cfg)
+	r.Sweep(t.Context())
 	rig.Run(t, "systemctl", "start", "--no-block", c.unit)
+	held(t, r, c.unit)
+	return r
 }
 
 // finish waits until all is sent, and checks that no more than that is counted,
-// and what is missing stated.
-func (c sender) finish(t *testing.T, rig *systemdtest.Rig, r *Receiver) {
+// and what is missing stated. It returns what is counted.
+func (c sender) finish(t *testing.T, rig *systemdtest.Rig, r *Receiver) Counters {
 	t.Helper()
 	sweepUntil(t, r, c.unit+" is read from the kernel again", func(s *Sweep) bool {
 		_, ok := s.seriesOf(c.unit)
@@ -49,6 +55,9 @@ func (c sender) finish(t *testing.T, rig *systemdtest.Rig, r *Receiver) {
 	rig.Run(t, "touch", "/run/"+strings.TrimSuffix(c.unit, ".service")+".finish")
 	rig.Run(t, "sh", "-c", "while [ $(systemctl show -p ActiveState --value "+c.unit+") = activating ]; do sleep .1; done")
 	got, _ := r.Sweep(t.Context()).seriesOf(c.unit)
+	if again, _ := r.Sweep(t.Context()).seriesOf(c.unit); again.Total != got.Total {
+		t.Errorf("at rest the total goes from %+v to %+v", got.Total, again.Total)
+	}
 	stated := r.healthNow().uncertain
 	t.Logf("%d of %d packets are counted, and %d are stated as uncertain", got.Total.EgressPackets, c.packets, stated.EgressPackets)
 	most, _ := got.Total.plus(stated)
@@ -59,16 +68,14 @@ func (c sender) finish(t *testing.T, rig *systemdtest.Rig, r *Receiver) {
 	if systemdVersion(t, rig) >= 249 && (most.EgressPackets < c.packets || most.EgressBytes < c.packets*datagramBytes) {
 		t.Errorf("of %d packets, %+v are counted, and only %+v stated", c.packets, got.Total, stated)
 	}
+	return got.Total
 }
 
 // TestKernelReloadsWhileSwept: reloads and sweeps come at any moments.
 func TestKernelReloadsWhileSwept(t *testing.T) {
 	rig := theRig(t)
 	c := busy(t, rig, "kswept", 16000, 2000)
-	r, _ := start(t, kernelConfig(rig, Config{Include: []string{c.unit}}))
-	r.Sweep(t.Context())
-	c.start(t, rig)
-	held(t, r, c.unit)
+	r := c.start(t, rig, kernelConfig(rig, Config{}))
 	var sweeping sync.WaitGroup
 	stop := make(chan struct{})
 	sweeping.Go(func() {
@@ -99,12 +106,9 @@ func TestKernelReloadsUnheard(t *testing.T) {
 			rig.Run(t, "rm", "-f", "/run/unheard")
 			c := busy(t, rig, fmt.Sprintf("kunheard-%v", idle), 12000, 2000, "ExecStartPre=/bin/sh -c 'until [ -e /run/unheard ]; do sleep .1; done'")
 			cable := newCable(t, strings.TrimPrefix(rig.SystemBus(), "unix:path="))
-			cfg := kernelConfig(rig, Config{Include: []string{c.unit}})
+			cfg := kernelConfig(rig, Config{})
 			cfg.Bus = cable.address
-			r, _ := start(t, cfg)
-			r.Sweep(t.Context())
-			c.start(t, rig)
-			held(t, r, c.unit)
+			r := c.start(t, rig, cfg)
 			send := func() { rig.Run(t, "touch", "/run/unheard") }
 			if !idle {
 				send()
@@ -189,10 +193,7 @@ func programsOf(t *testing.T, rig *systemdtest.Rig, unit string) programs {
 func TestKernelReloadUncalibrated(t *testing.T) {
 	rig := theRig(t)
 	c := busy(t, rig, "kbusy", 60000, 20000)
-	r, _ := start(t, kernelConfig(rig, Config{Include: []string{c.unit}}))
-	r.Sweep(t.Context())
-	c.start(t, rig)
-	held(t, r, c.unit)
+	r := c.start(t, rig, kernelConfig(rig, Config{}))
 	eventually(t, "systemd is asked for the unit's counters", func() bool {
 		r.mu.Lock()
 		s := r.kernel.tallies[c.unit]
