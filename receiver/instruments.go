@@ -48,6 +48,7 @@ func Instruments() []Instrument {
 		{"unitmeter.sweep.duration", "observable gauge", "s", "How long the last reading of all units took.", host},
 		{"unitmeter.sweep.partial", "observable counter", "{sweep}", "Readings of all units that the deadline or an error cut short.", host},
 		{"unitmeter.dbus.errors", "observable counter", "{error}", "D-Bus replies that were errors or made no sense.", host},
+		{"unitmeter.dbus.signals.refused", "observable counter", "{signal}", "D-Bus signals that were dropped: they came from another sender than systemd, or were longer than any of its signals.", host},
 		{"unitmeter.dbus.reconnects", "observable counter", "{attempt}", "Attempts to connect to systemd again.", host},
 		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd that were seen. systemd itself loses some traffic at each.", append([]string{"unitmeter.reload.type"}, host...)},
 		{"unitmeter.reload.uncertain", "observable counter", "By", "Bytes that were left out at reloads and re-executions of systemd, at most, since it counted in two places for a moment. Only with UNITMETER_SOURCE=kernel; over D-Bus, nobody knows what systemd loses.", host},
@@ -108,6 +109,10 @@ func (r *Receiver) Register(meter metric.Meter) error {
 		o.ObserveFloat64(duration, sweep.Duration.Seconds(), plain)
 		o.ObserveInt64(counters["unitmeter.sweep.partial"], h.partial, plain)
 		o.ObserveInt64(counters["unitmeter.dbus.errors"], h.dbusErrors, plain)
+		if r.bus != nil {
+			h.refused += r.bus.wire.refused.Load()
+		}
+		o.ObserveInt64(counters["unitmeter.dbus.signals.refused"], h.refused, plain)
 		o.ObserveInt64(counters["unitmeter.dbus.reconnects"], h.reconnects, plain)
 		o.ObserveInt64(counters["unitmeter.reload.uncertain"], int64(h.uncertain.IngressBytes+h.uncertain.EgressBytes), plain)
 		o.ObserveInt64(counters["unitmeter.counter.resets"], h.resets, plain)

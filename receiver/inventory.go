@@ -165,6 +165,7 @@ func openFor(ctx context.Context, address string, private, signals bool) (*bus, 
 	if err != nil {
 		return nil, fmt.Errorf("connect to systemd at %s: %w", address, err)
 	}
+	w.bus = !private
 	if private {
 		w.window = maxInFlightPrivate
 	}
@@ -204,13 +205,22 @@ func (b *bus) subscribe(ctx context.Context) error {
 	if b.private {
 		return nil
 	}
+	// Before any signal of systemd's: who that is, and who it comes to be.
+	const ownerRule = "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',member='NameOwnerChanged',arg0='" + systemdName + "'"
+	if err := b.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.AddMatch", 0, ownerRule).Err; err != nil {
+		return err
+	}
+	var owner string
+	if err := b.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.GetNameOwner", 0, systemdName).Store(&owner); err != nil {
+		return err
+	}
+	b.wire.found(owner)
 	const fromSystemd = "type='signal',sender='" + systemdName + "',"
 	for _, rule := range []string{
 		fromSystemd + "interface='" + managerInterface + "',member='UnitNew'",
 		fromSystemd + "interface='" + managerInterface + "',member='UnitRemoved'",
 		fromSystemd + "interface='" + managerInterface + "',member='Reloading'",
 		fromSystemd + "interface='" + propertiesInterface + "',member='PropertiesChanged',arg0='" + unitInterface + "'",
-		"type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',member='NameOwnerChanged',arg0='" + systemdName + "'",
 	} {
 		if err := b.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.AddMatch", 0, rule).Err; err != nil {
 			return err
@@ -272,6 +282,7 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	defer func() {
 		r.mu.Lock()
 		r.bus = nil
+		r.health.refused += b.wire.refused.Load()
 		r.mu.Unlock()
 		_ = b.conn.Close() // the reason is in err already
 		heeding.Wait()

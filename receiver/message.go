@@ -19,6 +19,7 @@ const (
 	fieldErrorName   = 4
 	fieldReplySerial = 5
 	fieldDestination = 6
+	fieldSender      = 7
 	fieldSignature   = 8
 )
 
@@ -39,6 +40,7 @@ type header struct {
 	order                          binary.ByteOrder
 	replySerial                    uint32
 	path, iface, member, errorName []byte
+	sender                         []byte // filled in by the bus; nil where there is none
 	signature                      []byte
 	body                           []byte
 }
@@ -48,7 +50,7 @@ func (h header) isReply() bool {
 }
 
 // messageSize returns the length of the message that begins with the 16 bytes
-// in fixed.
+// in fixed. It fails where no message can be so long.
 func messageSize(fixed []byte) (int, error) {
 	order, err := byteOrder(fixed[0])
 	if err != nil {
@@ -56,10 +58,21 @@ func messageSize(fixed []byte) (int, error) {
 	}
 	body, fields := uint64(order.Uint32(fixed[4:])), uint64(order.Uint32(fixed[12:]))
 	size := 16 + (fields+7)&^7 + body
-	if size > maxMessage {
-		return 0, fmt.Errorf("%w: it claims %d bytes, more than %d", errMalformed, size, maxMessage)
+	longest := uint64(maxMessage)
+	if unasked(fixed) {
+		longest = maxUnasked // it can be skipped
+	}
+	if size > longest {
+		return 0, fmt.Errorf("%w: it claims %d bytes, more than %d", errMalformed, size, longest)
 	}
 	return int(size), nil
+}
+
+// unasked reports whether the message that begins with the bytes in fixed is a
+// signal or a call: anybody on the bus can send one, and nobody waits for it.
+func unasked(fixed []byte) bool {
+	kind := dbus.Type(fixed[1])
+	return kind != dbus.TypeMethodReply && kind != dbus.TypeError
 }
 
 func byteOrder(flag byte) (binary.ByteOrder, error) {
@@ -107,6 +120,8 @@ func parseHeader(message []byte) (header, error) {
 				h.member = v
 			case fieldErrorName:
 				h.errorName = v
+			case fieldSender:
+				h.sender = v
 			case fieldSignature:
 				h.signature = v
 			}
@@ -135,7 +150,7 @@ func wanted(h header) bool {
 		case "Reloading":
 			return true
 		}
-	case "org.freedesktop.DBus":
+	case busInterface:
 		// godbus looks at NameAcquired and NameLost too, and panics at one without a body.
 		return string(h.member) == "NameOwnerChanged"
 	}

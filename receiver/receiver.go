@@ -125,6 +125,7 @@ type Receiver struct {
 // instruments. Guarded by Receiver.mu.
 type health struct {
 	dbusErrors int64 // failed calls and replies that made no sense
+	refused    int64 // signals that were not systemd's, of earlier connections
 	reconnects int64
 	reloads    int64
 	reexecs    int64

@@ -428,7 +428,7 @@ func TestBadSignals(t *testing.T) {
 	}{
 		{systemd, unitNew, nil},
 		{systemd, unitNew, []any{uint32(5)}},
-		{systemd, unitNew, []any{strings.Repeat("x", 1<<16) + ".service", dbus.ObjectPath("/")}},
+		{systemd, unitNew, []any{strings.Repeat("x", 1<<15) + ".service", dbus.ObjectPath("/")}},
 		{systemd, unitNew, []any{"a b.service", dbus.ObjectPath("/")}},
 		{systemd, unitNew, []any{"", dbus.ObjectPath("/")}},
 		{systemd, unitGone, nil},

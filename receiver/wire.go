@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -35,9 +36,15 @@ const (
 	// firstOwnSerial divides the serial numbers of one connection: godbus
 	// counts from 1, the calls of sweeps start here.
 	firstOwnSerial = 1 << 31
-	// maxMessage bounds one incoming message. ListUnits answers with about
-	// 250 bytes for each unit; the D-Bus specification allows 128 MiB.
+	// maxMessage bounds one reply. ListUnits answers with about 250 bytes for
+	// each unit.
 	maxMessage = 64 << 20
+	// maxUnasked is the longest message of the D-Bus specification, 128 MiB.
+	maxUnasked = 128 << 20
+	// maxSignal bounds the signals that are read. The longest that systemd sends
+	// of a unit has a few kilobytes; a longer one is skipped unread, so that no
+	// other peer of the bus can make this process large.
+	maxSignal = 64 << 10
 	// keepBuffer is the largest message buffer kept between messages. Only a list
 	// of units needs a larger one.
 	keepBuffer = 64 << 10
@@ -72,7 +79,15 @@ type wire struct {
 
 	wake chan struct{} // has a token when gets has something to do
 
+	// bus says that peers other than systemd can send messages here.
+	bus bool
+	// refused counts the messages that nobody asked for and that were skipped:
+	// not from systemd, too long, or without a meaning.
+	refused atomic.Int64
+
 	mu       sync.Mutex
+	owner    string // unique name of systemd on the bus; empty while nobody has its name
+	named    bool   // the bus has announced an owner, so that an older answer is of no use
 	serial   uint32 // next serial of a sweep's call
 	inFlight int    // calls without a reply, abandoned ones included
 	err      error  // why the connection ended
@@ -268,6 +283,8 @@ func (w *wire) Read(p []byte) (int, error) {
 		switch {
 		case h.isReply() && h.replySerial >= firstOwnSerial:
 			w.dispatch(h)
+		case h.kind == dbus.TypeSignal && w.bus && !w.genuine(h):
+			w.refused.Add(1)
 		case h.kind == dbus.TypeSignal && !wanted(h):
 		default:
 			w.unread = w.message
@@ -305,8 +322,24 @@ func (w *wire) failure() error {
 	return w.err
 }
 
-// next reads one whole message into w.message and parses its header.
+// next returns the header of the next message, which is in w.message, whole. What
+// nobody asked for is skipped if it is too long or makes no sense: the connection
+// is not to end by another peer's message.
 func (w *wire) next() (header, error) {
+	for {
+		h, ok, err := w.nextOne()
+		switch {
+		case err != nil:
+			return header{}, fmt.Errorf("read from D-Bus: %w", err)
+		case ok:
+			return h, nil
+		}
+		w.refused.Add(1)
+	}
+}
+
+// nextOne reads one message, or skips it: then ok is false.
+func (w *wire) nextOne() (h header, ok bool, err error) {
 	if cap(w.message) > keepBuffer {
 		w.message = nil
 	}
@@ -315,24 +348,58 @@ func (w *wire) next() (header, error) {
 	}
 	fixed, err := w.in.Peek(16)
 	if err != nil {
-		return header{}, fmt.Errorf("read from D-Bus: %w", err)
+		return header{}, false, err
 	}
 	size, err := messageSize(fixed)
 	if err != nil {
-		return header{}, fmt.Errorf("read from D-Bus: %w", err)
+		return header{}, false, err
+	}
+	skippable := unasked(fixed)
+	if skippable && size > maxSignal {
+		_, err := w.in.Discard(size)
+		return header{}, false, err
 	}
 	if cap(w.message) < size {
 		w.message = make([]byte, size)
 	}
 	w.message = w.message[:size]
 	if _, err := io.ReadFull(w.in, w.message); err != nil {
-		return header{}, fmt.Errorf("read from D-Bus: %w", err)
+		return header{}, false, err
 	}
-	h, err := parseHeader(w.message)
-	if err != nil {
-		return header{}, fmt.Errorf("read from D-Bus: %w", err)
+	if h, err = parseHeader(w.message); err != nil && skippable {
+		return header{}, false, nil
 	}
-	return h, nil
+	return h, err == nil, err
+}
+
+// genuine reports whether a signal is from who may send it: systemd, or the bus
+// itself. Match rules do not see to that: anybody on the bus can send a signal
+// straight to this connection. It follows the owner of systemd's name on the way.
+func (w *wire) genuine(h header) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if string(h.iface) != busInterface {
+		return w.owner != "" && string(h.sender) == w.owner
+	}
+	if string(h.sender) != busInterface { // the bus has the name of its interface
+		return false
+	}
+	if string(h.member) == "NameOwnerChanged" {
+		d := decoder{order: h.order, data: h.body}
+		if name, _, owner := d.string(), d.string(), d.string(); d.err == nil && string(name) == systemdName {
+			w.owner, w.named = string(owner), true
+		}
+	}
+	return true
+}
+
+// found takes the answer to who owns systemd's name.
+func (w *wire) found(owner string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.named {
+		w.owner = owner
+	}
 }
 
 // dispatch hands a reply to the sweep that waits for it. Replies to calls of

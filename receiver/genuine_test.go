@@ -1,0 +1,225 @@
+package receiver
+
+import (
+	"encoding/binary"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
+)
+
+// stranger is a peer of the bus that is not systemd.
+func stranger(t *testing.T, address string) *dbus.Conn {
+	t.Helper()
+	conn, err := dbus.Connect(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// peersOf returns the unique names of all other peers, the receiver's among them.
+func peersOf(t *testing.T, conn *dbus.Conn) (peers []string) {
+	t.Helper()
+	var names []string
+	if err := conn.BusObject().Call(busInterface+".ListNames", 0).Store(&names); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, ":") && !slices.Contains(conn.Names(), name) {
+			peers = append(peers, name)
+		}
+	}
+	return peers
+}
+
+// sendStraight sends a message to one peer, whatever that has asked the bus for.
+func sendStraight(conn *dbus.Conn, to string, kind dbus.Type, path dbus.ObjectPath, iface, member string, body ...any) {
+	conn.Send(&dbus.Message{
+		Type: kind, Flags: dbus.FlagNoReplyExpected, Body: body,
+		Headers: map[dbus.HeaderField]dbus.Variant{
+			dbus.FieldDestination: dbus.MakeVariant(to), dbus.FieldPath: dbus.MakeVariant(path),
+			dbus.FieldInterface: dbus.MakeVariant(iface), dbus.FieldMember: dbus.MakeVariant(member),
+			dbus.FieldSignature: dbus.MakeVariant(dbus.SignatureOf(body...)),
+		},
+	}, nil)
+}
+
+// TestForgedSignals: a bus delivers what anybody sends straight to a connection.
+// None of it counts that is not from the owner of systemd's name, also when that
+// owner changes.
+func TestForgedSignals(t *testing.T) {
+	const object = dbus.ObjectPath(managerPath)
+	path := dbus.ObjectPath(unitPath("a.service"))
+	stopped := map[string]dbus.Variant{
+		"InvocationID": dbus.MakeVariant(slices.Repeat([]byte{9}, 16)),
+		"ActiveState":  dbus.MakeVariant("inactive"), "SubState": dbus.MakeVariant("dead"),
+		"InactiveExitTimestamp": dbus.MakeVariant(uint64(1)), "InactiveEnterTimestamp": dbus.MakeVariant(uint64(2)),
+	}
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, all(7)))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	want(t, r.Sweep(t.Context()), "a.service", all(7))
+	forger := stranger(t, fake.Address())
+
+	forge := func(when string) {
+		t.Helper()
+		before := r.healthNow()
+		refused := r.refusedSignals()
+		sent := int64(0)
+		for _, peer := range peersOf(t, forger) {
+			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitRemoved", "a.service", path)
+			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "Reloading", true)
+			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitNew", "b.service", path)
+			sendStraight(forger, peer, dbus.TypeSignal, path, propertiesInterface, "PropertiesChanged", unitInterface, stopped, []string{})
+			sendStraight(forger, peer, dbus.TypeSignal, "/org/freedesktop/DBus", busInterface, "NameOwnerChanged", systemdName, ":1.0", forger.Names()[0])
+			sendStraight(forger, peer, dbus.TypeSignal, "/org/freedesktop/DBus", busInterface, "NameOwnerChanged", systemdName, ":1.0", "")
+			// Had the one before last been believed, this one would be as well.
+			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitRemoved", "a.service", path)
+			sent = 7
+		}
+		eventually(t, "all of them have arrived, "+when, func() bool { return r.refusedSignals() == refused+sent })
+		if u := r.unitNamed("a.service"); u.Accounting != "on" || u.Invocation != id(1) {
+			t.Errorf("%s, the unit is %+v", when, u)
+		}
+		if after := r.healthNow(); after.reloads != before.reloads || after.reexecs != before.reexecs || after.dbusErrors != before.dbusErrors {
+			t.Errorf("%s, health went from %+v to %+v", when, before, after)
+		}
+	}
+	forge("at first")
+	want(t, r.Sweep(t.Context()), "a.service", all(7))
+
+	fake.Restart()
+	eventually(t, "the new owner is noticed", func() bool { return r.healthNow().reexecs == 1 })
+	forge("after another process has become systemd")
+	fake.SetUnit(accounted("a.service", 1, all(20)))
+	want(t, r.Sweep(t.Context()), "a.service", all(20))
+
+	// And the true ones still count.
+	fake.Remove("a.service")
+	fake.EmitUnitRemoved("a.service")
+	eventually(t, "the end is noticed", func() bool { return len(r.Units()) == 0 })
+}
+
+// TestForgedSignalsOfReal: the same with a real systemd and an unprivileged user,
+// over a reload and a re-execution.
+func TestForgedSignalsOfReal(t *testing.T) {
+	rig := theRig(t)
+	talker(t, rig, "forged.service", "IPAccounting=yes")
+	r, _ := start(t, Config{Bus: rig.SystemBus(), Include: []string{"forged.service"}})
+	talk(t, rig, "forged.service", 5)
+	want(t, r.Sweep(t.Context()), "forged.service", sent(5))
+	forger := stranger(t, rig.SystemBus())
+	path := dbus.ObjectPath(unitPath("forged.service"))
+	for i, change := range [][]string{nil, {"systemctl", "daemon-reload"}, {"systemctl", "daemon-reexec"}} {
+		if change != nil {
+			before := r.healthNow()
+			rig.Run(t, change[0], change[1:]...)
+			eventually(t, "systemd is back", func() bool {
+				h := r.healthNow()
+				return h.reloads+h.reexecs > before.reloads+before.reexecs
+			})
+		}
+		refused := r.refusedSignals()
+		for _, peer := range peersOf(t, forger) {
+			sendStraight(forger, peer, dbus.TypeSignal, managerPath, managerInterface, "UnitRemoved", "forged.service", path)
+			sendStraight(forger, peer, dbus.TypeSignal, managerPath, managerInterface, "Reloading", true)
+		}
+		eventually(t, "the forged signals have arrived", func() bool { return r.refusedSignals() >= refused+2 })
+		before := r.unitNamed("forged.service")
+		if before.Accounting != "on" {
+			t.Errorf("after %d: the unit is %+v", i, before)
+		}
+	}
+}
+
+// TestLargeSignals: what is longer than a signal of systemd's is skipped without
+// being kept, whoever sent it, and the connection goes on.
+func TestLargeSignals(t *testing.T) {
+	w, p := newWire(t)
+	large := func(kind dbus.Type, n int) []byte {
+		m := encode(t, binary.LittleEndian, &dbus.Message{
+			Type: kind, Body: []any{strings.Repeat("x", n)},
+			Headers: map[dbus.HeaderField]dbus.Variant{
+				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath(managerPath)), dbus.FieldInterface: dbus.MakeVariant(managerInterface),
+				dbus.FieldMember: dbus.MakeVariant("UnitNew"),
+			},
+		})
+		return m
+	}
+	go p.read()
+	sent := []int{maxSignal, 1 << 20, 28 << 20}
+	for _, n := range sent {
+		p.send(large(dbus.TypeSignal, n))
+		p.send(large(dbus.TypeMethodCall, n))
+	}
+	// Shorter, but no message: an unknown header field of a type that has no place there.
+	odd := large(dbus.TypeSignal, 10)
+	odd[18] = 'y'
+	p.send(odd)
+	a := newAnswers(t)
+	done := make(chan error, 1)
+	go func() { done <- w.gets(t.Context(), 1, numbered, a.done) }()
+	var calls []peerCall
+	eventually(t, "a call arrives", func() bool { calls = append(calls, p.take()...); return len(calls) == 1 })
+	p.send(getReply(t, binary.LittleEndian, calls[0].serial, uint64(5)))
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if got, want := w.refused.Load(), int64(2*len(sent)+1); got != want {
+		t.Errorf("%d messages were refused, want %d", got, want)
+	}
+	if cap(w.message) > keepBuffer {
+		t.Errorf("a buffer of %d bytes is kept", cap(w.message))
+	}
+}
+
+// TestOwnerAnnouncedFirst: the answer to who owns the name may be older than an
+// announcement that has been read meanwhile.
+func TestOwnerAnnouncedFirst(t *testing.T) {
+	w := &wire{bus: true}
+	announce := func(owner string) {
+		t.Helper()
+		h, err := parse(encode(t, binary.BigEndian, &dbus.Message{
+			Type: dbus.TypeSignal, Body: []any{systemdName, ":1.1", owner},
+			Headers: map[dbus.HeaderField]dbus.Variant{
+				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath("/org/freedesktop/DBus")), dbus.FieldInterface: dbus.MakeVariant(busInterface),
+				dbus.FieldMember: dbus.MakeVariant("NameOwnerChanged"), dbus.FieldSender: dbus.MakeVariant(busInterface),
+			},
+		}))
+		if err != nil || !w.genuine(h) {
+			t.Fatalf("%v: the bus is not believed", err)
+		}
+	}
+	from := func(sender string) bool {
+		return w.genuine(header{iface: []byte(managerInterface), member: []byte("UnitRemoved"), sender: []byte(sender)})
+	}
+	if from("") || from(":1.1") {
+		t.Error("somebody is believed before systemd is known")
+	}
+	announce(":1.2")
+	w.found(":1.1")
+	if from(":1.1") || !from(":1.2") {
+		t.Error("the older answer has won")
+	}
+	announce("")
+	if from("") || from(":1.2") {
+		t.Error("somebody is believed while nobody has systemd's name")
+	}
+}
+
+// refusedSignals counts the signals that were dropped for their sender or size.
+func (r *Receiver) refusedSignals() int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := r.health.refused
+	if r.bus != nil {
+		n += r.bus.wire.refused.Load()
+	}
+	return n
+}
+
