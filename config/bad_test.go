@@ -154,7 +154,6 @@ var badInputs = [][]string{
 	{"UNITMETER_BUS=unix:path=bus"},
 	{"UNITMETER_BUS=unix:path=/run/bus%2"},
 	{"DBUS_SYSTEM_BUS_ADDRESS=autolaunch:"},
-	{"UNITMETER_SOURCE=snmp"},
 	{"UNITMETER_INCLUDE=nginx"},
 	{"UNITMETER_INCLUDE=nginx.sevice"},
 	{"UNITMETER_INCLUDE=nginx.timer"},

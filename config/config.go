@@ -55,8 +55,6 @@ type Config struct {
 	// SystemBusAddress is the D-Bus address behind Bus "auto" and "system", from
 	// DBUS_SYSTEM_BUS_ADDRESS. "" means the usual socket.
 	SystemBusAddress string
-	// Source is where the numbers come from: "dbus", "kernel" or "auto".
-	Source string
 	// StopEdge is how the last bytes of a unit are caught: "auto", "ref",
 	// "journal" or "off".
 	StopEdge string

@@ -367,14 +367,6 @@ func (l *loader) units(c *Config) []entry {
 			Meaning: "How to reach systemd. private is its own socket: for root only, and half the cost. auto takes it where it can.",
 		}, parse: func(text string, bad report) { c.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
-			Name:    "UNITMETER_SOURCE",
-			Values:  "dbus, kernel, auto",
-			Default: "dbus",
-			Meaning: "Where the numbers come from: systemd over D-Bus; or the kernel, where systemd counts, which costs less and goes on over systemd's reloads, but needs CAP_SYS_ADMIN. auto takes the kernel where it may.",
-		}, parse: func(text string, bad report) {
-			c.Source = choose(text, []string{"dbus", "kernel", "auto"}, bad)
-		}},
-		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",
 			Values:  patterns,
 			Default: "all units",

@@ -141,7 +141,6 @@ func testContents(t *testing.T, dir string) {
 		"usr/share/doc/unitmeter/examples/credentials.conf":       "-rw-r--r--",
 		"usr/share/doc/unitmeter/LICENSES.gz":                     "-rw-r--r--",
 		"usr/share/doc/unitmeter/examples/stop-edge-journal.conf": "-rw-r--r--",
-		"usr/share/doc/unitmeter/examples/unitmeter-kernel.conf":  "-rw-r--r--",
 	}
 	list := map[string]*exec.Cmd{
 		"unitmeter_0.1.0_amd64.deb":    exec.Command("dpkg-deb", "-c", "unitmeter_0.1.0_amd64.deb"),
@@ -375,25 +374,6 @@ func testDeb(t *testing.T, root, first, second string) {
 		t.Errorf("the Collector has %v, systemd has %+v", last, show)
 	}
 
-	t.Run("kernel source", func(t *testing.T) {
-		const dropIns = "/etc/systemd/system/unitmeter.service.d"
-		rig.Run(t, "sh", "-ec", "install -Dm644 -t "+dropIns+" /usr/share/doc/unitmeter/examples/unitmeter-kernel.conf; systemctl daemon-reload; systemctl restart unitmeter.service")
-		since := time.Now()
-		eventually(t, "the series goes on", func() bool {
-			after, ok := sent(t, file, "talker.service", "transmit")
-			return ok && after.Time.After(since) && after.Value == last.Value && after.Start.Equal(last.Start)
-		})
-		if got := property(t, rig, "NRestarts"); got != "0" {
-			t.Errorf("it was started again %s times", got)
-		}
-		if maps := rig.Run(t, "sh", "-c", "readlink /proc/"+property(t, rig, "MainPID")+"/fd/* | grep -c bpf-map || :"); maps == "0\n" {
-			t.Error("it holds none of systemd's maps")
-		}
-		if report := rig.Run(t, "sh", "-c", "unitmeter doctor || :"); !strings.Contains(report, "counters are read from the kernel") {
-			t.Errorf("the doctor says:\n%s", report)
-		}
-		rig.Run(t, "sh", "-ec", "rm -r "+dropIns+"; systemctl daemon-reload; systemctl restart unitmeter.service")
-	})
 	t.Run("upgrade", func(t *testing.T) {
 		pid := property(t, rig, "MainPID")
 		dpkg("-i", "--force-confdef", "/root/unitmeter_0.2.0_amd64.deb")

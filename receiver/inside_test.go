@@ -47,8 +47,6 @@ func runInside(mode string) int {
 		err = report.private(ctx)
 	case "thousand":
 		err = report.thousand(ctx)
-	case "kernel", "auto":
-		err = report.kernel(ctx, mode)
 	case "relay":
 		err = relay()
 	default:

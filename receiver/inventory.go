@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -45,11 +44,7 @@ type bus struct {
 	wire    *wire
 	conn    *dbus.Conn
 	signals chan *dbus.Signal
-	// urgent has the same signals once more, for who must not wait while others
-	// are handled.
-	urgent    chan *dbus.Signal
-	private   bool
-	reloading bool // guarded by Receiver.mu
+	private bool
 }
 
 // unit is one loaded unit of a metered type.
@@ -91,7 +86,6 @@ type run struct {
 	// earlier is the id of the boot that the run was of, if not of this one.
 	earlier string
 	path    string
-	rest    *tally    // its maps when its cgroup is gone; nil for none
 	series  *series   // nil before the first reading, and for hidden units
 	slice   string    // "" while not known
 	start   time.Time // when systemd began to count, as of the first reading
@@ -172,10 +166,9 @@ func openFor(ctx context.Context, address string, private, signals bool) (*bus, 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to systemd at %s: %w", address, err), w.Close())
 	}
-	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), urgent: make(chan *dbus.Signal, 64), private: private}
+	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), private: private}
 	if signals {
 		conn.Signal(b.signals)
-		conn.Signal(b.urgent)
 	}
 	if err = b.hello(ctx); err == nil && signals {
 		err = b.subscribe(ctx)
@@ -267,14 +260,11 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	var heeding sync.WaitGroup
-	heeding.Go(func() { r.heedReloads(b) }) // until the connection is closed
 	defer func() {
 		r.mu.Lock()
 		r.bus = nil
 		r.mu.Unlock()
 		_ = b.conn.Close() // the reason is in err already
-		heeding.Wait()
 	}()
 	stop := context.AfterFunc(ctx, func() { _ = b.conn.Close() })
 	defer stop()
@@ -283,9 +273,6 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 		return false, err
 	}
 	r.mu.Lock()
-	if !b.reloading {
-		r.reloadEnds()
-	}
 	r.bus, r.listed, r.reloadBegan = b, true, time.Now()
 	recovered := r.broken != nil
 	r.broken = nil
@@ -403,6 +390,9 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 	case managerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
+			f.mu.Lock()
+			f.reloadBegan = time.Now()
+			f.mu.Unlock()
 		} else if ok {
 			f.reloaded(func(h *health) { h.reloads++ })
 			return f.relist(ctx, f.bus, true)
@@ -420,35 +410,6 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	}
 	return nil
-}
-
-// heedReloads takes systemd's word on its reloads as soon as it arrives, whatever
-// else is going on, until the connection is closed.
-func (r *Receiver) heedReloads(b *bus) {
-	for signal := range b.urgent {
-		var begins, ends bool
-		switch signal.Name {
-		case managerInterface + ".Reloading":
-			began, ok := argument[bool](signal, 0)
-			begins, ends = ok && began, ok && !began
-		case nameOwnerChangedSig:
-			owner, ok := argument[string](signal, 2)
-			ends = ok && owner != ""
-		}
-		if !begins && !ends {
-			continue
-		}
-		r.mu.Lock()
-		if b.reloading = begins; begins {
-			r.reloadBegins()
-		} else {
-			r.reloadEnds()
-		}
-		r.mu.Unlock()
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.systemdLost()
 }
 
 // noteFresh has a unit looked at in a moment.
@@ -795,7 +756,6 @@ func (r *Receiver) update(name string, next status) {
 	if u.run.parted && next.running() && next.sub != "exited" {
 		// Systemd runs a command, in a new cgroup. What is being read is of before.
 		u.run.parted, u.run.last, u.run.time = false, Counters{}, time.Now()
-		u.run.rest.giveUp()
 	}
 	if next.running() {
 		u.run.ended = time.Time{}

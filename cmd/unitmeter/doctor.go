@@ -101,7 +101,6 @@ func (d *doctor) checks() []check {
 		{"accounting", d.checkAccounting},
 		{"counters", d.checkCounters},
 		{"stop-edge", d.checkStopEdge},
-		{"kernel-source", d.checkSource},
 		{"state-directory", d.checkState},
 		{"endpoint-name", d.checkEndpointName},
 		{"endpoint-connection", d.checkConnection},

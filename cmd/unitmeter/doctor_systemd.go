@@ -320,24 +320,6 @@ func (d *doctor) checkStopEdge(ctx context.Context) finding {
 	return stopEdgeFinding(mode, reference, journal)
 }
 
-// checkSource tells where the counters come from, and what keeps a wanted
-// kernel source from working.
-func (d *doctor) checkSource(context.Context) finding {
-	const mend = "install -Dm644 -t /etc/systemd/system/unitmeter.service.d /usr/share/doc/unitmeter/examples/unitmeter-kernel.conf && systemctl daemon-reload && systemctl restart unitmeter"
-	mode := d.cfg.Source
-	if mode != "kernel" && mode != "auto" {
-		return good("counters are read over D-Bus; UNITMETER_SOURCE=kernel, with CAP_SYS_ADMIN, would read them where systemd counts")
-	}
-	err := receiver.CheckKernel()
-	switch {
-	case err == nil:
-		return good("counters are read from the kernel (UNITMETER_SOURCE=%s)", mode)
-	case mode == "auto":
-		return warning(mend, "UNITMETER_SOURCE=auto reads over D-Bus: %v", err)
-	}
-	return failure(mend, "UNITMETER_SOURCE=kernel: %v", err)
-}
-
 // stopEdgeFinding judges the two ways; one of them is enough.
 func stopEdgeFinding(mode string, reference, journal error) finding {
 	found := fmt.Sprintf("references: %s; journal: %s", yesOr(reference), yesOr(journal))

@@ -294,7 +294,6 @@ func receiverConfig(cfg config.Config) receiver.Config {
 		UnitType:     slices.Contains(cfg.Attributes, "systemd.unit.type"),
 		UnitSlice:    slices.Contains(cfg.Attributes, "systemd.unit.slice"),
 		StopEdge:     cfg.StopEdge,
-		Source:       cfg.Source,
 		SweepTimeout: cfg.SweepTimeout,
 		HostName:     cfg.ResourceAttributes["host.name"],
 	}
