@@ -177,7 +177,7 @@ var badInputs = [][]string{
 	{"UNITMETER_SWEEP_TIMEOUT=-1s"},
 	{"UNITMETER_SWEEP_TIMEOUT=1h"},
 	{"UNITMETER_SWEEP_TIMEOUT=30s"},
-	{"UNITMETER_STOP_EDGE=jurnal"},
+	{"UNITMETER_STOP_RECORDS=journal"},
 	// State
 	{"UNITMETER_STATE_DIR=state"},
 	{"UNITMETER_STATE_DIR=~/state"},

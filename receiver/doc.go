@@ -24,12 +24,8 @@
 //   - series: the total of one unit name over all of its runs, or of a fold.
 //   - fold: several units, matched by one pattern, that share a series.
 //   - overflow: the one series that takes the units over the limit.
-//   - stop edge: the time between the last sweep and the end of a unit, of which
-//     the bytes are caught by a reference or by a stop record.
-//   - reference: what keeps systemd from unloading a unit before it is read
-//     (RefUnit).
 //   - stop record: what PID 1 writes to the journal at the end of a unit, its
-//     counters among it.
+//     counters among it. It has the bytes between the last sweep and the end.
 //   - unattributed: what a top-level slice counted and no series has.
 //   - lost: a running unit whose counters systemd has lost.
 //

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -287,15 +288,17 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 		r.log.Info("found systemd again", "units", units)
 	}
 
+	ended := make(chan []*unit)
+	reading, stopReading := context.WithCancel(ctx)
+	var reader sync.WaitGroup
+	reader.Go(func() { r.readEnded(reading, b, ended) })
+	defer reader.Wait()
+	defer stopReading()
 	f := follower{Receiver: r, bus: b, fresh: map[string]bool{}, placing: placing{places: make(chan *dbus.Call, maxAsked)}}
-	f.holdReferences(ctx)
-	defer f.releaseReferences()
-	f.startEnding(ctx)
-	defer f.stopEnding()
 	relist := time.NewTicker(relistEvery)
 	defer relist.Stop()
 	for {
-		more := f.ending.more
+		more := ended
 		if len(f.ended) == 0 {
 			more = nil
 		}
@@ -310,29 +313,17 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			err = f.handle(ctx, signal)
 		case more <- f.ended:
 			f.ended = nil
-		case units := <-f.ending.read:
-			for _, u := range units {
-				f.releaseEnded(u.name)
-			}
 		case call := <-f.places:
 			f.placed(call)
 		case <-f.freshTimer:
 			f.freshTimer = nil
 			if names := slices.Collect(maps.Keys(f.fresh)); len(names) > 0 && f.thaw == nil {
 				clear(f.fresh)
-				var loaded []string
-				loaded, err = r.refresh(ctx, b, names)
-				f.releaseAbsent(names, loaded)
+				_, err = r.refresh(ctx, b, names)
 			}
 		case <-f.thaw:
 			f.reloaded(func(h *health) { h.reloads++ })
 			err = r.relist(ctx, b, true)
-		case call := <-f.refReplies:
-			f.referenced(call)
-		case <-f.lost: // systemd has given up the references too
-			f.references = references{retry: time.After(refsPause)}
-		case <-f.retry:
-			f.holdReferences(ctx)
 		case <-relist.C:
 			if f.thaw == nil {
 				err = r.relist(ctx, b, false)
@@ -356,11 +347,8 @@ type follower struct {
 	// unit then, and means nothing. It fires when the end is overdue.
 	thaw      <-chan time.Time
 	reloading bool // Reloading(true) came, and what it leads to is not known yet
-	references
-	unreferenced bool // references cannot be had, and that has been logged
 	// ended are units that have ended and wait for their last reading.
-	ended  []*unit
-	ending ending
+	ended []*unit
 	placing
 }
 
@@ -378,13 +366,11 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	case managerInterface + ".UnitNew":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil && f.follows(name) {
-			f.reference(name)
 			f.noteFresh(name)
 		}
 	case managerInterface + ".UnitRemoved":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil {
 			delete(f.fresh, name)
-			f.unloaded(name)
 			f.removed(name)
 		}
 	case managerInterface + ".Reloading":
@@ -648,7 +634,6 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	if u, ok := r.units[name]; ok {
 		next = u.status
 	}
-	ran := next.running()
 	r.mu.Unlock()
 	for property, value := range properties {
 		if err := next.change(property, value.Value()); err != nil {
@@ -663,9 +648,6 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	unplaced := u != nil && u.slice == ""
 	exited := r.version >= 256 && next.sub == "exited" // see run.parted
 	r.mu.Unlock()
-	if !ran && next.running() {
-		f.reference(name) // the one on the run before may just have gone, and no UnitNew comes
-	}
 	switch {
 	case u == nil:
 	case !next.running() || next.restarting() || exited:

@@ -46,12 +46,10 @@ type Config struct {
 	UnitType, UnitSlice bool
 	// HostName is put on each point as host.name. Default: the kernel's.
 	HostName string
-	// StopEdge says how the last bytes of a service are got at its end: "ref"
-	// holds a reference on each running service, so that systemd does not
-	// unload it before it is read (root, or polkit); "journal" takes what
-	// PID 1 logs when a unit stops (root, or the systemd-journal group); "off"
-	// does neither; "auto" does what the privileges allow. Default: auto.
-	StopEdge string
+	// StopRecords is "off" to read no stop records of PID 1 in the journal. "auto"
+	// and "on" read them, which root and the systemd-journal group may; where they
+	// cannot be read, the Receiver goes on without. Default: auto.
+	StopRecords string
 	// KeepEnded is how long the last point of a unit that has gone is repeated, so
 	// that each of several readers gets it: more than the longest time between two
 	// collections of one. Default, and the least: 2 minutes.
@@ -167,9 +165,9 @@ func New(cfg Config) (*Receiver, error) {
 		}
 	}
 	r.cfg.KeepEnded = max(cfg.KeepEnded, keepClosed)
-	r.cfg.StopEdge = cmp.Or(cfg.StopEdge, "auto")
-	if !slices.Contains([]string{"auto", "ref", "journal", "off"}, r.cfg.StopEdge) {
-		return nil, fmt.Errorf("read the end of units by %q: there is no such way; use auto, ref, journal or off", cfg.StopEdge)
+	r.cfg.StopRecords = cmp.Or(cfg.StopRecords, "auto")
+	if !slices.Contains([]string{"auto", "on", "off"}, r.cfg.StopRecords) {
+		return nil, fmt.Errorf("read stop records %q: unknown value; use auto, on or off", cfg.StopRecords)
 	}
 	if cfg.MaxSeries < 0 || cfg.SweepTimeout < 0 {
 		return nil, fmt.Errorf("meter %d series within %v: neither can be negative; use 0 for the default", cfg.MaxSeries, cfg.SweepTimeout)

@@ -30,8 +30,8 @@ type contender struct {
 	against string // whose CPU time its own is compared with; "" for none
 	user    string
 	command []string
-	config     string // what /etc/bench.conf has
-	env        map[string]string
+	config  string // what /etc/bench.conf has
+	env     map[string]string
 	// How to see its collections: scrape is a URL that is asked for them at each
 	// interval; without it, the agent pushes OTLP/gRPC to 127.0.0.1:4317. A unit is
 	// in a collection when metric, a regular expression, has a point with the

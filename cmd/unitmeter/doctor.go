@@ -100,7 +100,7 @@ func (d *doctor) checks() []check {
 		{"accounting-default", d.checkDefault},
 		{"accounting", d.checkAccounting},
 		{"counters", d.checkCounters},
-		{"stop-edge", d.checkStopEdge},
+		{"stop-records", d.checkStopRecords},
 		{"state-directory", d.checkState},
 		{"endpoint-name", d.checkEndpointName},
 		{"endpoint-connection", d.checkConnection},
