@@ -154,7 +154,6 @@ var badInputs = [][]string{
 	{"UNITMETER_BUS=unix:path=bus"},
 	{"UNITMETER_BUS=unix:path=/run/bus%2"},
 	{"DBUS_SYSTEM_BUS_ADDRESS=autolaunch:"},
-	{"UNITMETER_SOURCE=snmp"},
 	{"UNITMETER_INCLUDE=nginx"},
 	{"UNITMETER_INCLUDE=nginx.sevice"},
 	{"UNITMETER_INCLUDE=nginx.timer"},
@@ -178,7 +177,7 @@ var badInputs = [][]string{
 	{"UNITMETER_SWEEP_TIMEOUT=-1s"},
 	{"UNITMETER_SWEEP_TIMEOUT=1h"},
 	{"UNITMETER_SWEEP_TIMEOUT=30s"},
-	{"UNITMETER_STOP_EDGE=jurnal"},
+	{"UNITMETER_STOP_RECORDS=journal"},
 	// State
 	{"UNITMETER_STATE_DIR=state"},
 	{"UNITMETER_STATE_DIR=~/state"},

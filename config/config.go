@@ -55,11 +55,9 @@ type Config struct {
 	// SystemBusAddress is the D-Bus address behind Bus "auto" and "system", from
 	// DBUS_SYSTEM_BUS_ADDRESS. "" means the usual socket.
 	SystemBusAddress string
-	// Source is where the numbers come from: "dbus", "kernel" or "auto".
-	Source string
-	// StopEdge is how the last bytes of a unit are caught: "auto", "ref",
-	// "journal" or "off".
-	StopEdge string
+	// StopRecords says whether PID 1's stop records are read in the journal: "auto",
+	// "on" or "off".
+	StopRecords string
 	// SweepTimeout bounds one reading of all units. It is above 0 and below
 	// ExportTimeout, so that what a slow sweep did read is still exported.
 	SweepTimeout time.Duration

@@ -35,7 +35,7 @@ func TestNoConfigurationNeeded(t *testing.T) {
 			Temporality: "cumulative",
 		},
 		PrometheusHost: "localhost", PrometheusPort: 9464,
-		Bus: "auto", Source: "dbus", StopEdge: "auto", SweepTimeout: 10 * time.Second,
+		Bus: "auto", StopRecords: "auto", SweepTimeout: 10 * time.Second,
 		Fold: []string{"run-*.service", "run-*.scope", "session-*.scope", "docker-*.scope", "libpod-*.scope",
 			"cri-containerd-*.scope", "crio-*.scope", "nerdctl-*.scope"},
 		UnitTypes: []string{"service", "scope", "socket", "mount", "swap"}, MaxUnits: 5000,
@@ -123,7 +123,7 @@ func TestGoodInput(t *testing.T) {
 		{"UNITMETER_UNIT_TYPES=slice, Service,service", "UnitTypes=[slice service]"},
 		{"UNITMETER_ATTRIBUTES=systemd.unit.slice", "Attributes=[systemd.unit.slice]"},
 		{"UNITMETER_MAX_UNITS=1000000", "MaxUnits=1000000"},
-		{"UNITMETER_STOP_EDGE=off\nUNITMETER_SOURCE=DBus", "StopEdge=off Source=dbus"},
+		{"UNITMETER_STOP_RECORDS=Off", "StopRecords=off"},
 
 		{"UNITMETER_STATE_DIR=/srv//state/", "StateDir=/srv/state StateDirFrom=UNITMETER_STATE_DIR"},
 		{"UNITMETER_STATE_DIR=None", "StateDir= StateDirFrom=UNITMETER_STATE_DIR"},

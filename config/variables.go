@@ -367,14 +367,6 @@ func (l *loader) units(c *Config) []entry {
 			Meaning: "How to reach systemd. private is its own socket: for root only, and half the cost. auto takes it where it can.",
 		}, parse: func(text string, bad report) { c.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
-			Name:    "UNITMETER_SOURCE",
-			Values:  "dbus, kernel, auto",
-			Default: "dbus",
-			Meaning: "Where the numbers come from: systemd over D-Bus; or the kernel, where systemd counts, which costs less and goes on over systemd's reloads, but needs CAP_SYS_ADMIN. auto takes the kernel where it may.",
-		}, parse: func(text string, bad report) {
-			c.Source = choose(text, []string{"dbus", "kernel", "auto"}, bad)
-		}},
-		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",
 			Values:  patterns,
 			Default: "all units",
@@ -426,10 +418,10 @@ func (l *loader) units(c *Config) []entry {
 			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT; the default is lowered to half of that where needed.",
 		}, &c.SweepTimeout, 100*time.Millisecond, 10*time.Minute, false),
 		enum(Variable{
-			Name:    "UNITMETER_STOP_EDGE",
+			Name:    "UNITMETER_STOP_RECORDS",
 			Default: "auto",
-			Meaning: "How the last bytes of a unit are caught. journal reads systemd's own record. ref holds each service until it is read at its end (root or polkit); in that moment a systemd-run of the same name is refused. auto does what is allowed: the journal, and ref for names that systemd-run makes up.",
-		}, &c.StopEdge, "auto", "ref", "journal", "off"),
+			Meaning: "Whether to read in the journal what systemd records of a unit's traffic when it stops. Without it, the bytes between the last reading and the end of a unit are missed. Root and the systemd-journal group may read it. auto reads it where it can; with on, the doctor calls it an error where it cannot.",
+		}, &c.StopRecords, "auto", "on", "off"),
 	}
 }
 

@@ -130,18 +130,16 @@ func copyTree(from, to string) error {
 // Each format has the same files, with the same rights.
 func testContents(t *testing.T, dir string) {
 	want := map[string]string{ // in the package, with its mode
-		"usr/bin/unitmeter":                                       "-rwxr-xr-x",
-		"usr/lib/systemd/system/unitmeter.service":                "-rw-r--r--",
-		"usr/lib/sysusers.d/unitmeter.conf":                       "-rw-r--r--",
-		"etc/unitmeter/unitmeter.env":                             "-rw-r-----",
-		"usr/share/man/man8/unitmeter.8.gz":                       "-rw-r--r--",
-		"usr/share/bash-completion/completions/unitmeter":         "-rw-r--r--",
-		"usr/share/fish/vendor_completions.d/unitmeter.fish":      "-rw-r--r--",
-		"usr/share/doc/unitmeter/examples/50-unitmeter.rules":     "-rw-r--r--",
-		"usr/share/doc/unitmeter/examples/credentials.conf":       "-rw-r--r--",
-		"usr/share/doc/unitmeter/LICENSES.gz":                     "-rw-r--r--",
-		"usr/share/doc/unitmeter/examples/stop-edge-journal.conf": "-rw-r--r--",
-		"usr/share/doc/unitmeter/examples/unitmeter-kernel.conf":  "-rw-r--r--",
+		"usr/bin/unitmeter":                                  "-rwxr-xr-x",
+		"usr/lib/systemd/system/unitmeter.service":           "-rw-r--r--",
+		"usr/lib/sysusers.d/unitmeter.conf":                  "-rw-r--r--",
+		"etc/unitmeter/unitmeter.env":                        "-rw-r-----",
+		"usr/share/man/man8/unitmeter.8.gz":                  "-rw-r--r--",
+		"usr/share/bash-completion/completions/unitmeter":    "-rw-r--r--",
+		"usr/share/fish/vendor_completions.d/unitmeter.fish": "-rw-r--r--",
+		"usr/share/doc/unitmeter/examples/credentials.conf":  "-rw-r--r--",
+		"usr/share/doc/unitmeter/LICENSES.gz":                "-rw-r--r--",
+		"usr/share/doc/unitmeter/examples/stop-records.conf": "-rw-r--r--",
 	}
 	list := map[string]*exec.Cmd{
 		"unitmeter_0.1.0_amd64.deb":    exec.Command("dpkg-deb", "-c", "unitmeter_0.1.0_amd64.deb"),
@@ -375,25 +373,6 @@ func testDeb(t *testing.T, root, first, second string) {
 		t.Errorf("the Collector has %v, systemd has %+v", last, show)
 	}
 
-	t.Run("kernel source", func(t *testing.T) {
-		const dropIns = "/etc/systemd/system/unitmeter.service.d"
-		rig.Run(t, "sh", "-ec", "install -Dm644 -t "+dropIns+" /usr/share/doc/unitmeter/examples/unitmeter-kernel.conf; systemctl daemon-reload; systemctl restart unitmeter.service")
-		since := time.Now()
-		eventually(t, "the series goes on", func() bool {
-			after, ok := sent(t, file, "talker.service", "transmit")
-			return ok && after.Time.After(since) && after.Value == last.Value && after.Start.Equal(last.Start)
-		})
-		if got := property(t, rig, "NRestarts"); got != "0" {
-			t.Errorf("it was started again %s times", got)
-		}
-		if maps := rig.Run(t, "sh", "-c", "readlink /proc/"+property(t, rig, "MainPID")+"/fd/* | grep -c bpf-map || :"); maps == "0\n" {
-			t.Error("it holds none of systemd's maps")
-		}
-		if report := rig.Run(t, "sh", "-c", "unitmeter doctor || :"); !strings.Contains(report, "counters are read from the kernel") {
-			t.Errorf("the doctor says:\n%s", report)
-		}
-		rig.Run(t, "sh", "-ec", "rm -r "+dropIns+"; systemctl daemon-reload; systemctl restart unitmeter.service")
-	})
 	t.Run("upgrade", func(t *testing.T) {
 		pid := property(t, rig, "MainPID")
 		dpkg("-i", "--force-confdef", "/root/unitmeter_0.2.0_amd64.deb")

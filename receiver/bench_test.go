@@ -86,32 +86,3 @@ func BenchmarkObserve(b *testing.B) {
 		})
 	}
 }
-
-// BenchmarkKernelSweep is BenchmarkSweep with the maps held: 1,000 idle units.
-// The time is all there is: systemd and dbus-daemon do nothing.
-func BenchmarkKernelSweep(b *testing.B) {
-	rig := theRig(b)
-	thousand(b, rig)
-	r, _ := start(b, kernelConfig(rig, Config{Include: []string{"thousand@*.service"}}))
-	for range 5 {
-		r.Sweep(b.Context())
-	}
-	r.mu.Lock()
-	exact := 0
-	for _, s := range r.kernel.tallies {
-		if s.known {
-			exact++
-		}
-	}
-	r.mu.Unlock()
-	if exact < thousandUnits {
-		b.Fatalf("%d of %d units are read from the kernel", exact, thousandUnits)
-	}
-	time.Sleep(settling) // the units have just been started
-	b.ReportAllocs()
-	for b.Loop() {
-		if s := r.Sweep(b.Context()); s.Partial || len(s.State.Runs) < thousandUnits {
-			b.Fatalf("a sweep of %d runs, partial: %v", len(s.State.Runs), s.Partial)
-		}
-	}
-}

@@ -11,7 +11,7 @@ import (
 
 const (
 	// PrivateBus is the address of PID 1's own socket, which root may use.
-	// There is no bus behind it, and it gives no references on units.
+	// There is no bus behind it.
 	PrivateBus = "unix:path=/run/systemd/private"
 	// UsualSystemBus is the default of Config.SystemBus.
 	UsualSystemBus = "unix:path=/run/dbus/system_bus_socket"

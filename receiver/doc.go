@@ -1,5 +1,4 @@
-// Package receiver reads the IP accounting of systemd's units: over D-Bus, or in
-// the BPF maps in which systemd counts.
+// Package receiver reads the IP accounting of systemd's units over D-Bus.
 //
 // Two things are needed of it: New makes a Receiver, whose Run keeps it
 // connected to systemd; Register gives it a meter, and from then on each
@@ -25,16 +24,9 @@
 //   - series: the total of one unit name over all of its runs, or of a fold.
 //   - fold: several units, matched by one pattern, that share a series.
 //   - overflow: the one series that takes the units over the limit.
-//   - stop edge: the time between the last sweep and the end of a unit, of which
-//     the bytes are caught by a reference or by a stop record.
-//   - reference: what keeps systemd from unloading a unit before it is read
-//     (RefUnit).
 //   - stop record: what PID 1 writes to the journal at the end of a unit, its
-//     counters among it.
+//     counters among it. It has the bytes between the last sweep and the end.
 //   - unattributed: what a top-level slice counted and no series has.
-//   - tally: the counting of one unit in one cgroup, as the kernel source reads it.
-//   - gap: from the replacement of a unit's maps, at a reload of systemd, until it
-//     is known again what systemd adds to them.
 //   - lost: a running unit whose counters systemd has lost.
 //
 // # What is exact, and what is not
@@ -42,9 +34,8 @@
 // Each byte that systemd shows for a run is added once, whatever happens to
 // the unit, to the bus, to systemd or to this process, provided that
 // Config.State carries on what Sweep.State was. What systemd itself does not
-// count cannot be added: over D-Bus about a tenth of a second of traffic at each
-// reload and re-execution of systemd (see docs/decisions/kernel-mode.md), and all
-// that is not sent or received through the unit's own IP sockets. There is one
+// count cannot be added: about a tenth of a second of traffic at each reload
+// and re-execution of systemd (see docs/decisions/kernel-mode.md), and all that is not sent or received through the unit's own IP sockets. There is one
 // ambiguity: accounting that is switched off and on again between two readings,
 // without a signal, and by the second has counted more than before, looks like
 // growth.

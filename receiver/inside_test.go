@@ -47,8 +47,6 @@ func runInside(mode string) int {
 		err = report.private(ctx)
 	case "thousand":
 		err = report.thousand(ctx)
-	case "kernel", "auto":
-		err = report.kernel(ctx, mode)
 	case "relay":
 		err = relay()
 	default:
@@ -195,7 +193,7 @@ func thousandName(i int) string { return fmt.Sprintf("thousand@%d.service", i) }
 // then collects them through the SDK.
 func (r *insideReport) thousand(ctx context.Context) error {
 	l := &logs{}
-	receiver, err := New(Config{Bus: "system", Include: []string{"thousand@*"}, StopEdge: "off", Logger: newLogger(l)})
+	receiver, err := New(Config{Bus: "system", Include: []string{"thousand@*"}, StopRecords: "off", Logger: newLogger(l)})
 	if err != nil {
 		return err
 	}

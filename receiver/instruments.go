@@ -51,7 +51,6 @@ func Instruments() []Instrument {
 		{"unitmeter.dbus.signals.refused", "observable counter", "{signal}", "D-Bus signals that were dropped: they came from another sender than systemd, or were longer than any of its signals.", host},
 		{"unitmeter.dbus.reconnects", "observable counter", "{attempt}", "Attempts to connect to systemd again.", host},
 		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd that were seen. systemd itself loses some traffic at each.", append([]string{"unitmeter.reload.type"}, host...)},
-		{"unitmeter.reload.uncertain", "observable counter", "By", "Bytes that were left out at reloads and re-executions of systemd, at most, since it counted in two places for a moment. Only with UNITMETER_SOURCE=kernel; over D-Bus, nobody knows what systemd loses.", host},
 		{"unitmeter.counter.resets", "observable counter", "{reset}", "Falls of a unit's counters within one run.", host},
 		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of units that ended without a last reading and without a stop record.", host},
 		{"unitmeter.journal.errors", "observable counter", "{record}", "Stop records in the journal that made no sense.", host},
@@ -114,7 +113,6 @@ func (r *Receiver) Register(meter metric.Meter) error {
 		}
 		o.ObserveInt64(counters["unitmeter.dbus.signals.refused"], h.refused, plain)
 		o.ObserveInt64(counters["unitmeter.dbus.reconnects"], h.reconnects, plain)
-		o.ObserveInt64(counters["unitmeter.reload.uncertain"], int64(h.uncertain.IngressBytes+h.uncertain.EgressBytes), plain)
 		o.ObserveInt64(counters["unitmeter.counter.resets"], h.resets, plain)
 		o.ObserveInt64(counters["unitmeter.runs.missed"], h.missed, plain)
 		o.ObserveInt64(counters["unitmeter.journal.errors"], h.badRecords, plain)

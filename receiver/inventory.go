@@ -45,11 +45,7 @@ type bus struct {
 	wire    *wire
 	conn    *dbus.Conn
 	signals chan *dbus.Signal
-	// urgent has the same signals once more, for who must not wait while others
-	// are handled.
-	urgent    chan *dbus.Signal
-	private   bool
-	reloading bool // guarded by Receiver.mu
+	private bool
 }
 
 // unit is one loaded unit of a metered type.
@@ -91,7 +87,6 @@ type run struct {
 	// earlier is the id of the boot that the run was of, if not of this one.
 	earlier string
 	path    string
-	rest    *tally    // its maps when its cgroup is gone; nil for none
 	series  *series   // nil before the first reading, and for hidden units
 	slice   string    // "" while not known
 	start   time.Time // when systemd began to count, as of the first reading
@@ -173,10 +168,9 @@ func openFor(ctx context.Context, address string, private, signals bool) (*bus, 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to systemd at %s: %w", address, err), w.Close())
 	}
-	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), urgent: make(chan *dbus.Signal, 64), private: private}
+	b := &bus{wire: w, conn: conn, signals: make(chan *dbus.Signal, 64), private: private}
 	if signals {
 		conn.Signal(b.signals)
-		conn.Signal(b.urgent)
 	}
 	if err = b.hello(ctx); err == nil && signals {
 		err = b.subscribe(ctx)
@@ -277,15 +271,12 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	var heeding sync.WaitGroup
-	heeding.Go(func() { r.heedReloads(b) }) // until the connection is closed
 	defer func() {
 		r.mu.Lock()
 		r.bus = nil
 		r.health.refused += b.wire.refused.Load()
 		r.mu.Unlock()
 		_ = b.conn.Close() // the reason is in err already
-		heeding.Wait()
 	}()
 	stop := context.AfterFunc(ctx, func() { _ = b.conn.Close() })
 	defer stop()
@@ -294,9 +285,6 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 		return false, err
 	}
 	r.mu.Lock()
-	if !b.reloading {
-		r.reloadEnds()
-	}
 	r.bus, r.listed, r.reloadBegan = b, true, time.Now()
 	recovered := r.broken != nil
 	r.broken = nil
@@ -311,15 +299,17 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 		r.log.Info("found systemd again", "units", units)
 	}
 
+	ended := make(chan []*unit)
+	reading, stopReading := context.WithCancel(ctx)
+	var reader sync.WaitGroup
+	reader.Go(func() { r.readEnded(reading, b, ended) })
+	defer reader.Wait()
+	defer stopReading()
 	f := follower{Receiver: r, bus: b, fresh: map[string]bool{}, placing: placing{places: make(chan *dbus.Call, maxAsked)}}
-	f.holdReferences(ctx)
-	defer f.releaseReferences()
-	f.startEnding(ctx)
-	defer f.stopEnding()
 	relist := time.NewTicker(relistEvery)
 	defer relist.Stop()
 	for {
-		more := f.ending.more
+		more := ended
 		if len(f.ended) == 0 {
 			more = nil
 		}
@@ -334,29 +324,17 @@ func (r *Receiver) follow(ctx context.Context) (connected bool, err error) {
 			err = f.handle(ctx, signal)
 		case more <- f.ended:
 			f.ended = nil
-		case units := <-f.ending.read:
-			for _, u := range units {
-				f.releaseEnded(u.name)
-			}
 		case call := <-f.places:
 			f.placed(call)
 		case <-f.freshTimer:
 			f.freshTimer = nil
 			if names := slices.Collect(maps.Keys(f.fresh)); len(names) > 0 && f.thaw == nil {
 				clear(f.fresh)
-				var loaded []string
-				loaded, err = r.refresh(ctx, b, names)
-				f.releaseAbsent(names, loaded)
+				_, err = r.refresh(ctx, b, names)
 			}
 		case <-f.thaw:
 			f.reloaded(func(h *health) { h.reloads++ })
 			err = r.relist(ctx, b, true)
-		case call := <-f.refReplies:
-			f.referenced(call)
-		case <-f.lost: // systemd has given up the references too
-			f.references = references{retry: time.After(refsPause)}
-		case <-f.retry:
-			f.holdReferences(ctx)
 		case <-relist.C:
 			if f.thaw == nil {
 				err = r.relist(ctx, b, false)
@@ -380,11 +358,8 @@ type follower struct {
 	// unit then, and means nothing. It fires when the end is overdue.
 	thaw      <-chan time.Time
 	reloading bool // Reloading(true) came, and what it leads to is not known yet
-	references
-	unreferenced bool // references cannot be had, and that has been logged
 	// ended are units that have ended and wait for their last reading.
-	ended  []*unit
-	ending ending
+	ended []*unit
 	placing
 }
 
@@ -402,18 +377,19 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	case managerInterface + ".UnitNew":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil && f.follows(name) {
-			f.reference(name)
 			f.noteFresh(name)
 		}
 	case managerInterface + ".UnitRemoved":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil {
 			delete(f.fresh, name)
-			f.unloaded(name)
 			f.removed(name)
 		}
 	case managerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
+			f.mu.Lock()
+			f.reloadBegan = time.Now()
+			f.mu.Unlock()
 		} else if ok {
 			f.reloaded(func(h *health) { h.reloads++ })
 			return f.relist(ctx, f.bus, true)
@@ -431,35 +407,6 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 		}
 	}
 	return nil
-}
-
-// heedReloads takes systemd's word on its reloads as soon as it arrives, whatever
-// else is going on, until the connection is closed.
-func (r *Receiver) heedReloads(b *bus) {
-	for signal := range b.urgent {
-		var begins, ends bool
-		switch signal.Name {
-		case managerInterface + ".Reloading":
-			began, ok := argument[bool](signal, 0)
-			begins, ends = ok && began, ok && !began
-		case nameOwnerChangedSig:
-			owner, ok := argument[string](signal, 2)
-			ends = ok && owner != ""
-		}
-		if !begins && !ends {
-			continue
-		}
-		r.mu.Lock()
-		if b.reloading = begins; begins {
-			r.reloadBegins()
-		} else {
-			r.reloadEnds()
-		}
-		r.mu.Unlock()
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.systemdLost()
 }
 
 // noteFresh has a unit looked at in a moment.
@@ -698,7 +645,6 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	if u, ok := r.units[name]; ok {
 		next = u.status
 	}
-	ran := next.running()
 	r.mu.Unlock()
 	for property, value := range properties {
 		if err := next.change(property, value.Value()); err != nil {
@@ -713,9 +659,6 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	unplaced := u != nil && u.slice == ""
 	exited := r.version >= 256 && next.sub == "exited" // see run.parted
 	r.mu.Unlock()
-	if !ran && next.running() {
-		f.reference(name) // the one on the run before may just have gone, and no UnitNew comes
-	}
 	switch {
 	case u == nil:
 	case !next.running() || next.restarting() || exited:
@@ -806,7 +749,6 @@ func (r *Receiver) update(name string, next status) {
 	if u.run.parted && next.running() && next.sub != "exited" {
 		// Systemd runs a command, in a new cgroup. What is being read is of before.
 		u.run.parted, u.run.last, u.run.time = false, Counters{}, time.Now()
-		u.run.rest.giveUp()
 	}
 	if next.running() {
 		u.run.ended = time.Time{}

@@ -57,7 +57,7 @@ type record struct {
 
 // readsJournal reports whether the end of units is read from the journal.
 func (r *Receiver) readsJournal() bool {
-	return r.cfg.StopEdge == "auto" || r.cfg.StopEdge == "journal"
+	return r.cfg.StopRecords != "off"
 }
 
 // followJournal takes PID 1's stop records until ctx ends. Where journalctl has

@@ -47,7 +47,7 @@ func sends(t *testing.T, rig *systemdtest.Rig, unit string) {
 // journaled runs a receiver with the rig's journal until stop is called.
 func journaled(t *testing.T, rig *systemdtest.Rig, cfg Config, wrapper ...string) (r *Receiver, stop func()) {
 	t.Helper()
-	cfg.Bus, cfg.SystemBus, cfg.HostName, cfg.StopEdge = rig.SystemBus(), rig.SystemBus(), "host", "journal"
+	cfg.Bus, cfg.SystemBus, cfg.HostName, cfg.StopRecords = rig.SystemBus(), rig.SystemBus(), "host", "on"
 	l := &logs{}
 	cfg.Logger = newLogger(l)
 	r, err := New(cfg)
@@ -215,7 +215,7 @@ func TestRigJournalPlaceFirst(t *testing.T) {
 	rig := theRig(t)
 	sink(t, rig)
 	sends(t, rig, "place-before.service")
-	cfg := Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), HostName: "host", StopEdge: "journal", Include: []string{"place-*"}}
+	cfg := Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), HostName: "host", StopRecords: "on", Include: []string{"place-*"}}
 	r, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)

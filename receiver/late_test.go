@@ -2,7 +2,6 @@ package receiver
 
 import (
 	"fmt"
-	"strings"
 	"testing"
 	"time"
 )
@@ -48,15 +47,11 @@ Type=oneshot
 RemainAfterExit=yes
 ExecStop=`+rig.Traffic()+" udp-send "+sinkAddress+" -count 5\n")
 	rig.Run(t, "systemctl", "daemon-reload")
-	r, _ := start(t, Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), StopEdge: "ref"})
+	r, _ := journaled(t, rig, Config{})
 	total := 0
 	for range 6 {
 		rig.Run(t, "systemctl", "start", "stoponly.service")
 		r.Sweep(t.Context())
-		// A unit that ends before PID 1 gets to the call is unloaded unread.
-		eventually(t, "the unit is referenced", func() bool {
-			return strings.TrimSpace(rig.Run(t, "systemctl", "show", "stoponly.service", "-p", "Refs", "--value")) != ""
-		})
 		rig.Run(t, "systemctl", "stop", "stoponly.service")
 		total += 5
 		s := sweepUntil(t, r, "the run is counted", func(s *Sweep) bool {
@@ -140,18 +135,6 @@ func TestSettledOnBusySlice(t *testing.T) {
 	}
 	if settled.EgressBytes < missing.EgressBytes/2 {
 		t.Errorf("after a minute only %v of %v are settled", settled, missing)
-	}
-}
-
-func TestMadeUp(t *testing.T) {
-	t.Parallel()
-	for name, want := range map[string]bool{
-		"run-u12.service": true, "run-r" + strings.Repeat("a1", 16) + ".service": true, "run-p12-i345.service": true,
-		"run-update.service": false, "run-.service": false, "nats.service": false, "run-backup.service": false, "u12.service": false, "run-x12.service": false,
-	} {
-		if got := madeUp(name); got != want {
-			t.Errorf("%s: got %v", name, got)
-		}
 	}
 }
 

@@ -68,7 +68,7 @@ func theRig(t testing.TB) *systemdtest.Rig {
 }
 
 // start starts a receiver and waits until it has listed the units. It ends with
-// the test. Host name and stop edge are the test's own, unless cfg has them.
+// the test. Host name and stop records are the test's own, unless cfg has them.
 func start(t testing.TB, cfg Config) (*Receiver, *logs) {
 	t.Helper()
 	r, l := unstarted(t, cfg)
@@ -88,8 +88,8 @@ func unstarted(t testing.TB, cfg Config) (*Receiver, *logs) {
 	if cfg.HostName == "" {
 		cfg.HostName = "host"
 	}
-	if cfg.StopEdge == "" {
-		cfg.StopEdge = "off"
+	if cfg.StopRecords == "" {
+		cfg.StopRecords = "off"
 	}
 	r, err := New(cfg)
 	if err != nil {

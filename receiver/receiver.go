@@ -46,17 +46,10 @@ type Config struct {
 	UnitType, UnitSlice bool
 	// HostName is put on each point as host.name. Default: the kernel's.
 	HostName string
-	// StopEdge says how the last bytes of a service are got at its end: "ref"
-	// holds a reference on each running service, so that systemd does not
-	// unload it before it is read (root, or polkit); "journal" takes what
-	// PID 1 logs when a unit stops (root, or the systemd-journal group); "off"
-	// does neither; "auto" does what the privileges allow. Default: auto.
-	StopEdge string
-	// Source is "dbus" to ask systemd for all counters; "kernel" to read them in
-	// the BPF maps where systemd counts, which costs less, and is right where
-	// systemd is not (needs CAP_SYS_ADMIN); "auto" to do what the privileges
-	// allow. Default: dbus.
-	Source string
+	// StopRecords is "off" to read no stop records of PID 1 in the journal. "auto"
+	// and "on" read them, which root and the systemd-journal group may; where they
+	// cannot be read, the Receiver goes on without. Default: auto.
+	StopRecords string
 	// KeepEnded is how long the last point of a unit that has gone is repeated, so
 	// that each of several readers gets it: more than the longest time between two
 	// collections of one. Default, and the least: 2 minutes.
@@ -69,10 +62,6 @@ type Config struct {
 	BootID string
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
-
-	// Where the kernel source finds the cgroup tree and the names of the
-	// invocations. Tests set them.
-	cgroups, invocations string
 }
 
 // A Receiver follows systemd's units and reads their IP accounting. Run keeps
@@ -116,7 +105,6 @@ type Receiver struct {
 	// began is when this Receiver was made, and forgotten when the last of the
 	// runs was closed that it remembers no more.
 	began, forgotten time.Time
-	kernel           *kernelSource // nil with Source dbus
 	// journalctl is the command and its first arguments; tests set it.
 	journalctl []string
 }
@@ -134,8 +122,6 @@ type health struct {
 	resets     int64 // falls of a counter within one run
 	missed     int64 // runs that ended without a last reading or record
 	badRecords int64 // stop records that made no sense
-	// uncertain is what may have been left out at reloads, at most.
-	uncertain Counters
 }
 
 // New checks cfg and returns a Receiver that is not connected yet.
@@ -180,9 +166,9 @@ func New(cfg Config) (*Receiver, error) {
 		}
 	}
 	r.cfg.KeepEnded = max(cfg.KeepEnded, keepClosed)
-	r.cfg.StopEdge = cmp.Or(cfg.StopEdge, "auto")
-	if !slices.Contains([]string{"auto", "ref", "journal", "off"}, r.cfg.StopEdge) {
-		return nil, fmt.Errorf("read the end of units by %q: there is no such way; use auto, ref, journal or off", cfg.StopEdge)
+	r.cfg.StopRecords = cmp.Or(cfg.StopRecords, "auto")
+	if !slices.Contains([]string{"auto", "on", "off"}, r.cfg.StopRecords) {
+		return nil, fmt.Errorf("read stop records %q: unknown value; use auto, on or off", cfg.StopRecords)
 	}
 	if cfg.MaxSeries < 0 || cfg.SweepTimeout < 0 {
 		return nil, fmt.Errorf("meter %d series within %v: neither can be negative; use 0 for the default", cfg.MaxSeries, cfg.SweepTimeout)
@@ -202,9 +188,6 @@ func New(cfg Config) (*Receiver, error) {
 			return nil, fmt.Errorf("read the boot id: %w; unitmeter runs on Linux with /proc mounted", err)
 		}
 		r.cfg.BootID = strings.TrimSpace(string(id))
-	}
-	if err := r.chooseSource(); err != nil {
-		return nil, err
 	}
 	r.restore(cfg.State)
 	return r, nil
@@ -278,7 +261,6 @@ func (r *Receiver) Run(ctx context.Context) error {
 		journal.Go(func() { r.followJournal(ctx) })
 		defer journal.Wait()
 	}
-	defer r.startKernel(ctx)()
 	const shortest, longest = 250 * time.Millisecond, 15 * time.Second
 	pause := shortest
 	for {

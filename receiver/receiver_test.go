@@ -621,41 +621,37 @@ func TestReconnect(t *testing.T) {
 // somebody touches a name that is not there. Were the answer to touch it, that
 // would never end.
 func TestStubStorm(t *testing.T) {
-	for _, stopEdge := range []string{"off", "ref"} {
-		t.Run(stopEdge, func(t *testing.T) {
-			fake := systemdtest.StartFake(t)
-			fake.SetUnit(accounted("a.service", 1, all(100)))
-			r, _ := start(t, Config{Bus: fake.Address(), SystemBus: fake.Address(), StopEdge: stopEdge})
-			want(t, r.Sweep(t.Context()), "a.service", all(100))
-			const storm = 2000
-			began := time.Now()
-			for i := range storm {
-				name := fmt.Sprintf("ghost-%d.service", i%10)
-				fake.EmitUnitNew(name)
-				fake.EmitUnitRemoved(name)
-			}
-			fake.EmitUnitNew("ghost.mount")
-			// Sweeps go on all the time, and what is real is still noticed.
-			fake.SetUnit(accounted("b.service", 2, all(5)))
-			fake.EmitUnitNew("b.service")
-			s := sweepUntil(t, r, "a real unit is noticed", func(s *Sweep) bool { _, ok := s.seriesOf("b.service"); return ok })
-			want(t, s, "a.service", all(100))
-			var gets, lists, refs int
-			eventually(t, "without anything new there are no calls more", func() bool {
-				gets, lists, refs = fake.Calls("Get"), fake.Calls("ListUnitsByPatterns"), fake.Calls("RefUnit")
-				time.Sleep(2 * newUnitPause) // in which a loop would go on
-				return fake.Calls("Get") == gets && fake.Calls("ListUnitsByPatterns") == lists && fake.Calls("RefUnit") == refs
-			})
-			if most := 3 + int(time.Since(began)/newUnitPause); lists > most {
-				t.Errorf("%d units that come and go made %d lists, want at most %d", storm, lists, most)
-			}
-			if refs > storm+2 || stopEdge == "off" && (refs > 0 || fake.Stubs() > 0) {
-				t.Errorf("%d units that come and go made %d RefUnits, and %d names were touched", storm, refs, fake.Stubs())
-			}
-			if len(s.State.Series) != 2 {
-				t.Errorf("series %+v", s.State.Series)
-			}
-		})
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(accounted("a.service", 1, all(100)))
+	r, _ := start(t, Config{Bus: fake.Address()})
+	want(t, r.Sweep(t.Context()), "a.service", all(100))
+	const storm = 2000
+	began := time.Now()
+	for i := range storm {
+		name := fmt.Sprintf("ghost-%d.service", i%10)
+		fake.EmitUnitNew(name)
+		fake.EmitUnitRemoved(name)
+	}
+	fake.EmitUnitNew("ghost.mount")
+	// Sweeps go on all the time, and what is real is still noticed.
+	fake.SetUnit(accounted("b.service", 2, all(5)))
+	fake.EmitUnitNew("b.service")
+	s := sweepUntil(t, r, "a real unit is noticed", func(s *Sweep) bool { _, ok := s.seriesOf("b.service"); return ok })
+	want(t, s, "a.service", all(100))
+	var gets, lists int
+	eventually(t, "without anything new there are no calls more", func() bool {
+		gets, lists = fake.Calls("Get"), fake.Calls("ListUnitsByPatterns")
+		time.Sleep(2 * newUnitPause) // in which a loop would go on
+		return fake.Calls("Get") == gets && fake.Calls("ListUnitsByPatterns") == lists
+	})
+	if most := 3 + int(time.Since(began)/newUnitPause); lists > most {
+		t.Errorf("%d units that come and go made %d lists, want at most %d", storm, lists, most)
+	}
+	if fake.Stubs() > 0 {
+		t.Errorf("%d units that come and go had %d names touched", storm, fake.Stubs())
+	}
+	if len(s.State.Series) != 2 {
+		t.Errorf("series %+v", s.State.Series)
 	}
 }
 
@@ -765,7 +761,7 @@ func TestSweepIsShared(t *testing.T) {
 func TestConcurrentUse(t *testing.T) {
 	fake := systemdtest.StartFake(t)
 	fake.SetUnit(accounted("steady.service", 1, all(1)))
-	r, _ := start(t, Config{Bus: fake.Address(), SystemBus: fake.Address(), StopEdge: "ref", MaxSeries: 5})
+	r, _ := start(t, Config{Bus: fake.Address(), SystemBus: fake.Address(), MaxSeries: 5})
 	reader := sdkmetric.NewManualReader()
 	if err := r.Register(sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)).Meter("test")); err != nil {
 		t.Fatal(err)
@@ -1222,10 +1218,10 @@ func TestNewRefuses(t *testing.T) {
 		"type with a dot":     {Config{Types: []string{".service"}}, []string{`".service"`, "use any of"}},
 		"type in capitals":    {Config{Types: []string{"service", "Socket"}}, []string{`"Socket"`, "use any of"}},
 		"empty type":          {Config{Types: []string{""}}, []string{`""`, "use any of"}},
-		"stop edge":           {Config{StopEdge: "always"}, []string{`"always"`, "use"}},
+		"stop records":        {Config{StopRecords: "always"}, []string{`"always"`, "use"}},
 		"negative limit":      {Config{MaxSeries: -1}, []string{"-1", "use 0"}},
 		"negative timeout":    {Config{SweepTimeout: -time.Second}, []string{"-1s", "use 0"}},
-		"stop edge, capital":  {Config{StopEdge: "Auto"}, []string{`"Auto"`, "use"}},
+		"stop records, case":  {Config{StopRecords: "Auto"}, []string{`"Auto"`, "use"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, err := New(test.cfg)
@@ -1373,26 +1369,4 @@ func TestStubIsNoRun(t *testing.T) {
 	fake.EmitPropertiesChanged("a.service")
 	sweepUntil(t, r, "the run is known", func(*Sweep) bool { return r.unitNamed("a.service").Invocation == id(2) })
 	want(t, r.Sweep(t.Context()), "a.service", all(130))
-}
-
-// TestReferenceNotAnswered: a call that was under way when systemd re-executed
-// itself is answered by the bus. That says nothing of the next one.
-func TestReferenceNotAnswered(t *testing.T) {
-	for _, name := range []string{noReply, nameHasNoOwner, serviceUnknown, limitsExceeded} {
-		t.Run(name, func(t *testing.T) {
-			fake := systemdtest.StartFake(t)
-			fake.OnCall(func(member string, _ []any) ([]any, *dbus.Error, time.Duration, bool) {
-				return nil, dbus.NewError(name, []any{"not now"}), 0, member == "RefUnit"
-			})
-			fake.SetUnit(accounted("a.service", 1, all(100)))
-			_, l := start(t, Config{Bus: fake.Address(), SystemBus: fake.Address(), StopEdge: "ref"})
-			eventually(t, "it is refused", func() bool { return fake.Calls("RefUnit") > 0 })
-			fake.OnCall(nil)
-			eventually(t, "it is referenced", func() bool {
-				fake.EmitUnitNew("a.service")
-				return fake.Refs("a.service") > 0
-			})
-			l.only(t, 0, "no references")
-		})
-	}
 }

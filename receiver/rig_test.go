@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/godbus/dbus/v5"
 	"go.opentelemetry.io/otel/attribute"
 
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
@@ -318,35 +317,6 @@ func TestRigSwitchedOverReload(t *testing.T) {
 	want(t, s, "reloaded.service", sent(13))
 }
 
-// TestRigExitedOverReload: a unit that goes on without a process and a cgroup has
-// no counters after a reload, which is no loss that anybody could mend.
-func TestRigExitedOverReload(t *testing.T) {
-	rig := theRig(t)
-	sink(t, rig)
-	send := rig.Traffic() + " udp-send " + sinkAddress + " -count "
-	rig.WriteFile(t, "/etc/systemd/system/exited.service", `[Service]
-IPAccounting=yes
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=`+send+`5
-ExecStop=`+send+"3\n")
-	rig.Run(t, "systemctl", "start", "exited.service")
-	r, l := start(t, Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), StopEdge: "ref"})
-	want(t, r.Sweep(t.Context()), "exited.service", sent(5))
-	rig.Run(t, "systemctl", "daemon-reload")
-	sweepUntil(t, r, "it has no data", func(*Sweep) bool { return r.unitNamed("exited.service").Accounting == "no_data" })
-	eventually(t, "the unit is referenced", func() bool {
-		return strings.TrimSpace(rig.Run(t, "systemctl", "show", "exited.service", "-p", "Refs", "--value")) != ""
-	})
-	rig.Run(t, "systemctl", "stop", "exited.service")
-	s := sweepUntil(t, r, "the stop is counted", func(s *Sweep) bool {
-		got, _ := s.seriesOf("exited.service")
-		return got.Total != sent(5)
-	})
-	want(t, s, "exited.service", sent(8))
-	l.only(t, 0, "systemd lost the counters", "exited.service")
-}
-
 // TestRigStartTimes: a series begins when systemd began to count, not when it
 // was first read, and not when the unit was up.
 func TestRigStartTimes(t *testing.T) {
@@ -599,32 +569,6 @@ func TestRigBusRestart(t *testing.T) {
 	want(t, s, "after.service", sent(2))
 }
 
-// TestRigReferencesReturn: dbus ends without the end of PID 1's own socket, but the
-// references are over with it.
-func TestRigReferencesReturn(t *testing.T) {
-	buses(t, func(t *testing.T, rig *systemdtest.Rig, bus string) {
-		talker(t, rig, "held.service")
-		_, l := start(t, Config{Bus: bus, SystemBus: rig.SystemBus(), StopEdge: "ref"})
-		referenced := func() bool {
-			return strings.TrimSpace(rig.Run(t, "systemctl", "show", "held.service", "-p", "Refs", "--value")) != ""
-		}
-		eventually(t, "the unit is referenced", referenced)
-		rig.Run(t, "systemctl", "reset-failed", "dbus.service") // else it is started too often
-		rig.Run(t, "systemctl", "restart", "dbus.service")
-		eventually(t, "the unit is referenced again", referenced)
-		rig.Run(t, "systemctl", "stop", "dbus.service", "dbus.socket")
-		if bus != rig.SystemBus() {
-			eventually(t, "it is told", func() bool { return len(l.matching(t, "WARN", "no references")) > 0 })
-		}
-		rig.Run(t, "systemctl", "start", "dbus.socket", "dbus.service")
-		eventually(t, "the unit is referenced in the end", referenced)
-		if bus != rig.SystemBus() {
-			l.only(t, 1, "no references")
-			l.only(t, 1, "references", "again")
-		}
-	})
-}
-
 func TestRigPrivateSocket(t *testing.T) {
 	rig := theRig(t)
 	report := inside(t, rig, "private")
@@ -652,42 +596,6 @@ ExecStart=/bin/bash -c 'printf x >/dev/udp/%s; exec sleep infinity'
 `, strings.Replace(sinkAddress, ":", "/", 1)))
 	rig.Run(t, "bash", "-c", fmt.Sprintf("systemctl start thousand@{0..%d}.service", thousandUnits-1))
 	eventually(t, "all have sent", func() bool { return shown(t, rig, "thousand.slice").EgressPackets == thousandUnits })
-}
-
-// TestRigReferences: PID 1 pays for each reference with one of the 512 match
-// rules that dbus-daemon allows it, and with one more it loses its bus for good.
-func TestRigReferences(t *testing.T) {
-	rig := theRig(t)
-	thousand(t, rig)
-	conn, err := dbus.Connect(rig.SystemBus())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	rules := func() uint32 {
-		t.Helper()
-		var stats map[string]dbus.Variant
-		err := conn.BusObject().Call("org.freedesktop.DBus.Debug.Stats.GetConnectionStats", 0, systemdName).Store(&stats)
-		n, ok := stats["MatchRules"].Value().(uint32)
-		if err != nil || !ok {
-			t.Fatalf("PID 1's match rules are %v, %v", stats, err)
-		}
-		return n
-	}
-	before := rules()
-	r, l := start(t, Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), StopEdge: "ref"})
-	eventually(t, "references are held", func() bool { return rules() > before })
-	// All that is asked for before this unit has been answered with it.
-	talker(t, rig, "young.service")
-	talk(t, rig, "young.service", 2)
-	sweepUntil(t, r, "a young unit is read", func(s *Sweep) bool { got, _ := s.seriesOf("young.service"); return got.Total == sent(2) })
-	if n := rules() - before; n > 200 {
-		t.Errorf("the receiver takes %d of PID 1's 512 match rules", n)
-	}
-	if h := r.healthNow(); h.dbusErrors != 0 || h.partial != 0 || h.reconnects != 0 {
-		t.Errorf("%+v", h)
-	}
-	l.only(t, 0, "WARN")
 }
 
 // TestRigThousandUnits: as nobody, over dbus-daemon with its default limits,

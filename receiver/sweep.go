@@ -64,16 +64,6 @@ type target struct {
 	fell   bool // a counter was lower than before; this is so after the second reading too
 	err    error
 	time   time.Time // of the last reply
-
-	tally  *tally    // the maps that are read, or compared; nil for none
-	held   Counters  // their value
-	before Counters  // their value before systemd was asked
-	maps   [2]uint32 // ids of the maps that had it: others may have replaced them since
-	// compared says that held is from after systemd was asked.
-	compared bool
-	waits    bool // for systemd, which is replacing the maps
-	// restarted says that the cgroup is another run's by now.
-	restarted bool
 }
 
 // Sweep reads the counters of all metered units and returns the result. It
@@ -108,7 +98,6 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	if b != nil {
 		err = r.readAll(ctx, b, targets)
 	}
-	r.readRests()
 	sweep := r.finish(began, err)
 	r.last.Store(sweep)
 	return sweep
@@ -181,8 +170,8 @@ func (r *Receiver) target(u *unit, now time.Time) target {
 	}
 }
 
-// readBus fills in the targets over D-Bus.
-func (r *Receiver) readBus(ctx context.Context, b *bus, targets []target) error {
+// read fills in the targets.
+func (r *Receiver) read(ctx context.Context, b *bus, targets []target) error {
 	type call struct{ target, property int }
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
@@ -390,7 +379,7 @@ func (r *Receiver) applyOne(t *target) {
 	t.run.parted = t.exited && t.cgroup == ""
 	before := t.run.time
 	t.run.quiet = [2]bool{!before.IsZero() && !t.moved(0), !before.IsZero() && !t.moved(1)}
-	delta, reset := r.advance(t, raw)
+	delta, reset := t.run.advance(raw, t.time)
 	if reset {
 		r.health.resets++
 		t.run.start = before
@@ -530,7 +519,7 @@ func (r *Receiver) again(ctx context.Context, b *bus, targets []target) error {
 	var names []string
 	r.mu.Lock()
 	for i := range targets {
-		if t := &targets[i]; t.gone && (t.run.ended.IsZero() || t.restarted) {
+		if t := &targets[i]; t.gone && t.run.ended.IsZero() {
 			names = append(names, t.unit.name)
 		}
 	}
@@ -571,7 +560,6 @@ func (r *Receiver) finish(began time.Time, err error) *Sweep {
 		}
 	}
 	clear(r.said)
-	r.kernel.state(r.log, &r.health)
 	now := time.Now()
 	maps.DeleteFunc(r.runs, func(_ string, run *run) bool {
 		keep := r.cfg.KeepEnded

@@ -30,10 +30,8 @@ type contender struct {
 	against string // whose CPU time its own is compared with; "" for none
 	user    string
 	command []string
-	// properties are more of its unit, as systemd-run takes them.
-	properties []string
-	config     string // what /etc/bench.conf has
-	env        map[string]string
+	config  string // what /etc/bench.conf has
+	env     map[string]string
 	// How to see its collections: scrape is a URL that is asked for them at each
 	// interval; without it, the agent pushes OTLP/gRPC to 127.0.0.1:4317. A unit is
 	// in a collection when metric, a regular expression, has a point with the
@@ -71,9 +69,6 @@ func contenders(b *testing.B, units int, interval time.Duration) []contender {
 			interval: interval, metric: `^systemd\.unit\.network\.packet\.count$`, label: "systemd.unit.name",
 		}
 	}
-	kernel := own("kernel", peerBus, "nobody", "UNITMETER_SOURCE", "kernel")
-	kernel.reads = "the four IP counters in systemd's BPF maps, only two of a unit without traffic since; commits to disk"
-	kernel.properties = []string{"--property=AmbientCapabilities=CAP_SYS_ADMIN", "--property=LimitNOFILE=65536"}
 	scraped := func(name, user, lacks, reads, metric, tool string, flags ...string) contender {
 		return contender{
 			name: name, user: user, lacks: lacks, reads: reads, command: append([]string{toolPath(b, tool), "--web.disable-exporter-metrics", "--web.listen-address=127.0.0.1:9558"}, flags...),
@@ -112,7 +107,6 @@ service_address = "127.0.0.1:4317"
 	return []contender{
 		own("system bus", peerBus, "nobody", "UNITMETER_BUS", "system"),
 		own("private socket", peerPrivate, "root", "UNITMETER_BUS", "private"),
-		kernel,
 		systemdExporter(peerBus, "nobody"),
 		systemdExporter(peerPrivate, "root", "--systemd.collector.private"),
 		scraped("node_exporter", "nobody", statesOnly, "state and service type: 1 call, one unit after the other",

@@ -226,7 +226,7 @@ func rss(b *testing.B, rig *systemdtest.Rig) float64 {
 
 // launch starts an agent as a unit named bench, and stops it at the end.
 func launch(b *testing.B, rig *systemdtest.Rig, a contender) {
-	args := append([]string{"--quiet", "--collect", "--unit=bench", "--property=User=" + a.user, "--property=StateDirectory=bench"}, a.properties...)
+	args := []string{"--quiet", "--collect", "--unit=bench", "--property=User=" + a.user, "--property=StateDirectory=bench"}
 	for _, name := range slices.Sorted(maps.Keys(a.env)) {
 		args = append(args, "--setenv="+name+"="+a.env[name])
 	}

@@ -54,41 +54,6 @@ func (s *scene) disturbed(n int, command string) {
 	s.in("until [ -e /run/{id}.done ]; do sleep .05; done")
 }
 
-// inKernel is underLoad for an agent that reads where systemd counts: it has what
-// systemd loses. It never counts more than was sent, and states what it left out.
-func inKernel(id, title string, n int, disturb string) scenario {
-	const rate, seconds = 2000, 8
-	return scenario{
-		id: id, title: title,
-		// The agent first has to learn what systemd adds to the kernel's numbers.
-		units: map[string]string{id + ".service": unitHead + fmt.Sprintf("ExecStart=/bin/sh -c 'sleep 2; {send} %d -rate %d; touch /run/{id}.done; exec sleep infinity'\n", rate*seconds, rate)},
-		run: func(s *scene) {
-			if n := s.version(); n < 249 {
-				s.skip(fmt.Sprintf("systemd %d has no program attached for a part of each reload: nobody counts", n))
-			}
-			uncertain := func() uint64 { return uint64(s.health("unitmeter.reload.uncertain")) }
-			before := uncertain()
-			s.in("systemctl start {id}; sleep 2.2")
-			s.disturbed(n, disturb)
-			sent := s.datagrams(rate * seconds)
-			stated := func() uint64 { return uncertain() - before }
-			s.arrives(15*time.Second, func() bool { return s.receivedNow().EgressBytes+stated() >= sent.EgressBytes })
-			got := s.receivedNow()
-			s.row.accounted, s.row.received, s.row.counted = sent, got, true
-			s.again = s.receivedNow
-			switch s.row.verdict = "stated"; {
-			case got.EgressBytes > sent.EgressBytes, got.EgressPackets > sent.EgressPackets:
-				s.t.Errorf("sent %s, received more: %s", show(sent), show(got))
-			case got.EgressBytes+stated() < sent.EgressBytes:
-				s.t.Errorf("sent %s, received %s, and only %d B are stated", show(sent), show(got), stated())
-			case got == sent:
-				s.row.verdict = "exact"
-			}
-			s.note("`unitmeter.reload.uncertain` says that at most %d B may be missing", stated())
-		},
-	}
-}
-
 // killed has a service send while short ones come and go, and kills the agent
 // at random moments.
 func killed(id, title string) scenario {

@@ -57,14 +57,6 @@ func conformance() []group {
 				underLoad("busload", "3 × restart of dbus under load", 3, "systemctl restart dbus"),
 			},
 		},
-		{
-			name:  "in kernel mode",
-			agent: agent{env: []string{"UNITMETER_SOURCE=kernel"}},
-			scenarios: []scenario{
-				inKernel("kreload", "5 × `daemon-reload` under load, `UNITMETER_SOURCE=kernel`, against what was sent", 5, "systemctl daemon-reload"),
-				inKernel("kreexec", "3 × `daemon-reexec` under load, `UNITMETER_SOURCE=kernel`, against what was sent", 3, "systemctl daemon-reexec"),
-			},
-		},
 		{name: "reloaded", scenarios: []scenario{reloaded}},
 		{name: "clock", agent: agent{wallClock: true}, scenarios: []scenario{older, stepped("clock", "the agent's wall clock stepped forth and back, cumulative")}},
 		{

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
-	"golang.org/x/sys/unix"
 
 	"github.com/unitmeter/unitmeter/receiver"
 )
@@ -41,7 +40,6 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 	var load, group string
 	var groups, environment, stateDirectory []string
 	var stateMode uint32
-	var ambient uint64
 	var files []struct {
 		Path     string
 		Optional bool
@@ -63,7 +61,6 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 		{service, "StateDirectory", &stateDirectory},
 		{service, "StateDirectoryMode", &stateMode},
 		{service, "LoadCredential", &credentials},
-		{service, "AmbientCapabilities", &ambient},
 	} {
 		err := m.get(ctx, p, property.iface, property.name, property.to)
 		if err != nil && !dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") { // an older systemd
@@ -85,9 +82,6 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 	set("User", a.user)
 	set("Group", group)
 	set("SupplementaryGroups", strings.Join(groups, " "))
-	if ambient&(1<<unix.CAP_SYS_ADMIN) != 0 { // for the kernel source
-		set("AmbientCapabilities", "CAP_SYS_ADMIN")
-	}
 	for _, kv := range environment {
 		a.properties = append(a.properties, "--setenv="+kv)
 	}

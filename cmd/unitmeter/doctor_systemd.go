@@ -294,95 +294,31 @@ func list(names []string) string {
 	return strings.Join(names, ", ")
 }
 
-// checkStopEdge tries what the agent does to read the last bytes of a unit.
-func (d *doctor) checkStopEdge(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
+// checkStopRecords reads the journal as the agent does, for the last bytes of units.
+func (d *doctor) checkStopRecords(ctx context.Context) finding {
 	// With a configuration that is wrong it is empty, which is auto.
-	mode := d.cfg.StopEdge
+	mode := d.cfg.StopRecords
 	if mode == "off" {
-		return warning("unset UNITMETER_STOP_EDGE", "UNITMETER_STOP_EDGE=off: what a unit sends between the last sweep and its end is not seen")
+		return warning("unset UNITMETER_STOP_RECORDS", "UNITMETER_STOP_RECORDS=off: what a unit sends between the last sweep and its end is not seen")
 	}
-	var reference, journal error
-	// What the settings do not ask for is not tried: it would say nothing about
-	// what the agent does.
-	if mode == "journal" {
-		reference = errors.New("not wanted")
-	} else if reference = d.tryReference(ctx); reference == nil && mode != "ref" && os.Geteuid() != 0 {
-		reference = errors.New("allowed, and used with UNITMETER_STOP_EDGE=ref only")
-	}
-	if mode == "ref" {
-		journal = errors.New("not wanted")
-	} else {
-		journal = tryJournal(ctx)
-	}
-	return stopEdgeFinding(mode, reference, journal)
+	return stopRecordsFinding(mode, tryJournal(ctx))
 }
 
-// checkSource tells where the counters come from, and what keeps a wanted
-// kernel source from working.
-func (d *doctor) checkSource(context.Context) finding {
-	const mend = "install -Dm644 -t /etc/systemd/system/unitmeter.service.d /usr/share/doc/unitmeter/examples/unitmeter-kernel.conf && systemctl daemon-reload && systemctl restart unitmeter"
-	mode := d.cfg.Source
-	if mode != "kernel" && mode != "auto" {
-		return good("counters are read over D-Bus; UNITMETER_SOURCE=kernel, with CAP_SYS_ADMIN, would read them where systemd counts")
-	}
-	err := receiver.CheckKernel()
-	switch {
-	case err == nil:
-		return good("counters are read from the kernel (UNITMETER_SOURCE=%s)", mode)
-	case mode == "auto":
-		return warning(mend, "UNITMETER_SOURCE=auto reads over D-Bus: %v", err)
-	}
-	return failure(mend, "UNITMETER_SOURCE=kernel: %v", err)
-}
-
-// stopEdgeFinding judges the two ways; one of them is enough.
-func stopEdgeFinding(mode string, reference, journal error) finding {
-	found := fmt.Sprintf("references: %s; journal: %s", yesOr(reference), yesOr(journal))
-	switch {
-	case mode == "ref" && reference != nil:
-		return failure("unset UNITMETER_STOP_EDGE, run as root, or allow the verb \"ref\" of org.freedesktop.systemd1.manage-units with a polkit rule", "%s", found)
-	// Either is enough: the agent takes the larger of what both tell.
-	case reference == nil || mode != "journal" && journal == nil:
-		return good("%s", found)
-	case mode == "journal" && journal == nil:
-		return good("%s", found)
-	case errors.Is(journal, exec.ErrNotFound):
-		return warning("run the agent as root, or where there is a journalctl", "%s: the last bytes of units that end are missed", found)
-	}
-	return warning("usermod -aG systemd-journal "+userName(os.Geteuid()), "%s: the last bytes of units that end are missed", found)
-}
-
-func yesOr(err error) string {
+// stopRecordsFinding judges why the journal cannot be read: an error only where the
+// settings ask for it.
+func stopRecordsFinding(mode string, err error) finding {
 	if err == nil {
-		return "yes"
+		return good("systemd's stop records can be read in the journal")
 	}
-	return "no (" + oneLine(err) + ")"
-}
-
-// tryReference takes and gives back a reference on a unit that never ends. PID
-// 1's own socket gives none.
-func (d *doctor) tryReference(ctx context.Context) error {
-	m := d.m
-	if m.address == receiver.PrivateBus {
-		address := receiver.UsualSystemBus
-		if d.cfg.SystemBusAddress != "" {
-			address = d.cfg.SystemBusAddress
-		}
-		var err error
-		if m, err = openManager(ctx, address); err != nil {
-			return err
-		}
-		defer m.close()
+	bad := warning
+	if mode == "on" {
+		bad = failure
 	}
-	// init.scope is there on every host and never stops, so that no start or stop
-	// of a service can fall into this moment.
-	if err := m.call(ctx, "RefUnit", "init.scope").Err; err != nil {
-		return err
+	next := "usermod -aG systemd-journal " + userName(os.Geteuid())
+	if errors.Is(err, exec.ErrNotFound) {
+		next = "run the agent as root, or where there is a journalctl"
 	}
-	return m.call(ctx, "UnrefUnit", "init.scope").Err
+	return bad(next, "the last bytes of units that end are missed, since the journal cannot be read: %s", oneLine(err))
 }
 
 // tryJournal reads one record of PID 1, as the receiver reads its stop records.

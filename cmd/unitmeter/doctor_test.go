@@ -427,25 +427,21 @@ func TestCountersFinding(t *testing.T) {
 	}
 }
 
-func TestStopEdgeFinding(t *testing.T) {
+func TestStopRecordsFinding(t *testing.T) {
 	no := errors.New("no")
 	for _, test := range []struct {
-		mode               string
-		reference, journal error
-		status, mend       string
+		mode         string
+		err          error
+		status, next string
 	}{
-		{"auto", nil, nil, statusOK, ""},
-		{"auto", nil, no, statusOK, ""},
-		{"auto", no, nil, statusOK, ""},
-		{"auto", no, no, statusWarn, "usermod -aG systemd-journal"},
-		{"auto", no, exec.ErrNotFound, statusWarn, "journalctl"},
-		{"journal", no, nil, statusOK, ""},
-		{"journal", no, no, statusWarn, "usermod -aG systemd-journal"},
-		{"ref", nil, no, statusOK, ""},
-		{"ref", no, no, statusFail, "unset UNITMETER_STOP_EDGE"},
+		{"auto", nil, statusOK, ""},
+		{"auto", no, statusWarn, "usermod -aG systemd-journal"},
+		{"auto", exec.ErrNotFound, statusWarn, "journalctl"},
+		{"on", nil, statusOK, ""},
+		{"on", no, statusFail, "usermod -aG systemd-journal"},
 	} {
-		f := stopEdgeFinding(test.mode, test.reference, test.journal)
-		want(t, map[string]finding{test.mode: f}, test.mode, test.status, test.mend)
+		f := stopRecordsFinding(test.mode, test.err)
+		want(t, map[string]finding{test.mode: f}, test.mode, test.status, test.next)
 	}
 }
 

@@ -68,7 +68,7 @@ type reading struct {
 // readOnce connects, reads all units, and disconnects.
 func readOnce(ctx context.Context, cfg config.Config, interval time.Duration) ([]reading, error) {
 	receiverConfig := receiverConfig(cfg)
-	receiverConfig.StopEdge = "off" // nothing is left running behind
+	receiverConfig.StopRecords = "off" // nothing is left running behind
 	r, err := receiver.New(receiverConfig)
 	if err != nil {
 		return nil, usageError{err}
@@ -293,8 +293,7 @@ func receiverConfig(cfg config.Config) receiver.Config {
 		MaxSeries:    cfg.MaxUnits,
 		UnitType:     slices.Contains(cfg.Attributes, "systemd.unit.type"),
 		UnitSlice:    slices.Contains(cfg.Attributes, "systemd.unit.slice"),
-		StopEdge:     cfg.StopEdge,
-		Source:       cfg.Source,
+		StopRecords:  cfg.StopRecords,
 		SweepTimeout: cfg.SweepTimeout,
 		HostName:     cfg.ResourceAttributes["host.name"],
 	}

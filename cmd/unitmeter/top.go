@@ -50,7 +50,7 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	rcvConfig := receiverConfig(cfg)
-	rcvConfig.StopEdge = "off" // it only looks
+	rcvConfig.StopRecords = "off" // it only looks
 	rcv, err := receiver.New(rcvConfig)
 	if err != nil {
 		return usageError{err}

@@ -22,7 +22,7 @@ func TestTopSpeed(t *testing.T) {
 	w := newWard(t)
 	w.sh("systemd-run --quiet --unit=natsd -p IPAccounting=yes " + tool(t, "nats-server") + " -a 127.0.0.1")
 	w.sh("i=0; until bash -c 'exec 3<>/dev/tcp/127.0.0.1/4222'; do i=$((i+1)); [ $i -lt 1800 ]; sleep 0.1; done 2>/dev/null")
-	rcv, err := receiver.New(receiver.Config{Bus: w.SystemBus(), StopEdge: "off"})
+	rcv, err := receiver.New(receiver.Config{Bus: w.SystemBus(), StopRecords: "off"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -63,7 +63,7 @@ type Unit struct {
 // Fake is org.freedesktop.systemd1 on a bus of its own. It answers in the order
 // of the calls, from what the test tells it. Where systemd does a thing that a
 // client must expect, so does the fake: signals reach the bus only after
-// Subscribe; references end with their client; and touching a unit by a name
+// Subscribe; and touching a unit by a name
 // that is gone loads a stub, with UnitNew and UnitRemoved.
 type Fake struct {
 	t   testing.TB
@@ -75,7 +75,6 @@ type Fake struct {
 	served      chan struct{}
 	units       map[string]Unit
 	subscribers map[string]bool
-	refs        map[string]map[string]int // unit, client
 	calls       map[string]int
 	stubs       int
 	onGet       func(dbus.ObjectPath, string, string) (dbus.Variant, *dbus.Error, time.Duration, bool)
@@ -86,8 +85,7 @@ type Fake struct {
 func StartFake(t testing.TB) *Fake {
 	t.Helper()
 	f := &Fake{
-		t: t, bus: StartBus(t), units: map[string]Unit{}, subscribers: map[string]bool{},
-		refs: map[string]map[string]int{}, calls: map[string]int{},
+		t: t, bus: StartBus(t), units: map[string]Unit{}, subscribers: map[string]bool{}, calls: map[string]int{},
 	}
 	f.connect()
 	t.Cleanup(f.disconnect)
@@ -122,7 +120,7 @@ func (f *Fake) OnGet(hook func(path dbus.ObjectPath, iface, prop string) (reply 
 	f.onGet = hook
 }
 
-// OnCall is OnGet for the methods of the Manager: member is ListUnits, RefUnit
+// OnCall is OnGet for the methods of the Manager: member is ListUnits, GetUnit
 // and so on, reply the values of the answer.
 func (f *Fake) OnCall(hook func(member string, args []any) (reply []any, err *dbus.Error, delay time.Duration, handled bool)) {
 	f.mu.Lock()
@@ -136,17 +134,6 @@ func (f *Fake) Calls(member string) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.calls[member]
-}
-
-// Refs returns how many references are held on a unit.
-func (f *Fake) Refs(name string) int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	n := 0
-	for _, count := range f.refs[name] {
-		n += count
-	}
-	return n
 }
 
 // Stubs returns how often a name that is gone was touched: each time, a real
@@ -195,8 +182,8 @@ func (f *Fake) Emit(path dbus.ObjectPath, name string, values ...any) {
 }
 
 // Restart gives the name up and takes it again on a new connection, as a
-// daemon-reexec looks from outside. What clients had subscribed to and referenced
-// is lost, which a real reexec keeps.
+// daemon-reexec looks from outside. What clients had subscribed to is lost, which a
+// real reexec keeps.
 func (f *Fake) Restart() {
 	f.disconnect()
 	f.connect()
@@ -276,7 +263,6 @@ func (f *Fake) disconnect() {
 	conn, socket, served := f.conn, f.socket, f.served
 	f.conn = nil
 	clear(f.subscribers)
-	clear(f.refs)
 	f.mu.Unlock()
 	if conn != nil {
 		// Not conn.Close: it closes the channel that godbus may be sending to.
@@ -312,7 +298,7 @@ func (f *Fake) handle(conn *dbus.Conn, msg *dbus.Message) {
 	member := header(msg, dbus.FieldMember)
 	if msg.Type == dbus.TypeSignal && member == "NameOwnerChanged" {
 		if len(msg.Body) == 3 && msg.Body[2] == "" { // name, old owner, new owner
-			f.forget(msg.Body[0].(string))
+			delete(f.subscribers, msg.Body[0].(string))
 		}
 		return
 	}
@@ -346,14 +332,6 @@ func (f *Fake) handle(conn *dbus.Conn, msg *dbus.Message) {
 		})
 	case a.delay == 0:
 		f.reply(conn, msg, a)
-	}
-}
-
-// forget drops what a client held when it leaves the bus.
-func (f *Fake) forget(client string) {
-	delete(f.subscribers, client)
-	for _, clients := range f.refs {
-		delete(clients, client)
 	}
 }
 
@@ -469,31 +447,8 @@ func (f *Fake) manager(client, member string, args []any) answer {
 			return failed("org.freedesktop.systemd1.NoSuchUnit", "Unit %s not loaded.", name)
 		}
 		return answer{body: []any{unitPath(name)}}
-	case "RefUnit", "UnrefUnit":
-		if !known {
-			f.stub(name)
-			return failed("org.freedesktop.systemd1.NoSuchUnit", "Unit %s not found.", name)
-		}
-		return f.reference(client, name, member == "RefUnit")
 	}
 	return failed("org.freedesktop.DBus.Error.UnknownMethod", "the fake has no method %s", member)
-}
-
-func (f *Fake) reference(client, name string, take bool) answer {
-	clients := f.refs[name] // counted for each client, as systemd does
-	if clients == nil {
-		clients = map[string]int{}
-		f.refs[name] = clients
-	}
-	switch {
-	case take:
-		clients[client]++
-	case clients[client] == 0:
-		return failed("org.freedesktop.systemd1.NotReferenced", "Unit has not been referenced yet.")
-	default:
-		clients[client]--
-	}
-	return answer{}
 }
 
 // stub is what systemd does when a client touches a name that it does not know.
