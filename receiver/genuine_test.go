@@ -222,4 +222,3 @@ func (r *Receiver) refusedSignals() int64 {
 	}
 	return n
 }
-
