@@ -1,0 +1,34 @@
+// Package ledger keeps the totals of all units, so that each byte is in its
+// series once.
+//
+// Two things are needed of it: New makes a Ledger from an earlier State, and
+// Credit adds a Reading. Finish ends a sweep and returns the State to commit.
+// The package is pure arithmetic: it has no clock, no lock and no connection. The
+// caller passes times in and makes one call at a time.
+//
+// # Glossary
+//
+//   - counters: bytes and packets, received and sent.
+//   - run: one life of a unit, from its start to its end. The counters of a run
+//     begin at 0.
+//   - epoch: the name of a run. No two runs share one.
+//   - reading: the counters of one run at one time.
+//   - stop record: the last counters of a run, as PID 1 logs them at its end.
+//   - series: the total of one unit name over all of its runs, or of a fold.
+//   - fold: several units, matched by one pattern, that share a series.
+//   - overflow: the one series for the units over the limit.
+//   - balance: a top-level slice against the units in it.
+//   - unattributed: what a top-level slice counted and no series has.
+//   - sweep: one reading of all units, between Begin and Finish.
+//
+// # What survives
+//
+// A Ledger made from the State of another goes on from there: a reading adds what
+// its run has grown by since that State was taken. Totals never go down. A total
+// above 2^63-1, which OTLP cannot carry, begins again with a new start time.
+//
+// A run is remembered for Config.KeepEnded after its end, and one of an earlier
+// State for an hour. A reading that is older than the last one of its run adds
+// nothing. There is one ambiguity: counters that began again unnoticed, and have
+// passed the last reading by the next one, look like growth.
+package ledger

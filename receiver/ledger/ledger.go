@@ -1,0 +1,563 @@
+package ledger
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	// keepEnded is the least for Config.KeepEnded.
+	keepEnded = 2 * time.Minute
+	// keepRestored is how long a run of an earlier State is remembered that no
+	// sweep has shown yet.
+	keepRestored = time.Hour
+	// lateRecord is the age from which a point that a stop record moves gets the
+	// time of the sweep: backends refuse old points.
+	lateRecord = 5 * time.Minute
+)
+
+// Config says which series there are. Fold and Metered are called during the
+// calls of a Ledger, and must not call it.
+type Config struct {
+	// MaxSeries bounds the number of series of units and folds, above 0. The
+	// series of balances and the overflow series do not count.
+	MaxSeries int
+	// KeepEnded is how long the last point of a unit that has gone is repeated.
+	// Default, and the least: 2 minutes.
+	KeepEnded time.Duration
+	// Fold returns the pattern that a unit is folded by, if any. Nil: none.
+	Fold func(unit string) (pattern string, ok bool)
+	// Patterns are all that Fold can return.
+	Patterns []string
+	// Metered reports whether a unit is metered. A run of an earlier State whose
+	// unit is not is kept, since the settings may change again. Nil: all are.
+	Metered func(unit string) bool
+	// Boot is the id of this boot.
+	Boot string
+	// Began is the time from which the caller watches units.
+	Began time.Time
+	// State is the State of an earlier Ledger.
+	State State
+}
+
+// Reading is the counters of one run at one time.
+type Reading struct {
+	Unit  string
+	Epoch string
+	// Slice is the slice of the unit; empty while nobody knows.
+	Slice    string
+	Counters Counters
+	// Start is the moment from which Counters count.
+	Start time.Time
+	// Asked and Time are the moments between which the counters were read.
+	Asked, Time time.Time
+	// Final says that the run was over by then.
+	Final bool
+	// Young says that the caller has watched the unit from its start: all that a
+	// first reading has was counted since the sweep before.
+	Young bool
+	// Unmetered says that the unit has no series: a top-level slice that is read
+	// for its balance only.
+	Unmetered bool
+}
+
+// Record is a stop record of one run.
+type Record struct {
+	Unit  string
+	Epoch string
+	// Boot is the id of the boot that the run was of; empty for this one.
+	Boot     string
+	Counters Counters
+	// Time is the moment at which the record was written, and Ended the moment
+	// at which the run ended, by the monotonic clock.
+	Time, Ended time.Time
+}
+
+// Ledger has the totals of all units. It is not safe for concurrent use.
+type Ledger struct {
+	cfg      Config
+	series   map[string]*series
+	order    []*series // those of series, in the order of their creation
+	overflow *series   // nil while there is none
+	runs     map[string]*run
+	balances map[string]*balance // by top-level slice
+	// unplaced is the growth of units whose slice nobody could find out.
+	unplaced Counters
+	journal  Position
+	swept    time.Time // end of the last sweep, of the earlier State at first
+	// forgotten is when the last of the runs ended that are remembered no more.
+	forgotten time.Time
+	resets    int64
+	missed    int64
+}
+
+// series is the working state of a Series.
+type series struct {
+	name, slice string
+	total       Counters
+	start, time time.Time
+	shown       time.Time // time as of the last sweep
+	shared      bool      // by several units: a fold, or the overflow series
+	fresh       bool      // made since the last sweep
+	observed    bool      // by the sweep
+	moved       bool      // since the last sweep
+	loaded      bool      // its unit was there at the last Mark
+}
+
+// run is the working state of a Run.
+type run struct {
+	unit, epoch string
+	boot        string  // that of the run, if not this one
+	series      *series // nil before the first reading, and for unmetered units
+	slice       string  // empty while not known
+	last        Counters
+	time        time.Time // of last; zero before the first reading
+	closed      time.Time // when the run was found to be gone; zero while it can be read
+	marked      bool      // since the last Finish, see Mark
+	reading     bool      // it is still being read
+	restored    bool      // of an earlier State, and no Mark has come since
+	final       bool      // read after the end, or recorded
+}
+
+// New returns a Ledger that goes on from cfg.State. Series of that with an
+// impossible total, or the name of another, are left out.
+func New(cfg Config) *Ledger {
+	cfg.KeepEnded = max(cfg.KeepEnded, keepEnded)
+	if cfg.Fold == nil {
+		cfg.Fold = func(string) (string, bool) { return "", false }
+	}
+	if cfg.Metered == nil {
+		cfg.Metered = func(string) bool { return true }
+	}
+	l := &Ledger{
+		cfg: cfg, series: map[string]*series{}, runs: map[string]*run{}, balances: map[string]*balance{},
+		journal: cfg.State.Journal, swept: cfg.State.Time,
+	}
+	l.restore(cfg.State)
+	l.cfg.State = State{} // it may be large
+	return l
+}
+
+// restore takes over the series, balances and runs of an earlier Ledger. The run
+// of an earlier boot can never be read again, but the journal may have its end.
+//
+// A time after Began is one of a clock that was set back since. It becomes
+// Began: else no reading would count until the clock is there again.
+func (l *Ledger) restore(state State) {
+	past := func(t time.Time) time.Time {
+		if t.After(l.cfg.Began) {
+			return l.cfg.Began
+		}
+		return t
+	}
+	take := func(s *series, saved Series) {
+		s.total, s.start, s.time, s.fresh = saved.Total, saved.Start, past(saved.Time), false
+	}
+	for _, saved := range state.Series {
+		if _, ok := l.series[saved.Name]; !ok && saved.Total.Valid() {
+			take(l.newSeries(saved.Name, "", saved.Start), saved)
+		}
+	}
+	if o := state.Overflow; o != nil && o.Total.Valid() {
+		l.overflow = &series{shared: true}
+		take(l.overflow, *o)
+	}
+	for _, saved := range state.Balances {
+		if !saved.Unattributed.Total.Valid() || !saved.Ahead.Valid() || !saved.Waiting.Valid() {
+			continue
+		}
+		b := l.balanceOf(saved.Slice)
+		b.unattributed = &series{}
+		take(b.unattributed, saved.Unattributed)
+		b.ahead, b.waiting = saved.Ahead, saved.Waiting
+		b.turned, b.read = l.cfg.Began, l.cfg.Began // the journal has yet to be read
+	}
+	for _, saved := range state.Runs {
+		restored := &run{
+			unit: saved.Unit, epoch: saved.Epoch, closed: l.cfg.Began, restored: true,
+			last: saved.Last, time: past(saved.Time),
+		}
+		if saved.Boot != l.cfg.Boot {
+			restored.boot = saved.Boot
+		}
+		// Without its series, which may be forgotten or have had no name, a new one
+		// begins with what the run grows by from here.
+		if restored.series = l.series[saved.Series]; saved.Overflow {
+			restored.series = l.overflow
+		}
+		l.runs[saved.Epoch] = restored
+	}
+}
+
+// Known reports whether a reading of a run is in the totals.
+func (l *Ledger) Known(epoch string) bool {
+	r, ok := l.runs[epoch]
+	return ok && !r.time.IsZero()
+}
+
+// Journal returns the position up to which stop records are in the totals.
+func (l *Ledger) Journal() Position { return l.journal }
+
+// SetJournal says that the stop records up to a position need not be taken.
+func (l *Ledger) SetJournal(at Position) { l.journal = at }
+
+// Size returns how many series there are, the overflow series and those of
+// balances included.
+func (l *Ledger) Size() int {
+	n := len(l.order)
+	if l.overflow != nil {
+		n++
+	}
+	for _, b := range l.balances {
+		if b.unattributed != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// Resets returns how often counters fell within one run, since New.
+func (l *Ledger) Resets() int64 { return l.resets }
+
+// Missed returns how many runs ended without a last reading and without a stop
+// record, since New.
+func (l *Ledger) Missed() int64 { return l.missed }
+
+// runOf returns the run of an epoch, and makes it where it is new.
+func (l *Ledger) runOf(unit, epoch string) *run {
+	r, ok := l.runs[epoch]
+	if !ok {
+		r = &run{unit: unit, epoch: epoch}
+		l.runs[epoch] = r
+	}
+	return r
+}
+
+// Begin begins a sweep: from here no series has a point.
+func (l *Ledger) Begin() {
+	for s := range l.all() {
+		s.observed, s.loaded = false, false
+	}
+}
+
+// Mark says that a unit is loaded with a run that is not gone, and whether that
+// is still being read. It is called for each of them between Begin and the first
+// Credit, and once more before Finish.
+func (l *Ledger) Mark(unit, epoch string, reading bool) {
+	if s, ok := l.series[unit]; ok {
+		s.loaded = true
+	}
+	if r, ok := l.runs[epoch]; ok {
+		r.closed, r.marked, r.restored, r.reading = time.Time{}, true, false, reading
+	}
+}
+
+// Place says which slice a unit is in before its first reading: the stop record
+// of a short-lived run does not have it.
+func (l *Ledger) Place(unit, epoch, slice string) {
+	l.runOf(unit, epoch).slice = slice
+}
+
+// Restart says that the counters of a run begin again at 0 at a moment, though
+// they may not be seen to fall.
+func (l *Ledger) Restart(epoch string, at time.Time) {
+	if r, ok := l.runs[epoch]; ok && !r.time.IsZero() {
+		r.last, r.time = Counters{}, at
+	}
+}
+
+// Credit adds to the totals what a run has grown by since its last reading. Where
+// any of the four counters fell, all four have begun again since then: fell. A
+// reading that was asked for before the last one arrived adds nothing.
+func (l *Ledger) Credit(reading Reading) (fell bool) {
+	r := l.runOf(reading.Unit, reading.Epoch)
+	if r.time.After(reading.Asked) {
+		if r.series != nil {
+			r.series.observed = true
+		}
+		return false
+	}
+	first, start := r.time.IsZero(), reading.Start
+	if r.time.After(start) {
+		start = r.time // the series is new, the run is not
+	}
+	if reading.Slice != "" {
+		r.slice = reading.Slice
+	}
+	r.final = r.final || reading.Final
+	delta, fell := r.advance(reading.Counters, reading.Time)
+	if fell {
+		l.resets++
+	}
+	if TopSlice(reading.Unit) {
+		l.sliceGrew(reading, start, delta, first && !reading.Young)
+	} else {
+		l.unitGrew(r.slice, delta)
+	}
+	if reading.Unmetered {
+		return fell
+	}
+	l.add(r, start, delta, reading.Time)
+	r.series.observed = true
+	return fell
+}
+
+// advance takes a reading and returns what it adds to the total.
+func (r *run) advance(counters Counters, at time.Time) (delta Counters, fell bool) {
+	if delta, fell = counters.Minus(r.last); fell {
+		delta = counters
+	}
+	r.last, r.time = counters, at
+	return delta, fell
+}
+
+// add adds to the series of a run, which begins at start where it is new.
+func (l *Ledger) add(r *run, start time.Time, delta Counters, at time.Time) {
+	if r.series == nil {
+		r.series = l.seriesOf(r.unit, r.slice, start)
+	}
+	s := r.series
+	if !s.shared {
+		s.slice = cmp.Or(r.slice, s.slice)
+	}
+	if s.fresh && start.Before(s.start) {
+		s.start = start // a new fold begins with the earliest of its members
+	}
+	s.add(delta, at)
+}
+
+// Take adds what a stop record has more than the last reading of its run. It
+// returns false for a record of a run that may be in the totals already and is
+// remembered no more. now is the present time.
+func (l *Ledger) Take(record Record, now time.Time) bool {
+	if record.Counters == (Counters{}) || !l.cfg.Metered(record.Unit) {
+		return true
+	}
+	at := record.Time
+	if at.After(now) {
+		at = now // of a clock that was set back since
+	}
+	r, ok := l.runs[record.Epoch]
+	if !ok && record.Ended.After(l.cfg.Began) && !record.Ended.After(l.forgotten) {
+		l.missed++
+		return false
+	}
+	if !ok {
+		r = l.runOf(record.Unit, record.Epoch)
+		r.closed = now
+	}
+	if !r.closed.IsZero() {
+		r.closed = now // its last point is shown for as long as those of others
+	}
+	r.boot = cmp.Or(r.boot, record.Boot)
+	r.final = true
+	start := at
+	if !l.swept.IsZero() && l.swept.Before(at) {
+		start = l.swept // nobody read it: it began after the last sweep
+	}
+	if r.time.After(start) {
+		start = r.time
+	}
+	if at.Before(r.time) {
+		at = r.time
+	}
+	delta, _ := r.advance(record.Counters.Max(r.last), at)
+	l.add(r, start, delta, at)
+	if r.boot == "" {
+		l.unitGrew(r.slice, delta)
+		return true
+	}
+	// The slices of this boot have not counted it, but what waits may be of it.
+	for _, b := range l.balances {
+		delta = b.take(delta)
+	}
+	return true
+}
+
+// add adds to a total. One that would no longer fit begins again, as a reset
+// with its own start time.
+func (s *series) add(delta Counters, at time.Time) {
+	sum := s.total.Plus(delta)
+	if !sum.Valid() {
+		sum, s.start = delta, s.time
+	}
+	s.total = sum
+	if at.After(s.time) { // members of a fold and stop records come in any order
+		s.time = at
+	}
+	s.moved = s.moved || delta != Counters{}
+}
+
+// seriesOf returns the series that a unit belongs to, and makes it where it is
+// new. Over the limit, the series that has been without a unit for longest makes
+// room; where all have one, the unit goes to the overflow series.
+func (l *Ledger) seriesOf(unit, slice string, start time.Time) *series {
+	name := unit
+	if pattern, ok := l.cfg.Fold(unit); ok {
+		name = pattern
+	}
+	if s, ok := l.series[name]; ok {
+		return s
+	}
+	if len(l.order) < l.cfg.MaxSeries || l.evict() {
+		return l.newSeries(name, slice, start)
+	}
+	if l.overflow == nil {
+		l.overflow = &series{start: start, fresh: true, shared: true}
+	}
+	return l.overflow
+}
+
+func (l *Ledger) newSeries(name, slice string, start time.Time) *series {
+	s := &series{name: name, start: start, fresh: true, shared: slices.Contains(l.cfg.Patterns, name)}
+	if !s.shared {
+		s.slice = slice
+	}
+	l.series[name] = s
+	l.order = append(l.order, s)
+	return s
+}
+
+// evict forgets the series that moved last the longest ago, among those without
+// a run. A unit that comes back under its name begins a new series.
+func (l *Ledger) evict() bool {
+	used := make(map[*series]bool, len(l.runs))
+	for _, r := range l.runs {
+		used[r.series] = true
+	}
+	oldest := -1
+	for i, s := range l.order {
+		if !s.shared && !s.loaded && !s.observed && !s.moved && !used[s] && (oldest < 0 || s.time.Before(l.order[oldest].time)) {
+			oldest = i
+		}
+	}
+	if oldest < 0 {
+		return false
+	}
+	delete(l.series, l.order[oldest].name)
+	l.order = slices.Delete(l.order, oldest, oldest+1)
+	return true
+}
+
+// all yields every series, that of the overflow and those of balances included.
+func (l *Ledger) all() func(yield func(*series) bool) {
+	return func(yield func(*series) bool) {
+		for _, s := range l.order {
+			if !yield(s) {
+				return
+			}
+		}
+		if l.overflow != nil && !yield(l.overflow) {
+			return
+		}
+		for _, b := range l.balances {
+			if b.unattributed != nil && !yield(b.unattributed) {
+				return
+			}
+		}
+	}
+}
+
+// Finish ends a sweep and returns the State. listed says that the caller knows
+// all units that are loaded, so that a run without a Mark is over; partial, that
+// the sweep did not reach them all.
+func (l *Ledger) Finish(now time.Time, listed, partial bool) State {
+	l.close(now, listed)
+	gone, live := map[*series]bool{}, map[*series]bool{}
+	for _, r := range l.runs {
+		if r.closed.IsZero() {
+			live[r.series] = live[r.series] || r.reading
+		} else if now.Sub(r.closed) <= l.cfg.KeepEnded && (!r.restored || r.final) {
+			gone[r.series] = true // an earlier Ledger has shown what else it had
+		}
+		r.marked = false
+	}
+	for s := range l.all() {
+		s.show(now, gone[s] && !live[s], s.shared && !live[s] && !partial)
+	}
+	l.swept = now
+	return l.state(now)
+}
+
+// close finds the runs that are over, and forgets those that have been for long
+// enough.
+func (l *Ledger) close(now time.Time, listed bool) {
+	maps.DeleteFunc(l.runs, func(_ string, r *run) bool {
+		if listed && !r.marked && r.closed.IsZero() {
+			r.closed = now
+		}
+		keep := l.cfg.KeepEnded
+		if r.restored {
+			keep = keepRestored
+		}
+		// Before the first list, nobody knows which of the restored runs are over.
+		over := listed && !r.closed.IsZero() && now.Sub(r.closed) > keep
+		// No list shows what the settings leave out, and they may change again.
+		over = over && (!r.restored || r.boot != "" || TopSlice(r.unit) || l.cfg.Metered(r.unit))
+		if over && !r.final && !r.time.IsZero() && r.boot == "" {
+			l.missed++
+		}
+		if over && r.closed.After(l.forgotten) {
+			l.forgotten = r.closed
+		}
+		return over
+	})
+}
+
+// show decides on the point of a series. gone says that its unit has gone and is
+// remembered; empty, that it is a fold without members, of which the sum is known.
+func (s *series) show(now time.Time, gone, empty bool) {
+	// The last point of a unit that has gone is repeated while its run is
+	// remembered, so that each of several readers gets it.
+	s.observed = s.observed || s.moved || gone
+	// Prometheus refuses a request with a point that is an hour old.
+	if !s.observed && empty && !s.time.IsZero() {
+		s.observed, s.time = true, now
+	}
+	// What comes late, from the journal or of a member of a fold, must not
+	// change a point that has been shown; a delta needs an interval; and
+	// backends refuse what is old.
+	if s.moved && (!s.time.After(s.shown) || !s.time.After(s.start) || now.Sub(s.time) > lateRecord) {
+		s.time = now
+	}
+	s.shown = s.time
+	s.moved, s.fresh = false, false
+}
+
+// state takes a State.
+func (l *Ledger) state(now time.Time) State {
+	state := State{Time: now, Journal: l.journal, Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs))}
+	for i, s := range l.order {
+		state.Series[i] = s.public()
+	}
+	if l.overflow != nil {
+		overflow := l.overflow.public()
+		state.Overflow = &overflow
+	}
+	for slice, b := range l.balances {
+		if b.unattributed != nil {
+			state.Balances = append(state.Balances, Balance{
+				Slice: slice, Unattributed: b.unattributed.public(), Ahead: b.ahead, Waiting: b.waiting.Plus(b.recent),
+			})
+		}
+	}
+	slices.SortFunc(state.Balances, func(a, b Balance) int { return strings.Compare(a.Slice, b.Slice) })
+	for _, r := range l.runs {
+		if r.time.IsZero() {
+			continue
+		}
+		saved := Run{Unit: r.unit, Epoch: r.epoch, Boot: cmp.Or(r.boot, l.cfg.Boot), Last: r.last, Time: r.time}
+		if r.series != nil {
+			saved.Series, saved.Overflow = r.series.name, r.series == l.overflow
+		}
+		state.Runs = append(state.Runs, saved)
+	}
+	return state
+}
+
+func (s *series) public() Series {
+	return Series{Name: s.name, Slice: s.slice, Total: s.total, Start: s.start, Time: s.time, Observed: s.observed}
+}
