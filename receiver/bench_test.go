@@ -8,6 +8,8 @@ import (
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // BenchmarkSweep reads 10, 100 and 1,000 idle units of a real systemd over
@@ -47,18 +49,18 @@ func BenchmarkObserve(b *testing.B) {
 	for _, series := range []int{10, 1000} {
 		b.Run(fmt.Sprintf("series=%d", series), func(b *testing.B) {
 			now := time.Now()
-			state := State{Time: now}
+			state := ledger.State{Time: now}
 			for i := range series {
 				name := thousandName(i)
-				state.Series = append(state.Series, Series{Name: name, Total: all(5), Start: now, Time: now})
-				state.Runs = append(state.Runs, Run{Unit: name, Series: name, Epoch: fmt.Sprintf("%032x", i), Boot: "boot", Last: all(5), Time: now})
+				state.Series = append(state.Series, ledger.Series{ID: unitID(name), Total: ledgerAll(5), Start: now, Time: now})
+				state.Runs = append(state.Runs, ledger.Run{Unit: name, Series: name, Epoch: fmt.Sprintf("%032x", i), Boot: "boot", Last: ledgerAll(5), Time: now})
 			}
 			r, err := New(Config{State: state, BootID: "boot", HostName: "host"})
 			if err != nil {
 				b.Fatal(err)
 			}
-			for _, run := range r.runs {
-				run.restored = false // its own, of units that have just gone: it shows them
+			for _, run := range state.Runs {
+				r.ledger.Mark(run.Epoch, false) // units that have just gone: it shows them
 			}
 			reader := sdkmetric.NewManualReader()
 			provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader), sdkmetric.WithCardinalityLimit(0))

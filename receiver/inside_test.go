@@ -3,6 +3,7 @@ package receiver
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,9 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
+	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -88,38 +92,48 @@ func inside(t *testing.T, rig *systemdtest.Rig, mode string, as ...string) insid
 	return report
 }
 
+// privateCall makes one connection and one call on it.
+func privateCall(ctx context.Context) error {
+	conn, err := systemd.Dial(ctx, systemd.PrivateBus)
+	if err != nil {
+		return err
+	}
+	var path dbus.ObjectPath
+	err = conn.Object(systemdName, managerPath).CallWithContext(ctx, managerInterface+".GetUnit", 0, "init.scope").Store(&path)
+	return errors.Join(err, conn.Close())
+}
+
+// privateSource lets a source list its units.
+func privateSource(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	none := func(string) bool { return false }
+	source := systemd.New(systemd.Config{Bus: systemd.PrivateBus, Types: []string{"scope"}, Metered: none, Balanced: none})
+	done := make(chan struct{})
+	go func() { defer close(done); _ = source.Run(ctx) }()
+	err := source.Ready(ctx)
+	cancel()
+	<-done
+	return err
+}
+
 // private makes 500 connections to PID 1's own socket, one after the other.
 // Each must get the answer to its first call: PID 1 does not look at a call
 // that arrives together with the handshake.
 func (r *insideReport) private(ctx context.Context) error {
 	for range 500 {
 		ctx, cancel := context.WithTimeout(ctx, time.Minute)
-		b, err := open(ctx, PrivateBus, true)
-		if err != nil {
-			cancel()
-			return fmt.Errorf("connection %d: %w", r.Connections, err)
-		}
-		r.Connections++
+		var err error
 		if r.Connections%2 == 0 { // the first call comes from godbus, or from a sweep
-			if _, err = b.list(ctx, []string{"init.scope"}); err == nil {
-				r.Answered++
-			}
+			err = privateCall(ctx)
 		} else {
-			err = b.wire.gets(ctx, 1, func(int) property {
-				return property{unitPath("init.scope"), unitInterface, "ActiveState"}
-			}, func(_ int, reply reply) {
-				if state, err := reply.string(); err == nil && state == "active" {
-					r.Answered++
-				}
-			})
+			err = privateSource(ctx)
 		}
 		cancel()
+		r.Connections++
 		if err != nil {
-			return fmt.Errorf("first call of connection %d: %w", r.Connections, err)
+			return fmt.Errorf("connection %d: %w", r.Connections, err)
 		}
-		if err := b.conn.Close(); err != nil {
-			return err
-		}
+		r.Answered++
 	}
 	return nil
 }
@@ -145,7 +159,7 @@ func relay() error {
 		}
 		go func() {
 			defer near.Close()
-			far, err := net.Dial("unix", strings.TrimPrefix(PrivateBus, "unix:path="))
+			far, err := net.Dial("unix", strings.TrimPrefix(systemd.PrivateBus, "unix:path="))
 			if err != nil {
 				return // PID 1 re-executes itself; the receiver tries again
 			}
@@ -221,7 +235,7 @@ func (r *insideReport) thousand(ctx context.Context) error {
 			}
 		}
 	}
-	r.Health = fmt.Sprintf("%+v", receiver.healthNow())
+	r.Health = fmt.Sprintf("%+v", receiver.source.Health())
 
 	reader := sdkmetric.NewManualReader()
 	provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader), sdkmetric.WithCardinalityLimit(0))

@@ -3,17 +3,21 @@ package receiver
 import (
 	"context"
 	"fmt"
-	"strings"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
+
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
-// Names of the two instruments. They follow the pattern of the semantic
+// Names of the instruments that have points for each series. The first two follow the pattern of the semantic
 // conventions' process.network.io and system.network.packet.count.
 const (
 	IOName          = "systemd.unit.network.io"
 	PacketCountName = "systemd.unit.network.packet.count"
+	// UnattributedName is the instrument for what a top-level slice counted and no
+	// series has.
+	UnattributedName = "unitmeter.unattributed"
 )
 
 // Instrument describes one instrument of the agent, for its documentation.
@@ -84,40 +88,29 @@ func (r *Receiver) Register(meter metric.Meter) error {
 
 	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
 		sweep := r.Sweep(ctx)
-		for i := range sweep.State.Series {
-			s := &sweep.State.Series[i]
+		for s, attrs := range sweep.All() {
 			switch {
 			case !s.Observed:
-			case strings.HasPrefix(s.Name, unattributedPrefix):
-				o.ObserveInt64(unattributed, int64(s.Total.IngressBytes), s.options.receive...)
-				o.ObserveInt64(unattributed, int64(s.Total.EgressBytes), s.options.transmit...)
+			case s.Kind == ledger.Unattributed:
+				o.ObserveInt64(unattributed, int64(s.Total.Received.Bytes), attrs.receive...)
+				o.ObserveInt64(unattributed, int64(s.Total.Sent.Bytes), attrs.transmit...)
 			default:
-				o.ObserveInt64(io, int64(s.Total.IngressBytes), s.options.receive...)
-				o.ObserveInt64(io, int64(s.Total.EgressBytes), s.options.transmit...)
-				o.ObserveInt64(packets, int64(s.Total.IngressPackets), s.options.receive...)
-				o.ObserveInt64(packets, int64(s.Total.EgressPackets), s.options.transmit...)
+				o.ObserveInt64(io, int64(s.Total.Received.Bytes), attrs.receive...)
+				o.ObserveInt64(io, int64(s.Total.Sent.Bytes), attrs.transmit...)
+				o.ObserveInt64(packets, int64(s.Total.Received.Packets), attrs.receive...)
+				o.ObserveInt64(packets, int64(s.Total.Sent.Packets), attrs.transmit...)
 			}
 		}
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		for state, n := range r.countStates() {
-			o.ObserveInt64(counters["unitmeter.units"], n, metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", accounting(state).String())))
-		}
-		h := r.health
-		o.ObserveInt64(counters["unitmeter.series"], int64(len(r.order)), plain)
 		o.ObserveFloat64(duration, sweep.Duration.Seconds(), plain)
-		o.ObserveInt64(counters["unitmeter.sweep.partial"], h.partial, plain)
-		o.ObserveInt64(counters["unitmeter.dbus.errors"], h.dbusErrors, plain)
-		if r.bus != nil {
-			h.refused += r.bus.wire.refused.Load()
+		states, counts := r.source.States()
+		for i, state := range states {
+			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
 		}
-		o.ObserveInt64(counters["unitmeter.dbus.signals.refused"], h.refused, plain)
-		o.ObserveInt64(counters["unitmeter.dbus.reconnects"], h.reconnects, plain)
-		o.ObserveInt64(counters["unitmeter.counter.resets"], h.resets, plain)
-		o.ObserveInt64(counters["unitmeter.runs.missed"], h.missed, plain)
-		o.ObserveInt64(counters["unitmeter.journal.errors"], h.badRecords, plain)
-		o.ObserveInt64(counters["unitmeter.units.skipped"], h.badNames, plain)
-		for kind, n := range map[string]int64{"reload": h.reloads, "reexec": h.reexecs} {
+		for name, n := range r.counts() {
+			o.ObserveInt64(counters[name], n, plain)
+		}
+		h := r.source.Health()
+		for kind, n := range map[string]int64{"reload": h.Reloads, "reexec": h.Reexecs} {
 			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
 		}
 		return nil
@@ -128,18 +121,24 @@ func (r *Receiver) Register(meter metric.Meter) error {
 	return nil
 }
 
-// countStates counts the units by the state of their accounting. The caller
-// holds mu.
-func (r *Receiver) countStates() (n [accountingFailed + 1]int64) {
-	for _, u := range r.units {
-		if !u.hidden {
-			n[u.state]++
-		}
+// counts returns the values of the instruments that have one point each.
+func (r *Receiver) counts() map[string]int64 {
+	h := r.source.Health()
+	var badRecords int64
+	if r.journal != nil {
+		badRecords = r.journal.Bad()
 	}
-	return n
-}
-
-// String returns the state as the attribute unitmeter.accounting.state has it.
-func (a accounting) String() string {
-	return [...]string{"unknown", "on", "off", "no_data", "lost", "failed"}[a]
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return map[string]int64{
+		"unitmeter.series":               int64(r.ledger.Size()),
+		"unitmeter.sweep.partial":        r.partial,
+		"unitmeter.dbus.errors":          h.Errors,
+		"unitmeter.dbus.signals.refused": h.Refused,
+		"unitmeter.dbus.reconnects":      h.Reconnects,
+		"unitmeter.counter.resets":       r.ledger.Resets(),
+		"unitmeter.runs.missed":          r.ledger.Missed(),
+		"unitmeter.journal.errors":       badRecords,
+		"unitmeter.units.skipped":        h.BadNames,
+	}
 }

@@ -1,7 +1,6 @@
 package receiver
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unitmeter/unitmeter/receiver/ledger"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -50,11 +51,11 @@ func journaled(t *testing.T, rig *systemdtest.Rig, cfg Config, wrapper ...string
 	cfg.Bus, cfg.SystemBus, cfg.HostName, cfg.StopRecords = rig.SystemBus(), rig.SystemBus(), "host", "on"
 	l := &logs{}
 	cfg.Logger = newLogger(l)
+	cfg.journalctl = append(wrapper, "nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "journalctl")
 	r, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.journalctl = append(wrapper, "nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "journalctl")
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = r.Run(ctx) }()
@@ -65,7 +66,7 @@ func journaled(t *testing.T, rig *systemdtest.Rig, cfg Config, wrapper ...string
 			t.Logf("the receiver logged:\n%s", l)
 		}
 	})
-	eventually(t, "the journal is read", func() bool { return r.position() != Position{} })
+	eventually(t, "the journal is read", func() bool { return r.position() != ledger.Position{} })
 	return r, stop
 }
 
@@ -74,7 +75,7 @@ func journaled(t *testing.T, rig *systemdtest.Rig, cfg Config, wrapper ...string
 func readTo(t *testing.T, rig *systemdtest.Rig, r *Receiver, unit string) *Sweep {
 	t.Helper()
 	sends(t, rig, unit)
-	last := parseRecord(t, rig.Run(t, "journalctl", "--system", "--lines=1", "--output=json", "MESSAGE_ID="+stopRecord, "_PID=1"))
+	last := parseRecord(t, rig.Run(t, "journalctl", "--system", "--lines=1", "--output=json", "MESSAGE_ID=ae8f7b866b0347b9af31fe1c80b127c0", "_PID=1"))
 	if last.Unit != unit+".service" {
 		t.Fatalf("the last record is of %q", last.Unit)
 	}
@@ -89,7 +90,7 @@ func TestRigEarlierBoot(t *testing.T) {
 	rig := theRig(t)
 	sink(t, rig)
 	include := []string{"*-boot.service"}
-	var state State
+	var state ledger.State
 	earlierBoot(t, rig, func() {
 		sends(t, rig, "before-boot") // before the agent: nobody's
 		talker(t, rig, "tail-boot.service")
@@ -119,12 +120,12 @@ func TestRigEarlierBoot(t *testing.T) {
 			t.Errorf("a unit that ended before the first agent has %+v", got.Total)
 		}
 	}
-	var states []State
+	var states []ledger.State
 	for i, unit := range []string{"killed-boot", "again-boot"} { // the first leaves no state
 		r, stop := journaled(t, rig, Config{Include: include, State: state})
 		s := readTo(t, rig, r, unit)
 		check(s)
-		if h := r.healthNow(); h.badRecords != 0 || h.missed != 0 {
+		if h := r.source.Health(); r.journal.Bad() != 0 || r.ledger.Missed() != 0 {
 			t.Errorf("try %d: %+v", i, h)
 		}
 		states = append(states, s.State)
@@ -146,52 +147,42 @@ func TestEarlierBootInParts(t *testing.T) {
 	began := time.Now().Add(-time.Hour)
 	earlier := strings.ReplaceAll(earlierBootID, "-", "")
 	a, b := strings.Repeat("a", 32), strings.Repeat("b", 32)
-	state := State{
-		Time: began, Journal: Position{"c0", earlier},
-		Series: []Series{
-			{Name: "a.service", Total: all(5), Start: began.Add(-time.Hour), Time: began},
-			{Name: "b.service", Total: all(50), Start: began.Add(-time.Hour), Time: began},
+	state := ledger.State{
+		Time: began, Journal: ledger.Position{Cursor: "c0", Boot: earlier},
+		Series: []ledger.Series{
+			{ID: unitID("a.service"), Total: ledgerAll(5), Start: began.Add(-time.Hour), Time: began},
+			{ID: unitID("b.service"), Total: ledgerAll(50), Start: began.Add(-time.Hour), Time: began},
 		},
-		Runs: []Run{
-			{Unit: "a.service", Series: "a.service", Epoch: a, Boot: earlierBootID, Last: all(5), Time: began},
-			{Unit: "b.service", Series: "b.service", Epoch: b, Boot: earlierBootID, Last: all(50), Time: began},
-			{Unit: "init.scope", Series: "init.scope", Epoch: earlierBootID, Boot: earlierBootID, Last: all(5), Time: began},
+		Runs: []ledger.Run{
+			{Unit: "a.service", Series: "a.service", Epoch: a, Boot: earlierBootID, Last: ledgerAll(5), Time: began},
+			{Unit: "b.service", Series: "b.service", Epoch: b, Boot: earlierBootID, Last: ledgerAll(50), Time: began},
 		},
 	}
-	recordOf := func(cursor, unit, invocation, value string) record {
-		return record{
-			Cursor: cursor, Boot: earlier, Unit: unit, Invocation: invocation,
-			Realtime:     strconv.FormatInt(began.Add(time.Second).UnixMicro(), 10),
-			IngressBytes: value, IngressPackets: value, EgressBytes: value, EgressPackets: value,
+	records := []*systemd.Record{
+		{Unit: "a.service", Epoch: a, Boot: earlier, Counters: all(7), Time: began.Add(time.Second), Ended: began},
+		{Unit: "b.service", Epoch: b, Boot: earlier, Counters: all(60), Time: began.Add(time.Second), Ended: began},
+	}
+	take := func(r *Receiver, records []*systemd.Record) *Sweep {
+		for i, record := range records {
+			r.takeRecord(systemd.Position{Cursor: strconv.Itoa(i), Boot: earlier}, record)
 		}
-	}
-	records := []record{
-		recordOf("c0", "z.service", strings.Repeat("f", 32), "9"), // taken before
-		recordOf("c1", "a.service", a, "7"), recordOf("c2", "b.service", b, "60"),
+		return r.finish(time.Now(), false)
 	}
 	for killedAfter := range records {
 		r, err := New(Config{HostName: "host", State: state})
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, rec := range records[:killedAfter+1] {
-			r.takeRecord(rec)
-		}
-		now := time.Now()
-		between := r.snapshot(now, now, false)
+		between := take(r, records[:killedAfter+1])
 		if r, err = New(Config{HostName: "host", State: between.State}); err != nil {
 			t.Fatal(err)
 		}
-		for _, rec := range records[killedAfter:] { // journalctl begins with the one of the cursor
-			r.takeRecord(rec)
-		}
-		now = time.Now()
-		s := r.snapshot(now, now, false)
+		s := take(r, records[killedAfter+1:])
 		if got := totals(s.State); len(got) != 2 || got["a.service"] != all(7) || got["b.service"] != all(60) {
 			t.Errorf("killed after %d: %+v", killedAfter, got)
 		}
 		for _, point := range append(between.State.Series, s.State.Series...) {
-			if point.Observed && now.Sub(point.Time) > lateRecord {
+			if point.Observed && time.Since(point.Time) > 5*time.Minute {
 				t.Errorf("killed after %d: the point of %s is at %v; backends refuse what is old", killedAfter, point.Name, point.Time)
 			}
 		}
@@ -216,11 +207,11 @@ func TestRigJournalPlaceFirst(t *testing.T) {
 	sink(t, rig)
 	sends(t, rig, "place-before.service")
 	cfg := Config{Bus: rig.SystemBus(), SystemBus: rig.SystemBus(), HostName: "host", StopRecords: "on", Include: []string{"place-*"}}
+	cfg.journalctl = []string{"sh", "-c", `sleep 1; exec "$@"`, "sh", "nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "journalctl"}
 	r, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.journalctl = []string{"sh", "-c", `sleep 1; exec "$@"`, "sh", "nsenter", "-t", strconv.Itoa(rig.PID()), "-a", "--", "journalctl"}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = r.Run(ctx) }()
@@ -287,7 +278,7 @@ func TestRigLostCursor(t *testing.T) {
 	rig := theRig(t)
 	sink(t, rig)
 	include := []string{"*-vacuumed.service"}
-	var state State
+	var state ledger.State
 	earlierBoot(t, rig, func() {
 		r, stop := journaled(t, rig, Config{BootID: earlierBootID, Include: include})
 		state = readTo(t, rig, r, "old-vacuumed").State
@@ -311,23 +302,20 @@ func TestRigLostCursor(t *testing.T) {
 	}
 }
 
-// TestLongRecord: a line that no stop record can be ends the following with an
-// error, which is logged, and does not leave it waiting for ever.
-func TestLongRecord(t *testing.T) {
-	r, err := New(Config{HostName: "host"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.journalctl = []string{"sh", "-c", "exec tr '\\0' x </dev/zero"}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if err := r.readJournal(ctx, func() {}); !errors.Is(err, bufio.ErrTooLong) || ctx.Err() != nil {
-		t.Errorf("it returned %v; context: %v", err, ctx.Err())
-	}
+// position is how far the stop records have been taken.
+func (r *Receiver) position() ledger.Position {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.ledger.Journal()
 }
 
-// parseRecord is a line of journalctl.
-func parseRecord(t *testing.T, line string) (rec record) {
+// A printed record is a line of journalctl.
+type printed struct {
+	Cursor string `json:"__CURSOR"`
+	Unit   string `json:"UNIT"`
+}
+
+func parseRecord(t *testing.T, line string) (rec printed) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(line), &rec); err != nil {
 		t.Fatal(err)
@@ -335,42 +323,6 @@ func parseRecord(t *testing.T, line string) (rec record) {
 	return rec
 }
 
-// TestLateRecord: where journald hangs, a record may come when its run has been
-// counted and forgotten, and must not be taken for that of a run nobody saw.
-func TestLateRecord(t *testing.T) {
-	fake := systemdtest.StartFake(t)
-	fake.SetUnit(accounted("a.service", 1, all(100)))
-	r, _ := start(t, Config{Bus: fake.Address()})
-	want(t, r.Sweep(t.Context()), "a.service", all(100))
-	ended := time.Now()
-	fake.Remove("a.service")
-	fake.EmitUnitRemoved("a.service")
-	eventually(t, "the end is known", func() bool { return r.unitNamed("a.service").Accounting == "" })
-	recordOf := func(n int, ended time.Time) record {
-		return record{
-			Cursor: id(n), Unit: "a.service", Invocation: id(n), Boot: r.journalBoot(),
-			Source: strconv.FormatInt(ended.UnixMicro(), 10), Realtime: strconv.FormatInt(time.Now().UnixMicro(), 10),
-			IngressBytes: "100", IngressPackets: "100", EgressBytes: "100", EgressPackets: "100",
-		}
-	}
-	r.takeRecord(recordOf(1, ended))
-	want(t, r.Sweep(t.Context()), "a.service", all(100))
-	r.takeRecord(recordOf(2, ended)) // of a run that nobody saw
-	want(t, r.Sweep(t.Context()), "a.service", all(200))
-	r.mu.Lock()
-	shift := keepClosed + time.Minute // what three minutes do
-	for _, run := range r.runs {
-		run.closed = run.closed.Add(-shift)
-	}
-	r.began = r.began.Add(-shift)
-	r.mu.Unlock()
-	if s := r.Sweep(t.Context()); len(s.State.Runs) != 0 {
-		t.Fatalf("it remembers %+v", s.State.Runs)
-	}
-	r.takeRecord(recordOf(1, ended.Add(-shift)))
-	r.takeRecord(recordOf(3, time.Now()))
-	want(t, r.Sweep(t.Context()), "a.service", all(300))
-	if h := r.healthNow(); h.missed != 1 {
-		t.Errorf("%d runs were missed, want 1", h.missed)
-	}
-}
+func unitID(name string) ledger.ID { return ledger.ID{Kind: ledger.Unit, Name: name} }
+
+func ledgerAll(n uint64) ledger.Counters { return countersOf(all(n)) }

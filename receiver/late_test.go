@@ -1,9 +1,12 @@
 package receiver
 
 import (
-	"fmt"
+	"strconv"
 	"testing"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/ledger"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // TestRigClockStepped restores the state of a Receiver as it would look had the
@@ -74,67 +77,19 @@ func TestLateGrowth(t *testing.T) {
 	}
 	ended := time.Now().Add(-time.Second)
 	recorded := func(i int) {
-		t.Helper()
-		r.takeRecord(parseRecord(t, fmt.Sprintf(`{"__CURSOR":"c%d","UNIT":"a.service","INVOCATION_ID":"%032d","__REALTIME_TIMESTAMP":"%d","IP_METRIC_EGRESS_BYTES":"128","IP_METRIC_EGRESS_PACKETS":"1"}`, i, i, ended.UnixMicro())))
+		r.takeRecord(systemd.Position{Cursor: strconv.Itoa(i)}, &systemd.Record{
+			Unit: "a.service", Epoch: id(i), Counters: Counters{EgressBytes: 128, EgressPackets: 1}, Time: ended, Ended: ended,
+		})
 	}
-	var before Series
+	before := Series{Series: &ledger.Series{}}
 	for i := range 4 {
 		recorded(i) // all of them ended in the same moment
-		s := r.snapshot(time.Now(), time.Now(), false)
+		s := r.finish(time.Now(), false)
 		got := want(t, s, "a.service", Counters{EgressBytes: 128 * uint64(i+1), EgressPackets: uint64(i + 1)})
 		if !got.Time.After(before.Time) || !got.Time.After(got.Start) {
 			t.Errorf("point %d is at %v, the one before at %v, the start at %v", i, got.Time, before.Time, got.Start)
 		}
 		before = got
-	}
-}
-
-// TestSettled: what a slice has more than its units waits for as long as their
-// stop records may take, however short the interval is.
-func TestSettled(t *testing.T) {
-	t.Parallel()
-	for _, every := range []time.Duration{300 * time.Millisecond, 9 * time.Second, time.Minute} {
-		t.Run(every.String(), func(t *testing.T) {
-			now := time.Unix(1e9, 0)
-			b := balance{turned: now, read: now, recent: all(7)}
-			waited := time.Duration(0)
-			for b.settled(now.Add(waited)) == (Counters{}) {
-				if waited += every; waited > time.Hour {
-					t.Fatal("it never settles")
-				}
-			}
-			if waited < settleTime || waited > 2*(settleTime+every) {
-				t.Errorf("it settled after %v", waited)
-			}
-			if left := b.take(all(1)); left != all(1) {
-				t.Errorf("something is left: took %v", left)
-			}
-		})
-	}
-}
-
-// TestSettledOnBusySlice: what no unit shows becomes unattributed although the
-// units of the slice go on growing by far more, and to the byte.
-func TestSettledOnBusySlice(t *testing.T) {
-	t.Parallel()
-	now := time.Unix(1e9, 0)
-	b := balance{turned: now, read: now}
-	var settled, missing Counters
-	for i := range 60 {
-		old := b.settled(now.Add(time.Duration(i) * time.Second))
-		settled, _ = settled.plus(old)
-		b.recent, _ = b.recent.plus(all(1010)) // the slice
-		if rest := b.take(all(1000)); rest != (Counters{}) {
-			t.Fatalf("the units are ahead by %v", rest)
-		}
-		missing, _ = missing.plus(all(10))
-	}
-	waiting, _ := b.waiting.plus(b.recent)
-	if sum, _ := settled.plus(waiting); sum != missing {
-		t.Errorf("settled %v and waiting %v, missing are %v", settled, waiting, missing)
-	}
-	if settled.EgressBytes < missing.EgressBytes/2 {
-		t.Errorf("after a minute only %v of %v are settled", settled, missing)
 	}
 }
 
@@ -144,20 +99,20 @@ func TestSettledOnBusySlice(t *testing.T) {
 func TestIdleFold(t *testing.T) {
 	long := time.Now().Add(-3 * time.Hour)
 	const fold = "run-*.service"
-	r, err := New(Config{HostName: "host", State: State{Time: long, Series: []Series{
-		{Name: fold, Total: all(7), Start: long.Add(-time.Hour), Time: long},
+	r, err := New(Config{HostName: "host", State: ledger.State{Time: long, Series: []ledger.Series{
+		{ID: unitID(fold), Total: ledgerAll(7), Start: long.Add(-time.Hour), Time: long},
 	}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Nobody knows of members that systemd could not be asked for.
 	now := time.Now()
-	s := r.snapshot(now, now, true)
+	s := r.finish(now, true)
 	if got, ok := s.seriesOf(fold); ok {
 		t.Errorf("a sweep that was cut short has the point %+v", got)
 	}
-	s = r.snapshot(now, now, false)
-	if got := want(t, s, fold, all(7)); !got.Time.Equal(now) || !got.Start.Equal(long.Add(-time.Hour)) {
-		t.Errorf("its point is at %v from %v, the sweep at %v", got.Time, got.Start, now)
+	s = r.finish(now, false)
+	if got := want(t, s, fold, all(7)); !got.Time.Equal(s.Time) || !got.Start.Equal(long.Add(-time.Hour)) {
+		t.Errorf("its point is at %v from %v, the sweep at %v", got.Time, got.Start, s.Time)
 	}
 }

@@ -14,6 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/ledger"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -160,13 +164,52 @@ func (l *logs) only(t testing.TB, n int, texts ...string) {
 	}
 }
 
-// seriesOf returns the series of a name, and whether it has points in the sweep.
+// Counters are what the tests count in: systemd's own.
+type Counters = systemd.Counters
+
+// all are counters in which every number is n.
+func all(n uint64) Counters { return counted(n, n, n, n) }
+
+// counted are counters in systemd's order.
+func counted(inBytes, inPackets, outBytes, outPackets uint64) Counters {
+	return Counters{IngressBytes: inBytes, IngressPackets: inPackets, EgressBytes: outBytes, EgressPackets: outPackets}
+}
+
+// plus returns the sum of two counters.
+func plus(a, b Counters) Counters { return systemdCounters(countersOf(a).Plus(countersOf(b))) }
+
+// recheckEvery is after how many sweeps at the latest a unit without accounting is
+// asked again.
+const recheckEvery = 6
+
+// systemdCounters undoes countersOf.
+func systemdCounters(c ledger.Counters) Counters {
+	return counted(c.Received.Bytes, c.Received.Packets, c.Sent.Bytes, c.Sent.Packets)
+}
+
+// Series is a series of a sweep.
+type Series struct {
+	*ledger.Series
+	*Attributes
+	Total Counters
+}
+
+// seriesOf returns the series of a unit or fold, or of the overflow for "", and whether it has points in the
+// sweep.
 func (s *Sweep) seriesOf(name string) (Series, bool) {
-	i := slices.IndexFunc(s.State.Series, func(s Series) bool { return s.Name == name })
-	if i < 0 {
-		return Series{}, false
+	if name == "" {
+		return s.seriesWith(ledger.ID{Kind: ledger.Overflow})
 	}
-	return s.State.Series[i], s.State.Series[i].Observed
+	return s.seriesWith(unitID(name))
+}
+
+func (s *Sweep) seriesWith(id ledger.ID) (Series, bool) {
+	for one, attributes := range s.All() {
+		if one.ID == id {
+			return Series{one, attributes, systemdCounters(one.Total)}, one.Observed
+		}
+	}
+	return Series{Series: &ledger.Series{}, Attributes: &Attributes{}}, false
 }
 
 // sweepUntil sweeps until ok, for things that take effect some time after the
@@ -196,17 +239,43 @@ func eventually(t testing.TB, what string, ok func() bool) {
 }
 
 // unitNamed returns what Units says of a unit, with Accounting "" if nothing.
-func (r *Receiver) unitNamed(name string) Unit {
+func (r *Receiver) unitNamed(name string) systemd.Unit {
 	units := r.Units()
-	if i := slices.IndexFunc(units, func(u Unit) bool { return u.Name == name }); i >= 0 {
+	if i := slices.IndexFunc(units, func(u systemd.Unit) bool { return u.Name == name }); i >= 0 {
 		return units[i]
 	}
-	return Unit{Name: name}
+	return systemd.Unit{Name: name}
 }
 
-// healthNow returns a copy of the counts.
-func (r *Receiver) healthNow() health {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.health
+// The D-Bus names that the tests use.
+const (
+	systemdName         = "org.freedesktop.systemd1"
+	managerPath         = "/org/freedesktop/systemd1"
+	managerInterface    = "org.freedesktop.systemd1.Manager"
+	unitInterface       = "org.freedesktop.systemd1.Unit"
+	propertiesInterface = "org.freedesktop.DBus.Properties"
+	busInterface        = "org.freedesktop.DBus"
+	unitPathPrefix      = managerPath + "/unit/"
+)
+
+// unitPath returns the object path of a unit.
+func unitPath(name string) string {
+	var b strings.Builder
+	for i, c := range []byte(name) {
+		if c|0x20 >= 'a' && c|0x20 <= 'z' || i > 0 && c >= '0' && c <= '9' {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "_%02x", c)
+		}
+	}
+	return unitPathPrefix + b.String()
+}
+
+// listed is one row of ListUnitsByPatterns.
+type listed struct {
+	Name, Description, Load, Active, Sub, Followed string
+	Path                                           dbus.ObjectPath
+	JobID                                          uint32
+	JobType                                        string
+	JobPath                                        dbus.ObjectPath
 }

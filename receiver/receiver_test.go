@@ -20,6 +20,8 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
+	"github.com/unitmeter/unitmeter/receiver/ledger"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -51,10 +53,10 @@ func TestNoDataIsNoNumber(t *testing.T) {
 		"zero":                   {accounted("a.service", 1, Counters{}), "on"},
 		"largest":                {accounted("a.service", 1, all(math.MaxInt64)), "on"},
 		"all":                    {accounted("a.service", 1, all(no)), "lost"},
-		"ingress bytes":          {accounted("a.service", 1, Counters{no, 1, 1, 1}), "lost"},
-		"ingress packets":        {accounted("a.service", 1, Counters{1, no, 1, 1}), "lost"},
-		"egress bytes":           {accounted("a.service", 1, Counters{1, 1, no, 1}), "lost"},
-		"egress packets":         {accounted("a.service", 1, Counters{1, 1, 1, no}), "lost"},
+		"ingress bytes":          {accounted("a.service", 1, counted(no, 1, 1, 1)), "lost"},
+		"ingress packets":        {accounted("a.service", 1, counted(1, no, 1, 1)), "lost"},
+		"egress bytes":           {accounted("a.service", 1, counted(1, 1, no, 1)), "lost"},
+		"egress packets":         {accounted("a.service", 1, counted(1, 1, 1, no)), "lost"},
 		"scope":                  {accounted("a.scope", 1, all(no)), "lost"},
 		"mount without a cgroup": {accounted("a.mount", 1, all(no)), "no_data"},
 		"socket of AF_UNIX":      {accounted("a.socket", 1, all(no)), "no_data"},
@@ -82,7 +84,7 @@ func TestNoDataIsNoNumber(t *testing.T) {
 				if ok != (test.state == "on") {
 					t.Fatalf("point: %v, %+v", ok, got)
 				}
-				raw := Counters{test.unit.IngressBytes, test.unit.IngressPackets, test.unit.EgressBytes, test.unit.EgressPackets}
+				raw := counted(test.unit.IngressBytes, test.unit.IngressPackets, test.unit.EgressBytes, test.unit.EgressPackets)
 				if ok && got.Total != raw {
 					t.Fatalf("total is %+v, want %+v", got.Total, raw)
 				}
@@ -116,8 +118,8 @@ func TestLostAndFound(t *testing.T) {
 	none(t, r.Sweep(t.Context()), "a.service")
 	fake.SetUnit(accounted("a.service", 1, all(200))) // or from 0
 	want(t, r.Sweep(t.Context()), "a.service", all(1700))
-	if h := r.healthNow(); h.resets != 1 {
-		t.Errorf("%d resets, want 1", h.resets)
+	if n := r.ledger.Resets(); n != 1 {
+		t.Errorf("%d resets, want 1", n)
 	}
 }
 
@@ -150,8 +152,8 @@ func TestLogOfMany(t *testing.T) {
 
 func TestFallingCounters(t *testing.T) {
 	for name, fallen := range map[string]Counters{
-		"all": all(40), "to zero": {}, "ingress bytes": {99, 200, 200, 200}, "ingress packets": {200, 99, 200, 200},
-		"egress bytes": {200, 200, 99, 200}, "egress packets": {200, 200, 200, 99},
+		"all": all(40), "to zero": {}, "ingress bytes": counted(99, 200, 200, 200), "ingress packets": counted(200, 99, 200, 200),
+		"egress bytes": counted(200, 200, 99, 200), "egress packets": counted(200, 200, 200, 99),
 	} {
 		t.Run(name, func(t *testing.T) {
 			fake := systemdtest.StartFake(t)
@@ -159,20 +161,20 @@ func TestFallingCounters(t *testing.T) {
 			r, l := start(t, Config{Bus: fake.Address()})
 			first := want(t, r.Sweep(t.Context()), "a.service", all(100))
 			fake.SetUnit(accounted("a.service", 1, fallen))
-			total, _ := all(100).plus(fallen)
+			total := plus(all(100), fallen)
 			if got := want(t, r.Sweep(t.Context()), "a.service", total); !got.Start.Equal(first.Start) {
 				t.Errorf("the series starts at %v, not at %v", got.Start, first.Start)
 			}
 			if u := r.unitNamed("a.service"); u.Counters != fallen || !u.Start.Equal(first.Time) {
 				t.Errorf("the unit's counters are %+v from %v, want %+v from %v", u.Counters, u.Start, fallen, first.Time)
 			}
-			more, _ := fallen.plus(all(1))
+			more := plus(fallen, all(1))
 			fake.SetUnit(accounted("a.service", 1, more))
-			total, _ = total.plus(all(1))
+			total = plus(total, all(1))
 			want(t, r.Sweep(t.Context()), "a.service", total)
 			l.only(t, 1, "fell", "a.service")
-			if h := r.healthNow(); h.resets != 1 {
-				t.Errorf("%d resets, want 1", h.resets)
+			if n := r.ledger.Resets(); n != 1 {
+				t.Errorf("%d resets, want 1", n)
 			}
 		})
 	}
@@ -225,7 +227,7 @@ func TestBadReplies(t *testing.T) {
 			fake.SetUnit(accounted("bad.service", 1, all(100)))
 			fake.SetUnit(accounted("good.service", 2, all(7)))
 			fake.OnGet(func(path dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
-				if property != test.property || string(path) != invocationPath(id(1)) {
+				if property != test.property || string(path) != unitPathPrefix+id(1) {
 					return dbus.Variant{}, nil, 0, false
 				}
 				if err, ok := test.reply.(*dbus.Error); ok {
@@ -241,7 +243,7 @@ func TestBadReplies(t *testing.T) {
 				if s.Partial != test.partial {
 					t.Errorf("partial: %v", s.Partial)
 				}
-				if h := r.healthNow(); h.dbusErrors != int64(i+1) || test.partial != (h.partial > 0) {
+				if h := r.source.Health(); h.Errors != int64(i+1) || test.partial != (r.partial > 0) {
 					t.Errorf("after %d sweeps: %+v", i+1, h)
 				}
 			}
@@ -309,7 +311,7 @@ func TestBadStates(t *testing.T) {
 			want(t, s, "good.service", all(7))
 			if test.skipped {
 				none(t, s, "bad.service")
-				if h := r.healthNow(); h.dbusErrors != 1 {
+				if h := r.source.Health(); h.Errors != 1 {
 					t.Errorf("the skip was not counted: %+v", h)
 				}
 				fake.SetUnit(accounted("bad.service", 1, all(100)))
@@ -354,7 +356,7 @@ func TestBadLists(t *testing.T) {
 		"a name without a type":   {[]listed{good, row("a", dbus.ObjectPath(unitPath("a")))}, 1, ""},
 		"a name of a type alone":  {[]listed{good, row(".service", dbus.ObjectPath(unitPath(".service")))}, 1, ""},
 		"a bad escape":            {[]listed{good, row("a.service", "/org/freedesktop/systemd1/unit/a_zz")}, 1, ""},
-		"an invocation":           {[]listed{good, row("a.service", dbus.ObjectPath(invocationPath(id(9))))}, 1, ""},
+		"an invocation":           {[]listed{good, row("a.service", dbus.ObjectPath(unitPathPrefix+id(9)))}, 1, ""},
 		"a thousand bad rows":     {append(slices.Repeat([]listed{row("a b", "/")}, 1000), good), 1000, ""},
 		"a type that is not ours": {[]listed{good, row("a.timer", dbus.ObjectPath(unitPath("a.timer")))}, 0, ""},
 		"rows too short":          {[]short{{"good.service", ""}}, 0, "list systemd's units"},
@@ -394,7 +396,7 @@ func TestBadLists(t *testing.T) {
 			r, _ := start(t, Config{Bus: fake.Address()})
 			s := r.Sweep(t.Context())
 			want(t, s, "good.service", all(7))
-			if h := r.healthNow(); h.badNames != test.badNames || h.dbusErrors != 0 {
+			if h := r.source.Health(); h.BadNames != test.badNames || h.Errors != 0 {
 				t.Errorf("%+v, want %d bad names", h, test.badNames)
 			}
 			if len(s.State.Series) != 1 || fake.Stubs() != 0 {
@@ -465,12 +467,12 @@ func TestBadSignals(t *testing.T) {
 	if len(s.State.Series) != 2 || fake.Stubs() != 0 {
 		t.Errorf("series %+v; %d names were touched that are not there", s.State.Series, fake.Stubs())
 	}
-	h := r.healthNow()
-	if h.reloads != 0 || h.reconnects != 0 {
+	h := r.source.Health()
+	if h.Reloads != 0 || h.Reconnects != 0 {
 		t.Errorf("%+v", h)
 	}
 	// The others are not even looked at: they cannot be about a metered unit.
-	if h.dbusErrors < 10 || h.badNames < 3 {
+	if h.Errors < 10 || h.BadNames < 3 {
 		t.Errorf("bad signals were not counted: %+v", h)
 	}
 }
@@ -550,7 +552,7 @@ func TestReloadFreezes(t *testing.T) {
 	}
 	fake.EmitReloading(false)
 	eventually(t, "the units are listed again", func() bool { return fake.Calls("ListUnitsByPatterns") > lists })
-	eventually(t, "the reload is counted", func() bool { return r.healthNow().reloads == 1 })
+	eventually(t, "the reload is counted", func() bool { return r.source.Health().Reloads == 1 })
 	for range 2 {
 		s := r.Sweep(t.Context())
 		want(t, s, "a.service", all(150))
@@ -564,7 +566,7 @@ func TestReloadFreezes(t *testing.T) {
 	fake.Remove("b.service")
 	fake.EmitUnitRemoved("b.service")
 	eventually(t, "a removed unit is forgotten", func() bool { return r.unitNamed("b.service").Accounting == "" })
-	if h := r.healthNow(); h.reloads != 1 || h.resets != 0 || h.dbusErrors != 0 {
+	if h := r.source.Health(); h.Reloads != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
 }
@@ -585,7 +587,7 @@ func TestNameOwnerChanged(t *testing.T) {
 	fake.SetUnit(accounted("c.service", 3, all(6)))
 	fake.EmitUnitNew("c.service")
 	sweepUntil(t, r, "signals come again", func(s *Sweep) bool { _, ok := s.seriesOf("c.service"); return ok })
-	if h := r.healthNow(); h.reexecs != 1 || h.reloads != 0 || h.reconnects != 0 {
+	if h := r.source.Health(); h.Reexecs != 1 || h.Reloads != 0 || h.Reconnects != 0 {
 		t.Errorf("%+v", h)
 	}
 	l.only(t, 0, "WARN")
@@ -601,7 +603,7 @@ func TestReconnect(t *testing.T) {
 		fake.KillBus()
 		s := sweepUntil(t, r, "the loss is noticed", func(s *Sweep) bool { return s.Partial })
 		none(t, s, "a.service")
-		eventually(t, "it has tried again", func() bool { return r.healthNow().reconnects >= int64(2*i+2) })
+		eventually(t, "it has tried again", func() bool { return r.source.Health().Reconnects >= int64(2*i+2) })
 		l.only(t, i+1, "WARN", "lost systemd; trying again")
 		grown := uint64(200 + 100*i)
 		fake.SetUnit(accounted("a.service", 1, all(grown))) // counts on meanwhile
@@ -641,10 +643,10 @@ func TestStubStorm(t *testing.T) {
 	var gets, lists int
 	eventually(t, "without anything new there are no calls more", func() bool {
 		gets, lists = fake.Calls("Get"), fake.Calls("ListUnitsByPatterns")
-		time.Sleep(2 * newUnitPause) // in which a loop would go on
+		time.Sleep(2 * (250 * time.Millisecond)) // in which a loop would go on
 		return fake.Calls("Get") == gets && fake.Calls("ListUnitsByPatterns") == lists
 	})
-	if most := 3 + int(time.Since(began)/newUnitPause); lists > most {
+	if most := 3 + int(time.Since(began)/(250*time.Millisecond)); lists > most {
 		t.Errorf("%d units that come and go made %d lists, want at most %d", storm, lists, most)
 	}
 	if fake.Stubs() > 0 {
@@ -669,9 +671,9 @@ func TestSweepDeadline(t *testing.T) {
 	for i := range units {
 		fake.SetUnit(accounted(fmt.Sprintf("u%d.service", i), i+1, all(200)))
 	}
-	slow := invocationPath(id(units / 2))
+	slow := dbus.ObjectPath(unitPathPrefix + id(units/2))
 	fake.OnGet(func(path dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
-		if string(path) != slow || property != "IPEgressBytes" {
+		if path != slow || property != "IPEgressBytes" {
 			return dbus.Variant{}, nil, 0, false
 		}
 		return dbus.MakeVariant(uint64(150)), nil, 600 * time.Millisecond, true
@@ -701,7 +703,7 @@ func TestSweepDeadline(t *testing.T) {
 		}
 		time.Sleep(200 * time.Millisecond) // for the late reply to come within this loop
 	}
-	if h := r.healthNow(); h.partial != 1 || h.resets != 0 || h.dbusErrors != 0 {
+	if h := r.source.Health(); r.partial != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
 	l.only(t, 0, "WARN")
@@ -790,8 +792,8 @@ func TestConcurrentUse(t *testing.T) {
 	use(func() { r.Units() })
 	use(func() {
 		if s := r.Last(); s != nil {
-			for _, series := range s.State.Series {
-				s.Find(series.Receive)
+			for series, attributes := range s.All() {
+				_, _ = series.Total, attributes.Receive.Len()
 			}
 		}
 	})
@@ -842,15 +844,9 @@ func TestStateContinues(t *testing.T) {
 		t.Helper()
 		for name, total := range totals {
 			got := want(t, s, name, all(total))
-			i := slices.IndexFunc(before.Series, func(s Series) bool { return s.Name == name })
+			i := slices.IndexFunc(before.Series, func(s ledger.Series) bool { return s.Name == name })
 			if i >= 0 && !got.Start.Equal(before.Series[i].Start) {
 				t.Errorf("%q starts at %v, it did at %v", name, got.Start, before.Series[i].Start)
-			}
-			if i >= 0 && (got.Receive != before.Series[i].Receive || got.Transmit != before.Series[i].Transmit) {
-				t.Errorf("%q has the attributes %v, it had %v", name, got.Receive.ToSlice(), before.Series[i].Receive.ToSlice())
-			}
-			if at, transmit, ok := s.Find(got.Transmit); !ok || !transmit || s.State.Series[at].Name != name {
-				t.Errorf("the point of %q is found at %d of %d series, transmit %v, %v", name, at, len(s.State.Series), transmit, ok)
 			}
 		}
 	}
@@ -892,8 +888,8 @@ func TestStateContinues(t *testing.T) {
 	for range 3 {
 		wantAll(third.Sweep(t.Context()), rebooted)
 	}
-	if h := third.healthNow(); h.resets != 0 {
-		t.Errorf("a reboot is no reset: %+v", h)
+	if n := third.ledger.Resets(); n != 0 {
+		t.Errorf("a reboot is no reset: %d", n)
 	}
 
 	// The states that were given are as they were.
@@ -904,19 +900,19 @@ func TestStateContinues(t *testing.T) {
 	}
 }
 
-// totals are the totals of the units' series of a state, by name.
-func totals(s State) map[string]Counters {
+// totals are the totals of the units' series of a state, by name, with that of
+// the overflow under "".
+func totals(s ledger.State) map[string]Counters {
 	m := map[string]Counters{}
-	for _, series := range s.Series {
-		if !strings.Contains(series.Name, "/") {
-			m[series.Name] = series.Total
+	for one := range eachSeries(&s) {
+		if one.Kind != ledger.Unattributed {
+			m[one.Name] = systemdCounters(one.Total)
 		}
 	}
 	return m
 }
 
-// TestStateOutlastsAnOutage: systemd is away when the agent starts, for longer
-// than a run is remembered. The run is not taken for a new one afterwards.
+// TestStateOutlastsAnOutage: systemd is away when the agent starts. The run is not taken for a new one afterwards.
 func TestStateOutlastsAnOutage(t *testing.T) {
 	fake := systemdtest.StartFake(t)
 	fake.SetUnit(accounted("a.service", 1, all(100)))
@@ -924,44 +920,15 @@ func TestStateOutlastsAnOutage(t *testing.T) {
 	state := first.Sweep(t.Context()).State
 	fake.KillBus()
 	second, _ := unstarted(t, Config{Bus: fake.Address(), State: state})
-	eventually(t, "it has tried", func() bool { return second.healthNow().reconnects > 0 })
-	second.mu.Lock()
-	for _, run := range second.runs {
-		run.closed = run.closed.Add(-time.Hour) // what an hour of waiting does
-	}
-	second.mu.Unlock()
+	eventually(t, "it has tried", func() bool { return second.source.Health().Reconnects > 0 })
 	for range 2 {
-		if s := second.Sweep(t.Context()); !s.Partial || len(s.State.Runs) != 1 || s.State.Series[0].Total != all(100) {
+		if s := second.Sweep(t.Context()); !s.Partial || len(s.State.Runs) != 1 || s.State.Series[0].Total != ledgerAll(100) {
 			t.Fatalf("without systemd the state has become %+v", s.State)
 		}
 	}
 	fake.SetUnit(accounted("a.service", 1, all(110)))
 	fake.StartBus()
 	want(t, sweepUntil(t, second, "it is connected", func(s *Sweep) bool { return !s.Partial }), "a.service", all(110))
-}
-
-// TestStateOfNonsense: a ledger may be damaged. What cannot be is not taken over.
-func TestStateOfNonsense(t *testing.T) {
-	fake := systemdtest.StartFake(t)
-	fake.SetUnit(accounted("a.service", 1, all(100)))
-	now := time.Now()
-	r, _ := start(t, Config{Bus: fake.Address(), BootID: "boot", State: State{
-		Series: []Series{
-			{Name: "a.service", Total: all(math.MaxUint64), Start: now},
-			{Name: "b.service", Total: all(5), Start: now},
-			{Name: "b.service", Total: all(6), Start: now},
-		},
-		Runs: []Run{
-			{Unit: "a.service", Series: "nowhere.service", Epoch: id(7), Boot: "boot", Last: all(50)},
-			{Unit: "", Series: "", Epoch: "", Boot: "boot"},
-			{Unit: "b.service", Series: "b.service", Epoch: id(8), Boot: "another", Last: all(50)},
-		},
-	}})
-	s := r.Sweep(t.Context())
-	want(t, s, "a.service", all(100))
-	if got := totals(s.State); len(got) != 2 || got["b.service"] != all(5) {
-		t.Errorf("the totals are %+v", got)
-	}
 }
 
 // TestFoldIsExact: whatever units come, grow, restart and vanish, between
@@ -1033,7 +1000,7 @@ func TestFoldIsExact(t *testing.T) {
 		}
 		sweepUntil(t, r, "the inventory is up to date", func(*Sweep) bool {
 			known := r.Units()
-			return len(known) == len(units) && !slices.ContainsFunc(known, func(k Unit) bool {
+			return len(known) == len(units) && !slices.ContainsFunc(known, func(k systemd.Unit) bool {
 				u := units[k.Name]
 				return u == nil || k.Accounting != "on" || k.Invocation != id(u.invocation)
 			})
@@ -1109,7 +1076,7 @@ func TestIncludeExclude(t *testing.T) {
 // TestPoints collects through the SDK: names, units, attributes and values.
 func TestPoints(t *testing.T) {
 	fake := systemdtest.StartFake(t)
-	fake.SetUnit(accounted("a.service", 1, Counters{11, 12, 13, 14}))
+	fake.SetUnit(accounted("a.service", 1, counted(11, 12, 13, 14)))
 	off := accounted("off.service", 2, all(systemdtest.NoData))
 	off.Accounting = false
 	fake.SetUnit(off)
@@ -1195,7 +1162,7 @@ func TestPoints(t *testing.T) {
 	var collected metricdata.ResourceMetrics
 	_ = reader.Collect(ctx, &collected) // the SDK may tell of the context
 	fake.OnGet(nil)
-	if h := r.healthNow(); h.partial != 1 {
+	if h := r.source.Health(); r.partial != 1 {
 		t.Errorf("%+v", h)
 	}
 }
@@ -1250,7 +1217,7 @@ func TestBusRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, l := unstarted(t, Config{Bus: test.bus})
-			eventually(t, "it has tried again", func() bool { return r.healthNow().reconnects >= 2 })
+			eventually(t, "it has tried again", func() bool { return r.source.Health().Reconnects >= 2 })
 			l.only(t, 1, "WARN", "lost systemd; trying again", test.want)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 			defer cancel()
@@ -1270,19 +1237,12 @@ func TestStateOfOtherSettings(t *testing.T) {
 	fake := systemdtest.StartFake(t)
 	fake.SetUnit(accounted("a.service", 1, all(100)))
 	fake.SetUnit(accounted("system.slice", 2, all(500)))
-	var state State
+	var state ledger.State
 	cycle := func(cfg Config) *Sweep {
 		t.Helper()
 		cfg.Bus, cfg.State = fake.Address(), state
 		r, _ := start(t, cfg)
 		s := sweepUntil(t, r, "all are read", func(s *Sweep) bool { return !s.Partial })
-		r.mu.Lock()
-		for _, run := range r.runs {
-			if !run.closed.IsZero() {
-				run.closed = run.closed.Add(-2 * time.Hour) // what two hours do
-			}
-		}
-		r.mu.Unlock()
 		r.Sweep(t.Context())
 		state = r.Sweep(t.Context()).State
 		return s
@@ -1293,11 +1253,11 @@ func TestStateOfOtherSettings(t *testing.T) {
 	want(t, cycle(Config{}), "a.service", all(130))
 
 	// A slice that is read for its balance only, and then for a series of its own.
-	unattributed, _ := cycle(Config{}).seriesOf(unattributedPrefix + "system.slice")
+	unattributed, _ := cycle(Config{}).seriesWith(ledger.ID{Kind: ledger.Unattributed, Name: "system.slice"})
 	fake.SetUnit(accounted("system.slice", 2, all(507)))
 	s := cycle(Config{Types: []string{"service", "slice"}})
 	want(t, s, "system.slice", all(7))
-	if got, _ := s.seriesOf(unattributedPrefix + "system.slice"); got.Total != unattributed.Total {
+	if got, _ := s.seriesWith(ledger.ID{Kind: ledger.Unattributed, Name: "system.slice"}); got.Total != unattributed.Total {
 		t.Errorf("unattributed are %v, they were %v", got.Total, unattributed.Total)
 	}
 }
@@ -1328,8 +1288,8 @@ func TestSwitchDuringReading(t *testing.T) {
 			for range 3 {
 				want(t, r.Sweep(t.Context()), "a.service", all(103))
 			}
-			if h := r.healthNow(); h.resets != 1 {
-				t.Errorf("%d resets, want 1", h.resets)
+			if n := r.ledger.Resets(); n != 1 {
+				t.Errorf("%d resets, want 1", n)
 			}
 		})
 	}
@@ -1352,21 +1312,4 @@ func TestSwitchedOnUnderChurn(t *testing.T) {
 		s = r.Sweep(t.Context())
 	}
 	want(t, s, "off.service", all(0))
-}
-
-// TestStubIsNoRun: a unit that is unloaded while it is asked for its state is
-// loaded again by that, without an invocation. Its next run is no run of that.
-func TestStubIsNoRun(t *testing.T) {
-	fake := systemdtest.StartFake(t)
-	fake.SetUnit(accounted("a.service", 1, all(100)))
-	r, _ := start(t, Config{Bus: fake.Address()})
-	want(t, r.Sweep(t.Context()), "a.service", all(100))
-	r.mu.Lock()
-	r.update("a.service", status{active: "inactive", sub: "dead"})
-	r.mu.Unlock()
-	fake.SetUnit(accounted("a.service", 2, all(30)))
-	r.Sweep(t.Context()) // before the signals of that run are here
-	fake.EmitPropertiesChanged("a.service")
-	sweepUntil(t, r, "the run is known", func(*Sweep) bool { return r.unitNamed("a.service").Invocation == id(2) })
-	want(t, r.Sweep(t.Context()), "a.service", all(130))
 }

@@ -27,7 +27,7 @@ func TestRigExited(t *testing.T) {
 	exits(t, rig, unit, "ExecReload={send} 6", "ExecStop={send} 7", "ExecStop=sh -c 'until [ -e /run/exits ]; do sleep .1; done'", "ExecStop={send} 2")
 	for _, reloads := range []int{0, 1, 2} {
 		rig.Run(t, "rm", "-f", "/run/exits")
-		r, stop := journaled(t, rig, Config{Include: []string{unit}})
+		r, stop := journaled(t, rig, Config{Include: []string{unit, "marker.service"}})
 		counted := func(what string, n int) {
 			t.Helper()
 			sweepUntil(t, r, what, func(s *Sweep) bool { got, _ := s.seriesOf(unit); return got.Total.EgressPackets >= uint64(n) })
@@ -40,13 +40,11 @@ func TestRigExited(t *testing.T) {
 		}
 		exited := func() {
 			t.Helper()
-			eventually(t, "it is read after its exit", func() bool {
-				r.Sweep(t.Context())
-				r.mu.Lock()
-				defer r.mu.Unlock()
-				u := r.units[unit]
-				return u != nil && u.status.sub == "exited" && (u.run.parted || r.version < 256)
+			eventually(t, "it has exited", func() bool {
+				return strings.TrimSpace(rig.Run(t, "systemctl", "show", "-P", "SubState", unit)) == "exited"
 			})
+			caughtUp(t, rig, r)
+			r.Sweep(t.Context())
 		}
 		rig.Run(t, "systemctl", "start", unit)
 		counted("started", 5)
@@ -71,18 +69,27 @@ func TestRigExitedForGood(t *testing.T) {
 	rig := theRig(t)
 	const unit = "exited-for-good.service"
 	exits(t, rig, unit)
-	r, _ := journaled(t, rig, Config{Include: []string{unit}})
+	r, _ := journaled(t, rig, Config{Include: []string{unit, "marker.service"}})
 	rig.Run(t, "systemctl", "start", unit)
 	sweepUntil(t, r, "it is read", func(s *Sweep) bool { got, _ := s.seriesOf(unit); return got.Total == sent(5) })
 	r.Sweep(t.Context())
 	rig.Run(t, "systemctl", "stop", unit)
-	eventually(t, "the end is known", func() bool {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		u := r.units[unit]
-		return u == nil || !u.status.running()
-	})
+	caughtUp(t, rig, r)
 	for range 3 {
 		want(t, r.Sweep(t.Context()), unit, sent(5))
+	}
+}
+
+// caughtUp returns when the receiver has taken all signals of what has happened
+// so far. It meters marker.service.
+func caughtUp(t *testing.T, rig *systemdtest.Rig, r *Receiver) {
+	t.Helper()
+	for _, running := range []bool{true, false} {
+		if running {
+			rig.Run(t, "systemd-run", "--unit=marker", "sleep", "1000")
+		} else {
+			rig.Run(t, "systemctl", "stop", "marker.service")
+		}
+		eventually(t, "the marker is noticed", func() bool { return (r.unitNamed("marker.service").Accounting != "") == running })
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"go.opentelemetry.io/otel/attribute"
 
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -79,7 +80,7 @@ func shown(t testing.TB, rig *systemdtest.Rig, name string) Counters {
 	if !a.OK {
 		t.Fatalf("systemctl show has no data of %s", name)
 	}
-	return Counters{a.IngressBytes, a.IngressPackets, a.EgressBytes, a.EgressPackets}
+	return counted(a.IngressBytes, a.IngressPackets, a.EgressBytes, a.EgressPackets)
 }
 
 // want wants a series to be observed with the given total.
@@ -133,7 +134,7 @@ func rigTotals(t *testing.T, rig *systemdtest.Rig, bus string) {
 	}
 	talk(t, rig, "totals.service", 1)
 	want(t, r.Sweep(t.Context()), "totals.service", sent(28))
-	if h := r.healthNow(); h != (health{}) {
+	if h := r.source.Health(); h != (systemd.Health{}) {
 		t.Errorf("something went wrong: %+v", h)
 	}
 }
@@ -159,7 +160,7 @@ func rigRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
 			want(t, r.Sweep(t.Context()), "restart.service", sent(total))
 		}
 	}
-	if h := r.healthNow(); h.resets != 0 || h.dbusErrors != 0 {
+	if h := r.source.Health(); r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("a restart is no reset and no error: %+v", h)
 	}
 }
@@ -196,7 +197,7 @@ func rigAutoRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
 		eventually(t, "the next run", func() bool { return rig.Show(t, "auto.service").InvocationID != invocation })
 		want(t, r.Sweep(t.Context()), "auto.service", sent(total))
 	}
-	if h := r.healthNow(); h.resets != 0 {
+	if h := r.source.Health(); r.ledger.Resets() != 0 {
 		t.Errorf("a restart is no reset: %+v", h)
 	}
 }
@@ -294,7 +295,7 @@ func rigAccountingSwitched(t *testing.T, rig *systemdtest.Rig, bus string) {
 	if u.Start.Before(first.Time) || u.Start.After(on) {
 		t.Errorf("the unit's counters count from %v, accounting was on at %v", u.Start, on)
 	}
-	if h := r.healthNow(); h.dbusErrors != 0 {
+	if h := r.source.Health(); h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
 }
@@ -397,7 +398,7 @@ ExecStart=/bin/sleep infinity
 			t.Errorf("init.scope starts at %v", s.Start)
 		}
 		runs := r.Sweep(t.Context()).State.Runs
-		if len(runs) != 1 || runs[0].Epoch != r.cfg.BootID || runs[0].Unit != "init.scope" {
+		if len(runs) != 1 || runs[0].Epoch != r.cfg.BootID+"/init.scope" || runs[0].Unit != "init.scope" {
 			t.Errorf("the runs are %+v", runs)
 		}
 	})
@@ -406,7 +407,7 @@ ExecStart=/bin/sleep infinity
 func TestRigUnitTypes(t *testing.T) {
 	rig := theRig(t)
 	sink(t, rig)
-	r, _ := start(t, Config{Bus: rig.SystemBus(), Types: append(DefaultTypes(), "slice"), UnitType: true, UnitSlice: true, Fold: []string{}})
+	r, _ := start(t, Config{Bus: rig.SystemBus(), Types: append(systemd.DefaultTypes(), "slice"), UnitType: true, UnitSlice: true, Fold: []string{}})
 
 	t.Run("socket", func(t *testing.T) {
 		// The traffic of a socket-activated connection belongs to the socket.
@@ -473,7 +474,7 @@ func TestRigUnitTypes(t *testing.T) {
 		}
 	})
 	for _, s := range r.Sweep(t.Context()).State.Series {
-		if !s.Total.valid() {
+		if !s.Total.Valid() {
 			t.Errorf("%s has the total %+v", s.Name, s.Total)
 		}
 	}
@@ -510,8 +511,8 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 			}
 		}
 		eventually(t, operation+" has been noticed", func() bool {
-			h := r.healthNow()
-			return h.reloads+h.reexecs > int64(i)
+			h := r.source.Health()
+			return h.Reloads+h.Reexecs > int64(i)
 		})
 		if forgetful {
 			// The gap is a gap, and setting the property again ends it.
@@ -537,8 +538,8 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 			t.Errorf("after %s, systemctl show says %+v", operation, shown(t, rig, "calm.service"))
 		}
 	}
-	h := r.healthNow()
-	if h.reloads != 2 || h.reexecs != 2 || h.resets != 0 {
+	h := r.source.Health()
+	if h.Reloads != 2 || h.Reexecs != 2 || r.ledger.Resets() != 0 {
 		t.Errorf("2 reloads, 2 reexecs and no resets make %+v", h)
 	}
 	// No unit is at fault for what systemd does.
@@ -610,7 +611,7 @@ func TestRigThousandUnits(t *testing.T) {
 	if len(report.WrongByName) > 0 {
 		t.Errorf("units with other bytes than %d: %v", thousandBytes, report.WrongByName)
 	}
-	if wantHealth := fmt.Sprintf("%+v", health{}); report.Health != wantHealth {
+	if wantHealth := fmt.Sprintf("%+v", systemd.Health{}); report.Health != wantHealth {
 		t.Errorf("health is %s", report.Health)
 	}
 	if report.IOPoints != 2*thousandUnits || report.PackPoints != 2*thousandUnits {

@@ -62,7 +62,7 @@ func (l *Ledger) sliceGrew(reading Reading, start time.Time, delta Counters, fir
 		if first {
 			start = reading.Time
 		}
-		b.unattributed = &series{start: start}
+		b.unattributed = &series{ID: ID{Unattributed, reading.Unit}, start: start}
 	}
 	if first {
 		delta, b.ahead, b.waiting, b.recent = Counters{}, Counters{}, Counters{}, Counters{}

@@ -96,7 +96,8 @@ type Ledger struct {
 
 // series is the working state of a Series.
 type series struct {
-	name, slice string
+	ID
+	slice       string
 	total       Counters
 	start, time time.Time
 	shown       time.Time // time as of the last sweep
@@ -104,7 +105,7 @@ type series struct {
 	fresh       bool      // made since the last sweep
 	observed    bool      // by the sweep
 	moved       bool      // since the last sweep
-	loaded      bool      // its unit was there at the last Mark
+	loaded      bool      // its unit is, as of the last Load
 }
 
 // run is the working state of a Run.
@@ -162,7 +163,7 @@ func (l *Ledger) restore(state State) {
 		}
 	}
 	if o := state.Overflow; o != nil && o.Total.Valid() {
-		l.overflow = &series{shared: true}
+		l.overflow = newOverflow(o.Start)
 		take(l.overflow, *o)
 	}
 	for _, saved := range state.Balances {
@@ -170,7 +171,7 @@ func (l *Ledger) restore(state State) {
 			continue
 		}
 		b := l.balanceOf(saved.Slice)
-		b.unattributed = &series{}
+		b.unattributed = &series{ID: ID{Unattributed, saved.Slice}}
 		take(b.unattributed, saved.Unattributed)
 		b.ahead, b.waiting = saved.Ahead, saved.Waiting
 		b.turned, b.read = l.cfg.Began, l.cfg.Began // the journal has yet to be read
@@ -243,13 +244,17 @@ func (l *Ledger) Begin() {
 	}
 }
 
-// Mark says that a unit is loaded with a run that is not gone, and whether that
-// is still being read. It is called for each of them between Begin and the first
-// Credit, and once more before Finish.
-func (l *Ledger) Mark(unit, epoch string, reading bool) {
+// Load says that a unit is loaded, so that its series makes no room for another.
+// It is called for each of them between Begin and the first Credit.
+func (l *Ledger) Load(unit string) {
 	if s, ok := l.series[unit]; ok {
 		s.loaded = true
 	}
+}
+
+// Mark says that a run is not gone, and whether it is still being read. It is
+// called for each of them between the last Credit and Finish.
+func (l *Ledger) Mark(epoch string, reading bool) {
 	if r, ok := l.runs[epoch]; ok {
 		r.closed, r.marked, r.restored, r.reading = time.Time{}, true, false, reading
 	}
@@ -406,19 +411,23 @@ func (l *Ledger) seriesOf(unit, slice string, start time.Time) *series {
 		return l.newSeries(name, slice, start)
 	}
 	if l.overflow == nil {
-		l.overflow = &series{start: start, fresh: true, shared: true}
+		l.overflow = newOverflow(start)
 	}
 	return l.overflow
 }
 
 func (l *Ledger) newSeries(name, slice string, start time.Time) *series {
-	s := &series{name: name, start: start, fresh: true, shared: slices.Contains(l.cfg.Patterns, name)}
+	s := &series{ID: ID{Unit, name}, start: start, fresh: true, shared: slices.Contains(l.cfg.Patterns, name)}
 	if !s.shared {
 		s.slice = slice
 	}
 	l.series[name] = s
 	l.order = append(l.order, s)
 	return s
+}
+
+func newOverflow(start time.Time) *series {
+	return &series{ID: ID{Kind: Overflow}, start: start, fresh: true, shared: true}
 }
 
 // evict forgets the series that moved last the longest ago, among those without
@@ -437,7 +446,7 @@ func (l *Ledger) evict() bool {
 	if oldest < 0 {
 		return false
 	}
-	delete(l.series, l.order[oldest].name)
+	delete(l.series, l.order[oldest].Name)
 	l.order = slices.Delete(l.order, oldest, oldest+1)
 	return true
 }
@@ -551,7 +560,7 @@ func (l *Ledger) state(now time.Time) State {
 		}
 		saved := Run{Unit: r.unit, Epoch: r.epoch, Boot: cmp.Or(r.boot, l.cfg.Boot), Last: r.last, Time: r.time}
 		if r.series != nil {
-			saved.Series, saved.Overflow = r.series.name, r.series == l.overflow
+			saved.Series, saved.Overflow = r.series.Name, r.series == l.overflow
 		}
 		state.Runs = append(state.Runs, saved)
 	}
@@ -559,5 +568,5 @@ func (l *Ledger) state(now time.Time) State {
 }
 
 func (s *series) public() Series {
-	return Series{Name: s.name, Slice: s.slice, Total: s.total, Start: s.start, Time: s.time, Observed: s.observed}
+	return Series{ID: s.ID, Slice: s.slice, Total: s.total, Start: s.start, Time: s.time, Observed: s.observed}
 }

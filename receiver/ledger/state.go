@@ -16,11 +16,25 @@ type State struct {
 	Journal Position
 }
 
-// Series is the total of one unit name or fold.
-type Series struct {
-	// Name is a unit's name or the pattern of a fold. The overflow series and
-	// those of balances have none.
+// Kind says what a series is of.
+type Kind uint8
+
+const (
+	Unit         Kind = iota // a unit or a fold; Name is the unit's name or the pattern
+	Overflow                 // the units over the limit; no Name
+	Unattributed             // a balance; Name is the slice's
+)
+
+// ID names a series.
+type ID struct {
+	Kind Kind
 	Name string
+}
+
+// Series is the total of one unit name or fold, of the units over the limit, or
+// of what is unattributed in one slice.
+type Series struct {
+	ID
 	// Slice is the slice of the unit, as far as this Ledger has been told; empty
 	// for a fold. It is not restored.
 	Slice string

@@ -1,7 +1,6 @@
 package receiver
 
 import (
-	"encoding/binary"
 	"slices"
 	"strings"
 	"testing"
@@ -68,8 +67,8 @@ func TestForgedSignals(t *testing.T) {
 
 	forge := func(when string) {
 		t.Helper()
-		before := r.healthNow()
-		refused := r.refusedSignals()
+		before := r.source.Health()
+		refused := r.source.Health().Refused
 		sent := int64(0)
 		for _, peer := range peersOf(t, forger) {
 			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitRemoved", "a.service", path)
@@ -82,11 +81,11 @@ func TestForgedSignals(t *testing.T) {
 			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitRemoved", "a.service", path)
 			sent = 7
 		}
-		eventually(t, "all of them have arrived, "+when, func() bool { return r.refusedSignals() == refused+sent })
+		eventually(t, "all of them have arrived, "+when, func() bool { return r.source.Health().Refused == refused+sent })
 		if u := r.unitNamed("a.service"); u.Accounting != "on" || u.Invocation != id(1) {
 			t.Errorf("%s, the unit is %+v", when, u)
 		}
-		if after := r.healthNow(); after.reloads != before.reloads || after.reexecs != before.reexecs || after.dbusErrors != before.dbusErrors {
+		if after := r.source.Health(); after.Reloads != before.Reloads || after.Reexecs != before.Reexecs || after.Errors != before.Errors {
 			t.Errorf("%s, health went from %+v to %+v", when, before, after)
 		}
 	}
@@ -94,7 +93,7 @@ func TestForgedSignals(t *testing.T) {
 	want(t, r.Sweep(t.Context()), "a.service", all(7))
 
 	fake.Restart()
-	eventually(t, "the new owner is noticed", func() bool { return r.healthNow().reexecs == 1 })
+	eventually(t, "the new owner is noticed", func() bool { return r.source.Health().Reexecs == 1 })
 	forge("after another process has become systemd")
 	fake.SetUnit(accounted("a.service", 1, all(20)))
 	want(t, r.Sweep(t.Context()), "a.service", all(20))
@@ -117,108 +116,22 @@ func TestForgedSignalsOfReal(t *testing.T) {
 	path := dbus.ObjectPath(unitPath("forged.service"))
 	for i, change := range [][]string{nil, {"systemctl", "daemon-reload"}, {"systemctl", "daemon-reexec"}} {
 		if change != nil {
-			before := r.healthNow()
+			before := r.source.Health()
 			rig.Run(t, change[0], change[1:]...)
 			eventually(t, "systemd is back", func() bool {
-				h := r.healthNow()
-				return h.reloads+h.reexecs > before.reloads+before.reexecs
+				h := r.source.Health()
+				return h.Reloads+h.Reexecs > before.Reloads+before.Reexecs
 			})
 		}
-		refused := r.refusedSignals()
+		refused := r.source.Health().Refused
 		for _, peer := range peersOf(t, forger) {
 			sendStraight(forger, peer, dbus.TypeSignal, managerPath, managerInterface, "UnitRemoved", "forged.service", path)
 			sendStraight(forger, peer, dbus.TypeSignal, managerPath, managerInterface, "Reloading", true)
 		}
-		eventually(t, "the forged signals have arrived", func() bool { return r.refusedSignals() >= refused+2 })
+		eventually(t, "the forged signals have arrived", func() bool { return r.source.Health().Refused >= refused+2 })
 		before := r.unitNamed("forged.service")
 		if before.Accounting != "on" {
 			t.Errorf("after %d: the unit is %+v", i, before)
 		}
 	}
-}
-
-// TestLargeSignals: what is longer than a signal of systemd's is skipped without
-// being kept, whoever sent it, and the connection goes on.
-func TestLargeSignals(t *testing.T) {
-	w, p := newWire(t)
-	large := func(kind dbus.Type, n int) []byte {
-		m := encode(t, binary.LittleEndian, &dbus.Message{
-			Type: kind, Body: []any{strings.Repeat("x", n)},
-			Headers: map[dbus.HeaderField]dbus.Variant{
-				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath(managerPath)), dbus.FieldInterface: dbus.MakeVariant(managerInterface),
-				dbus.FieldMember: dbus.MakeVariant("UnitNew"),
-			},
-		})
-		return m
-	}
-	go p.read()
-	sent := []int{maxSignal, 1 << 20, 28 << 20}
-	for _, n := range sent {
-		p.send(large(dbus.TypeSignal, n))
-		p.send(large(dbus.TypeMethodCall, n))
-	}
-	// Shorter, but no message: an unknown header field of a type that has no place there.
-	odd := large(dbus.TypeSignal, 10)
-	odd[18] = 'y'
-	p.send(odd)
-	a := newAnswers(t)
-	done := make(chan error, 1)
-	go func() { done <- w.gets(t.Context(), 1, numbered, a.done) }()
-	var calls []peerCall
-	eventually(t, "a call arrives", func() bool { calls = append(calls, p.take()...); return len(calls) == 1 })
-	p.send(getReply(t, binary.LittleEndian, calls[0].serial, uint64(5)))
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	if got, want := w.refused.Load(), int64(2*len(sent)+1); got != want {
-		t.Errorf("%d messages were refused, want %d", got, want)
-	}
-	if cap(w.message) > keepBuffer {
-		t.Errorf("a buffer of %d bytes is kept", cap(w.message))
-	}
-}
-
-// TestOwnerAnnouncedFirst: the answer to who owns the name may be older than an
-// announcement that has been read meanwhile.
-func TestOwnerAnnouncedFirst(t *testing.T) {
-	w := &wire{bus: true}
-	announce := func(owner string) {
-		t.Helper()
-		h, err := parse(encode(t, binary.BigEndian, &dbus.Message{
-			Type: dbus.TypeSignal, Body: []any{systemdName, ":1.1", owner},
-			Headers: map[dbus.HeaderField]dbus.Variant{
-				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath("/org/freedesktop/DBus")), dbus.FieldInterface: dbus.MakeVariant(busInterface),
-				dbus.FieldMember: dbus.MakeVariant("NameOwnerChanged"), dbus.FieldSender: dbus.MakeVariant(busInterface),
-			},
-		}))
-		if err != nil || !w.genuine(h) {
-			t.Fatalf("%v: the bus is not believed", err)
-		}
-	}
-	from := func(sender string) bool {
-		return w.genuine(header{iface: []byte(managerInterface), member: []byte("UnitRemoved"), sender: []byte(sender)})
-	}
-	if from("") || from(":1.1") {
-		t.Error("somebody is believed before systemd is known")
-	}
-	announce(":1.2")
-	w.found(":1.1")
-	if from(":1.1") || !from(":1.2") {
-		t.Error("the older answer has won")
-	}
-	announce("")
-	if from("") || from(":1.2") {
-		t.Error("somebody is believed while nobody has systemd's name")
-	}
-}
-
-// refusedSignals counts the signals that were dropped for their sender or size.
-func (r *Receiver) refusedSignals() int64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	n := r.health.refused
-	if r.bus != nil {
-		n += r.bus.wire.refused.Load()
-	}
-	return n
 }

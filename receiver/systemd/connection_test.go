@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"bufio"
@@ -45,7 +45,7 @@ const promised = 64
 // newWire returns a wire that has shaken hands with a peer over a pipe without
 // any buffer, and whose messages somebody reads as godbus does. Both ends are
 // closed at the end of the test.
-func newWire(t *testing.T) (*wire, *peer) {
+func newWire(t *testing.T) (*connection, *peer) {
 	t.Helper()
 	near, far := net.Pipe()
 	go func() {
@@ -377,16 +377,16 @@ func TestGetsSerialsStartAgain(t *testing.T) {
 // TestGetsEndsWithItsContext: whatever the peer does or leaves undone, gets
 // returns at its deadline, and no reply is delivered after that.
 func TestGetsEndsWithItsContext(t *testing.T) {
-	for name, prepare := range map[string]func(t *testing.T, w *wire, p *peer){
-		"the peer never answers": func(_ *testing.T, _ *wire, p *peer) { go p.read() },
-		"the peer never reads":   func(*testing.T, *wire, *peer) {},
-		"the peer reads half a call": func(_ *testing.T, _ *wire, p *peer) {
+	for name, prepare := range map[string]func(t *testing.T, w *connection, p *peer){
+		"the peer never answers": func(_ *testing.T, _ *connection, p *peer) { go p.read() },
+		"the peer never reads":   func(*testing.T, *connection, *peer) {},
+		"the peer reads half a call": func(_ *testing.T, _ *connection, p *peer) {
 			go func() { _, _ = io.ReadFull(p.conn, make([]byte, 100)) }()
 		},
-		"godbus is stuck in a write": func(_ *testing.T, w *wire, _ *peer) {
+		"godbus is stuck in a write": func(_ *testing.T, w *connection, _ *peer) {
 			go func() { _, _ = w.Write([]byte("a message that nobody reads")) }()
 		},
-		"another caller has its turn": func(t *testing.T, w *wire, p *peer) {
+		"another caller has its turn": func(t *testing.T, w *connection, p *peer) {
 			go p.read()
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			t.Cleanup(cancel)
@@ -438,23 +438,25 @@ func TestWriteIsBounded(t *testing.T) {
 func TestGetsEndsWithTheConnection(t *testing.T) {
 	reply := func(t *testing.T, serial uint32) []byte { return getReply(t, binary.LittleEndian, serial, uint64(1)) }
 	for name, test := range map[string]struct {
-		end  func(t *testing.T, w *wire, p *peer, serial uint32)
+		end  func(t *testing.T, w *connection, p *peer, serial uint32)
 		want error
 	}{
-		"closed by the peer":     {func(_ *testing.T, _ *wire, p *peer, _ uint32) { _ = p.conn.Close() }, io.EOF},
-		"closed by us":           {func(_ *testing.T, w *wire, _ *peer, _ uint32) { _ = w.Close() }, net.ErrClosed},
-		"closed within a header": {func(t *testing.T, _ *wire, p *peer, s uint32) { p.send(reply(t, s)[:9]); _ = p.conn.Close() }, io.EOF},
-		"closed within a body":   {func(t *testing.T, _ *wire, p *peer, s uint32) { p.send(reply(t, s)[:40]); _ = p.conn.Close() }, io.ErrUnexpectedEOF},
-		"closed at a body's last byte": {func(t *testing.T, _ *wire, p *peer, s uint32) {
+		"closed by the peer":     {func(_ *testing.T, _ *connection, p *peer, _ uint32) { _ = p.conn.Close() }, io.EOF},
+		"closed by us":           {func(_ *testing.T, w *connection, _ *peer, _ uint32) { _ = w.Close() }, net.ErrClosed},
+		"closed within a header": {func(t *testing.T, _ *connection, p *peer, s uint32) { p.send(reply(t, s)[:9]); _ = p.conn.Close() }, io.EOF},
+		"closed within a body":   {func(t *testing.T, _ *connection, p *peer, s uint32) { p.send(reply(t, s)[:40]); _ = p.conn.Close() }, io.ErrUnexpectedEOF},
+		"closed at a body's last byte": {func(t *testing.T, _ *connection, p *peer, s uint32) {
 			m := reply(t, s)
 			p.send(m[:len(m)-1])
 			_ = p.conn.Close()
 		}, io.ErrUnexpectedEOF},
-		"garbage": {func(_ *testing.T, _ *wire, p *peer, _ uint32) { p.send(bytes.Repeat([]byte("garbage\xff"), 4)[:16]) }, errMalformed},
-		"a huge message": {func(_ *testing.T, _ *wire, p *peer, _ uint32) {
+		"garbage": {func(_ *testing.T, _ *connection, p *peer, _ uint32) {
+			p.send(bytes.Repeat([]byte("garbage\xff"), 4)[:16])
+		}, errMalformed},
+		"a huge message": {func(_ *testing.T, _ *connection, p *peer, _ uint32) {
 			p.send([]byte("l\x02\x00\x01\xff\xff\xff\xff\x01\x00\x00\x00\x10\x00\x00\x00"))
 		}, errMalformed},
-		"an error without a name": {func(t *testing.T, _ *wire, p *peer, s uint32) {
+		"an error without a name": {func(t *testing.T, _ *connection, p *peer, s uint32) {
 			m := reply(t, s)
 			m[1] = byte(dbus.TypeError)
 			p.send(m)
@@ -578,7 +580,8 @@ func TestWireIsShared(t *testing.T) {
 		})
 	}
 	users.Wait()
-	for range 4 * echoes {
+	// The long ones are longer than any signal of systemd's.
+	for range 4 * (echoes - echoes/10) {
 		select {
 		case s := <-signals:
 			if s.Name != managerInterface+".UnitNew" {

@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"path"
@@ -34,19 +34,19 @@ func TestGlobs(t *testing.T) {
 		{[]string{`a\*`}, `a*`, -1},
 		{[]string{"A*"}, "a.service", -1},
 	} {
-		g, err := parseGlobs(test.patterns)
+		g, err := ParsePatterns(test.patterns)
 		if err != nil {
-			t.Errorf("parseGlobs(%q): %v", test.patterns, err)
+			t.Errorf("ParsePatterns(%q): %v", test.patterns, err)
 			continue
 		}
-		if got := g.index(test.name); got != test.index {
+		if got := g.Index(test.name); got != test.index {
 			t.Errorf("%q matches %q at %d, want %d", test.name, test.patterns, got, test.index)
 		}
 	}
 }
 
 func TestDefaultFoldTakesWhatLivesOnce(t *testing.T) {
-	g, err := parseGlobs(defaultFold())
+	g, err := ParsePatterns([]string{"run-*.service", "run-*.scope", "session-*.scope", "docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +55,7 @@ func TestDefaultFoldTakesWhatLivesOnce(t *testing.T) {
 		"docker-0a1b.scope": true, "libpod-0a1b.scope": true, "cri-containerd-0a1b.scope": true, "crio-0a1b.scope": true,
 		"nginx.service": false, "docker.service": false, "getty@tty1.service": false, "init.scope": false, "run-lock.mount": false,
 	} {
-		if got := g.index(name) >= 0; got != folded {
+		if got := g.Index(name) >= 0; got != folded {
 			t.Errorf("%s is folded: %v, want %v", name, got, folded)
 		}
 	}
@@ -67,7 +67,7 @@ func FuzzGlobs(f *testing.F) {
 		f.Add(p, "a.service")
 	}
 	f.Fuzz(func(t *testing.T, pattern, name string) {
-		g, err := parseGlobs([]string{pattern})
+		g, err := ParsePatterns([]string{pattern})
 		if err != nil {
 			if !strings.Contains(err.Error(), "use *, ?") {
 				t.Fatalf("the error names no next step: %v", err)
@@ -75,10 +75,10 @@ func FuzzGlobs(f *testing.F) {
 			return
 		}
 		if _, err := path.Match(g[0], name); err != nil {
-			t.Fatalf("parseGlobs accepted %q, which fails on %q: %v", pattern, name, err)
+			t.Fatalf("ParsePatterns accepted %q, which fails on %q: %v", pattern, name, err)
 		}
-		if !strings.ContainsAny(pattern, "*?[") && (g.index(name) == 0) != (pattern == name) {
-			t.Fatalf("%q matches %q: %v", pattern, name, g.index(name) == 0)
+		if !strings.ContainsAny(pattern, "*?[") && (g.Index(name) == 0) != (pattern == name) {
+			t.Fatalf("%q matches %q: %v", pattern, name, g.Index(name) == 0)
 		}
 	})
 }
@@ -93,20 +93,6 @@ func TestCounterInterfaces(t *testing.T) {
 	for _, kind := range []string{"", "timer", "target", "device", "path", "automount", "Service"} {
 		if got := CounterInterface(kind); got != "" {
 			t.Errorf("CounterInterface(%q) = %q, want none", kind, got)
-		}
-	}
-}
-
-func TestTopOf(t *testing.T) {
-	for slice, want := range map[string]string{
-		"system.slice": "system.slice", "user-1000.slice": "user.slice", "a-b-c.slice": "a.slice",
-		"-.slice": "", ".slice": "", "": "", `system-serial\x2dgetty.slice`: "system.slice",
-	} {
-		if got := topOf(slice); got != want {
-			t.Errorf("topOf(%q) = %q, want %q", slice, got, want)
-		}
-		if top := want != "" && slice == want; topSlice(slice) != top {
-			t.Errorf("topSlice(%q) = %v", slice, !top)
 		}
 	}
 }

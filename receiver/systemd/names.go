@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"fmt"
@@ -7,20 +7,11 @@ import (
 	"strings"
 )
 
-// DefaultTypes are the unit types that a Receiver meters. Slices are not among
+// DefaultTypes are the unit types that are metered where nothing else is said. Slices are not among
 // them, since a slice contains the traffic of the units in it; the others are
 // disjoint.
 func DefaultTypes() []string {
 	return []string{"service", "scope", "socket", "mount", "swap"}
-}
-
-// defaultFold are the patterns of units that live once and never come back
-// under the same name. Each pattern is one series.
-func defaultFold() []string {
-	return []string{
-		"run-*.service", "run-*.scope", "session-*.scope",
-		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",
-	}
 }
 
 // CounterInterface returns the D-Bus interface that has IPAccounting and the IP
@@ -43,26 +34,26 @@ func CounterInterface(unitType string) string {
 	return ""
 }
 
-// typeOf returns the type of a unit: what follows the last dot of its name.
-func typeOf(unit string) string {
+// TypeOf returns the type of a unit: what follows the last dot of its name.
+func TypeOf(unit string) string {
 	return unit[strings.LastIndexByte(unit, '.')+1:]
 }
 
-// validUnitName reports whether systemd could have such a unit (systemd.unit(5):
+// ValidUnitName reports whether systemd could have such a unit (systemd.unit(5):
 // at most 255 characters of the alphabet below, a non-empty prefix and a type).
-func validUnitName(name string) bool {
+func ValidUnitName(name string) bool {
 	const alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\@"
 	dot := strings.LastIndexByte(name, '.')
 	return dot > 0 && name[0] != '@' && dot < len(name)-1 && len(name) <= 255 && strings.Trim(name, alphabet) == "" &&
 		strings.IndexFunc(name, func(r rune) bool { return !strings.ContainsRune(alphabet, r) }) < 0
 }
 
-// globs is a list of unit name patterns with the wildcards of path.Match. A
+// Patterns is a list of unit name patterns with the wildcards of path.Match. A
 // backslash stands for itself, as in the names of units.
-type globs []string
+type Patterns []string
 
-func parseGlobs(patterns []string) (globs, error) {
-	out := make(globs, 0, len(patterns))
+func ParsePatterns(patterns []string) (Patterns, error) {
+	out := make(Patterns, 0, len(patterns))
 	for _, p := range patterns {
 		escaped := strings.ReplaceAll(p, `\`, `\\`)
 		if _, err := path.Match(escaped, ""); err != nil || p == "" {
@@ -73,10 +64,10 @@ func parseGlobs(patterns []string) (globs, error) {
 	return out, nil
 }
 
-// index returns the position of the first pattern that matches, or -1.
-func (g globs) index(name string) int {
+// Index returns the position of the first pattern that matches, or -1.
+func (g Patterns) Index(name string) int {
 	return slices.IndexFunc(g, func(p string) bool {
-		ok, _ := path.Match(p, name) // the pattern was checked by parseGlobs
+		ok, _ := path.Match(p, name) // the pattern was checked by ParsePatterns
 		return ok
 	})
 }

@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"bytes"
@@ -146,7 +146,7 @@ func wanted(h header) bool {
 	case managerInterface:
 		switch string(h.member) {
 		case "UnitNew", "UnitRemoved":
-			return CounterInterface(typeOf(string(d.string()))) != ""
+			return CounterInterface(TypeOf(string(d.string()))) != ""
 		case "Reloading":
 			return true
 		}

@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"strings"
@@ -91,8 +91,8 @@ func TestValidUnitName(t *testing.T) {
 		"dbus-:1.2-org.freedesktop.problems@0.service", "system-serial\\x2dgetty.slice",
 	} {
 		want := name != "a"
-		if validUnitName(name) != want {
-			t.Errorf("validUnitName(%q) = %v", name, !want)
+		if ValidUnitName(name) != want {
+			t.Errorf("ValidUnitName(%q) = %v", name, !want)
 		}
 	}
 	for _, name := range []string{
@@ -100,8 +100,8 @@ func TestValidUnitName(t *testing.T) {
 		"a b.service", "a/b.service", "a\x00.service", "a\n.service", "é.service", "a\xff.service", "a.serv ice",
 		"a*.service", "a'.service", "a%.service", "a+b.service", "a" + long,
 	} {
-		if validUnitName(name) {
-			t.Errorf("validUnitName(%q) = true", name)
+		if ValidUnitName(name) {
+			t.Errorf("ValidUnitName(%q) = true", name)
 		}
 	}
 }
@@ -110,7 +110,7 @@ func FuzzValidUnitName(f *testing.F) {
 	f.Add("a.service")
 	f.Add("a\xc3.service")
 	f.Fuzz(func(t *testing.T, name string) {
-		if validUnitName(name) && (len(name) > 255 || !utf8.ValidString(name) || strings.ContainsAny(name, "/ \x00\n%\"'*?[")) {
+		if ValidUnitName(name) && (len(name) > 255 || !utf8.ValidString(name) || strings.ContainsAny(name, "/ \x00\n%\"'*?[")) {
 			t.Fatalf("%q passed for a unit name", name)
 		}
 	})

@@ -1,8 +1,7 @@
-package receiver
+package systemd
 
 import (
 	"context"
-	"strings"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -21,11 +20,11 @@ const finalRead = time.Second
 // loaded, until ctx ends. It has a goroutine of its own, so that signals are
 // answered meanwhile; under a burst of ends it reads many in one go. Where a unit
 // is unloaded already, the journal has its last counters.
-func (r *Receiver) readEnded(ctx context.Context, b *bus, ended <-chan []*unit) {
+func (s *Source) readEnded(ctx context.Context, b *bus, ended <-chan []*unit) {
 	for {
 		select {
 		case units := <-ended:
-			r.readFinal(ctx, b, units)
+			s.readFinal(ctx, b, units)
 		case <-ctx.Done():
 			return
 		}
@@ -34,24 +33,28 @@ func (r *Receiver) readEnded(ctx context.Context, b *bus, ended <-chan []*unit) 
 
 // readFinal reads units that have ended. What it does not reach, the next sweep
 // reads.
-func (r *Receiver) readFinal(ctx context.Context, b *bus, units []*unit) {
+func (s *Source) readFinal(ctx context.Context, b *bus, units []*unit) {
 	ctx, cancel := context.WithTimeout(ctx, finalRead)
 	defer cancel()
 	now := time.Now()
 	targets := make([]target, 0, len(units))
-	r.mu.Lock()
+	s.mu.Lock()
 	for _, u := range units {
-		targets = append(targets, r.target(u, now))
+		targets = append(targets, s.target(u, now))
 	}
-	r.mu.Unlock()
-	_ = r.collect(ctx, b, targets)
+	s.mu.Unlock()
+	_ = s.collect(ctx, b, targets)
 }
 
 // placing is the asking for the slices of units.
 type placing struct {
 	places  chan *dbus.Call // answers
 	unasked []*unit         // units that wait for their turn
-	asking  int             // calls without an answer
+	asked   map[dbus.ObjectPath]*run
+}
+
+func newPlacing() placing {
+	return placing{places: make(chan *dbus.Call, maxAsked), asked: map[dbus.ObjectPath]*run{}}
 }
 
 // place asks for the slice of a unit while there is still time: a stop record
@@ -63,21 +66,26 @@ func (f *follower) place(u *unit) {
 
 // askPlaces makes the calls that there is room for.
 func (f *follower) askPlaces() {
-	for f.asking < maxAsked && len(f.unasked) > 0 {
+	for len(f.asked) < maxAsked && len(f.unasked) > 0 {
 		u := f.unasked[0]
 		f.unasked = f.unasked[1:]
 		f.mu.Lock()
-		path := u.run.path
+		r := u.run
 		f.mu.Unlock()
-		f.asking++
-		f.bus.conn.Object(systemdName, dbus.ObjectPath(path)).
+		path := dbus.ObjectPath(r.path)
+		if _, ok := f.asked[path]; ok {
+			continue
+		}
+		f.asked[path] = r
+		f.bus.client.Object(systemdName, path).
 			Go(propertiesInterface+".Get", dbus.FlagNoAutoStart, f.places, u.iface, "Slice")
 	}
 }
 
 // placed takes the answer. A unit that has gone meanwhile has none.
 func (f *follower) placed(call *dbus.Call) {
-	f.asking--
+	r := f.asked[call.Path]
+	delete(f.asked, call.Path)
 	defer f.askPlaces()
 	var v dbus.Variant
 	if call.Err != nil || call.Store(&v) != nil {
@@ -86,10 +94,9 @@ func (f *follower) placed(call *dbus.Call) {
 	name, _ := kept(v.Value())
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if run, ok := f.runs[strings.TrimPrefix(string(call.Path), unitPathPrefix)]; ok {
-		run.slice = name
-		if u, ok := f.units[run.unit]; ok {
-			u.slice = name
-		}
+	r.slice = name
+	f.cfg.Sink.Place(r.unit, r.epoch, name)
+	if u, ok := f.units[r.unit]; ok {
+		u.slice = name
 	}
 }

@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"cmp"
@@ -20,7 +20,7 @@ const (
 // private reports whether PID 1 itself is at an address, and not a bus.
 func private(address string) bool { return strings.HasSuffix(address, "/systemd/private") }
 
-// Addresses returns the D-Bus addresses at which a Receiver with this
+// Addresses returns the D-Bus addresses at which a Source with this
 // configuration looks for systemd, in its order.
 func (cfg Config) Addresses() []string {
 	system := cmp.Or(cfg.SystemBus, UsualSystemBus)
@@ -43,5 +43,5 @@ func Dial(ctx context.Context, address string) (*dbus.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return b.conn, nil
+	return b.client, nil
 }

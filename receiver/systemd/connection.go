@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"bufio"
@@ -50,13 +50,13 @@ const (
 	keepBuffer = 64 << 10
 )
 
-// wire is one D-Bus connection that two users share. godbus speaks through
+// connection is one D-Bus connection that two users share. godbus speaks through
 // Read, Write and Close for everything that is rare: Hello, match rules, unit
 // lists, signals. Sweeps speak through gets, which encodes and decodes
 // thousands of Properties.Get calls in reused buffers. Replies are told apart
 // by their serial numbers. Signals that the inventory has no use for are
 // dropped before godbus decodes them.
-type wire struct {
+type connection struct {
 	conn stream
 	in   *bufio.Reader
 
@@ -106,7 +106,7 @@ type round struct {
 	answered []bool             // by call: a second reply to it says nothing
 }
 
-// stream is what a wire needs of its connection.
+// stream is what a connection needs of its connection.
 type stream interface {
 	io.ReadWriteCloser
 	SetWriteDeadline(time.Time) error
@@ -122,7 +122,7 @@ type property struct {
 // does not look at a message that arrives together with the last line of a
 // handshake until another message follows, so nothing may be sent before its
 // OK is here.
-func dial(ctx context.Context, address string) (*wire, error) {
+func dial(ctx context.Context, address string) (*connection, error) {
 	var tried []error
 	for one := range strings.SplitSeq(address, ";") {
 		name, err := socketName(one)
@@ -197,7 +197,7 @@ func unescape(value string) (string, error) {
 	return b.String(), nil
 }
 
-func handshake(ctx context.Context, conn net.Conn) (*wire, error) {
+func handshake(ctx context.Context, conn net.Conn) (*connection, error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	uid := hex.EncodeToString([]byte(strconv.Itoa(os.Geteuid())))
@@ -212,7 +212,7 @@ func handshake(ctx context.Context, conn net.Conn) (*wire, error) {
 	if !strings.HasPrefix(string(line), "OK ") {
 		return nil, fmt.Errorf("authenticate to D-Bus: the bus answered %q to EXTERNAL as uid %d", strings.TrimSpace(string(line)), os.Geteuid())
 	}
-	w := &wire{
+	w := &connection{
 		conn: conn, in: in, auth: strings.NewReader(""), serial: firstOwnSerial,
 		sending: make(chan struct{}, 1), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1),
 		window: maxInFlight,
@@ -231,7 +231,7 @@ func (external) FirstData() (name, resp []byte, status dbus.AuthStatus) {
 func (external) HandleData([]byte) ([]byte, dbus.AuthStatus) { return nil, dbus.AuthError }
 
 // Write implements io.Writer for godbus, which writes one message at a time.
-func (w *wire) Write(p []byte) (int, error) {
+func (w *connection) Write(p []byte) (int, error) {
 	if !w.authed {
 		switch line := strings.TrimSpace(string(p)); line {
 		case "\x00": // the byte that carries credentials
@@ -253,7 +253,7 @@ func (w *wire) Write(p []byte) (int, error) {
 }
 
 // write sends whole messages. The caller holds sending.
-func (w *wire) write(p []byte, deadline time.Time) error {
+func (w *connection) write(p []byte, deadline time.Time) error {
 	err := w.conn.SetWriteDeadline(deadline)
 	if err == nil {
 		_, err = w.conn.Write(p)
@@ -270,7 +270,7 @@ func (w *wire) write(p []byte, deadline time.Time) error {
 // Read implements io.Reader for godbus: it returns the bytes of the next
 // message that is meant for it, and hands over the others on the way. It runs
 // in godbus's reading goroutine, which ends at the first error.
-func (w *wire) Read(p []byte) (int, error) {
+func (w *connection) Read(p []byte) (int, error) {
 	if w.auth.Len() > 0 {
 		return w.auth.Read(p)
 	}
@@ -298,12 +298,12 @@ func (w *wire) Read(p []byte) (int, error) {
 }
 
 // Close ends the connection; sweeps in progress end with an error.
-func (w *wire) Close() error {
+func (w *connection) Close() error {
 	w.fail(net.ErrClosed)
 	return w.conn.Close()
 }
 
-func (w *wire) fail(err error) {
+func (w *connection) fail(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err == nil {
@@ -313,7 +313,7 @@ func (w *wire) fail(err error) {
 }
 
 // failure says why the connection ended.
-func (w *wire) failure() error {
+func (w *connection) failure() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err == nil {
@@ -325,7 +325,7 @@ func (w *wire) failure() error {
 // next returns the header of the next message, which is in w.message, whole. What
 // nobody asked for is skipped if it is too long or makes no sense: the connection
 // is not to end by another peer's message.
-func (w *wire) next() (header, error) {
+func (w *connection) next() (header, error) {
 	for {
 		h, ok, err := w.nextOne()
 		switch {
@@ -339,7 +339,7 @@ func (w *wire) next() (header, error) {
 }
 
 // nextOne reads one message, or skips it: then ok is false.
-func (w *wire) nextOne() (h header, ok bool, err error) {
+func (w *connection) nextOne() (h header, ok bool, err error) {
 	if cap(w.message) > keepBuffer {
 		w.message = nil
 	}
@@ -375,7 +375,7 @@ func (w *wire) nextOne() (h header, ok bool, err error) {
 // genuine reports whether a signal is from who may send it: systemd, or the bus
 // itself. Match rules do not see to that: anybody on the bus can send a signal
 // straight to this connection. It follows the owner of systemd's name on the way.
-func (w *wire) genuine(h header) bool {
+func (w *connection) genuine(h header) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if string(h.iface) != busInterface {
@@ -394,7 +394,7 @@ func (w *wire) genuine(h header) bool {
 }
 
 // found takes the answer to who owns systemd's name.
-func (w *wire) found(owner string) {
+func (w *connection) found(owner string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.named {
@@ -404,7 +404,7 @@ func (w *wire) found(owner string) {
 
 // dispatch hands a reply to the sweep that waits for it. Replies to calls of
 // an earlier sweep, given up at its deadline, only make room.
-func (w *wire) dispatch(h header) {
+func (w *connection) dispatch(h header) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	r := &w.round
@@ -426,7 +426,7 @@ func (w *wire) dispatch(h header) {
 // replies, it sends the next calls and lets replies pile up. It does so here, in
 // the reading goroutine, since to wake that of the sweep for each batch cost more
 // than the batch.
-func (w *wire) pause() {
+func (w *connection) pause() {
 	w.mu.Lock()
 	room, open, more, over := w.room(), w.round.open, w.round.sent < w.round.size, w.round.size > 0 && w.round.open == 0
 	w.mu.Unlock()
@@ -457,7 +457,7 @@ func (w *wire) pause() {
 }
 
 // wakeUp lets gets look at where its round stands.
-func (w *wire) wakeUp() {
+func (w *connection) wakeUp() {
 	select {
 	case w.wake <- struct{}{}:
 	default:
@@ -469,7 +469,7 @@ func (w *wire) wakeUp() {
 // arrival. Both are called from another goroutine as well, but never after gets
 // has returned. Calls of gets take turns. It ends early with ctx, or with the
 // connection.
-func (w *wire) gets(ctx context.Context, n int, call func(i int) property, done func(i int, r reply)) error {
+func (w *connection) gets(ctx context.Context, n int, call func(i int) property, done func(i int, r reply)) error {
 	select {
 	case w.turn <- struct{}{}:
 		defer func() { <-w.turn }()
@@ -523,7 +523,7 @@ func (w *wire) gets(ctx context.Context, n int, call func(i int) property, done 
 
 // room is how many calls of the round may be sent now: those that there is room
 // for, once half of the earlier ones have been answered. The caller holds mu.
-func (w *wire) room() int {
+func (w *connection) room() int {
 	if w.inFlight > w.window/2 {
 		return 0
 	}
@@ -532,7 +532,7 @@ func (w *wire) room() int {
 
 // refill writes the calls that there is room for at once. The caller holds
 // sending.
-func (w *wire) refill() error {
+func (w *connection) refill() error {
 	w.mu.Lock()
 	r, count := &w.round, w.room()
 	w.out = w.out[:0]

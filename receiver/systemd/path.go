@@ -1,4 +1,4 @@
-package receiver
+package systemd
 
 import (
 	"encoding/hex"

@@ -1,0 +1,246 @@
+package systemd
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+)
+
+const (
+	relistEvery          = 5 * time.Minute
+	reloadTimeout        = 10 * time.Second // Reloading(false) never came (systemd#43200)
+	newUnitPause         = 250 * time.Millisecond
+	propertiesChangedSig = propertiesInterface + ".PropertiesChanged"
+	nameOwnerChangedSig  = "org.freedesktop.DBus.NameOwnerChanged"
+)
+
+// follow connects, lists the units, and follows their signals until the
+// connection or ctx ends. connected says that it got as far as a list.
+func (s *Source) follow(ctx context.Context) (connected bool, err error) {
+	b, err := s.connect(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer func() {
+		s.mu.Lock()
+		s.bus = nil
+		s.health.Refused += b.conn.refused.Load()
+		s.mu.Unlock()
+		_ = b.client.Close() // the reason is in err already
+	}()
+	stop := context.AfterFunc(ctx, func() { _ = b.client.Close() })
+	defer stop()
+
+	if err := s.relist(ctx, b, true); err != nil {
+		return false, err
+	}
+	s.mu.Lock()
+	s.bus, s.listed, s.reloadBegan = b, true, time.Now()
+	recovered := s.broken != nil
+	s.broken = nil
+	select {
+	case <-s.ready:
+	default:
+		close(s.ready)
+	}
+	units := len(s.units)
+	s.mu.Unlock()
+	if recovered {
+		s.log.Info("found systemd again", "units", units)
+	}
+
+	ended := make(chan []*unit)
+	reading, stopReading := context.WithCancel(ctx)
+	var reader sync.WaitGroup
+	reader.Go(func() { s.readEnded(reading, b, ended) })
+	defer reader.Wait()
+	defer stopReading()
+	f := follower{Source: s, bus: b, fresh: map[string]bool{}, placing: newPlacing()}
+	relist := time.NewTicker(relistEvery)
+	defer relist.Stop()
+	for {
+		more := ended
+		if len(f.ended) == 0 {
+			more = nil
+		}
+		select {
+		case signal, ok := <-b.signals:
+			if !ok {
+				if f.reloading && b.private { // which does not survive a reexec
+					f.reloaded(func(h *Health) { h.Reexecs++ })
+				}
+				return true, b.conn.failure()
+			}
+			err = f.handle(ctx, signal)
+		case more <- f.ended:
+			f.ended = nil
+		case call := <-f.places:
+			f.placed(call)
+		case <-f.freshTimer:
+			f.freshTimer = nil
+			if names := slices.Collect(maps.Keys(f.fresh)); len(names) > 0 && f.thaw == nil {
+				clear(f.fresh)
+				_, err = s.refresh(ctx, b, names)
+			}
+		case <-f.thaw:
+			f.reloaded(func(h *Health) { h.Reloads++ })
+			err = s.relist(ctx, b, true)
+		case <-relist.C:
+			if f.thaw == nil {
+				err = s.relist(ctx, b, false)
+			}
+		}
+		if err != nil {
+			return true, err
+		}
+	}
+}
+
+// follower is the state of following the signals of one connection.
+type follower struct {
+	*Source
+	bus *bus
+	// fresh are the units of UnitNew signals that no PropertiesChanged has
+	// followed yet.
+	fresh      map[string]bool
+	freshTimer <-chan time.Time
+	// thaw is not nil during a reload or reexec: UnitRemoved arrives for each
+	// unit then, and means nothing. It fires when the end is overdue.
+	thaw      <-chan time.Time
+	reloading bool // Reloading(true) came, and what it leads to is not known yet
+	// ended are units that have ended and wait for their last reading.
+	ended []*unit
+	placing
+}
+
+func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
+	if !wellFormed(signal) {
+		f.count(func(h *Health) { h.Errors++ })
+		return nil
+	}
+	switch signal.Name {
+	case propertiesChangedSig:
+		if name := unitOfPath(string(signal.Path)); name != "" {
+			properties, _ := argument[map[string]dbus.Variant](signal, 1)
+			delete(f.fresh, name)
+			return f.changed(ctx, name, properties)
+		}
+	case managerInterface + ".UnitNew":
+		if name, ok := argument[string](signal, 0); ok && f.thaw == nil && f.follows(name) {
+			f.noteFresh(name)
+		}
+	case managerInterface + ".UnitRemoved":
+		if name, ok := argument[string](signal, 0); ok && f.thaw == nil {
+			delete(f.fresh, name)
+			f.removed(name)
+		}
+	case managerInterface + ".Reloading":
+		if began, ok := argument[bool](signal, 0); ok && began {
+			f.thaw, f.reloading = time.After(reloadTimeout), true
+			f.mu.Lock()
+			f.reloadBegan = time.Now()
+			f.mu.Unlock()
+		} else if ok {
+			f.reloaded(func(h *Health) { h.Reloads++ })
+			return f.relist(ctx, f.bus, true)
+		}
+	case nameOwnerChangedSig:
+		if owner, ok := argument[string](signal, 2); ok && owner == "" {
+			f.thaw = time.After(reloadTimeout)
+		} else if ok {
+			f.reloading = true // systemd 261 may leave out the signal
+			f.reloaded(func(h *Health) { h.Reexecs++ })
+			// Before systemd 258, one that has lost the bus forgets its
+			// subscribers; one that has not answers with an error.
+			f.bus.client.Object(systemdName, managerPath).Go(managerInterface+".Subscribe", dbus.FlagNoReplyExpected, nil)
+			return f.relist(ctx, f.bus, true)
+		}
+	}
+	return nil
+}
+
+// noteFresh has a unit looked at in a moment.
+func (f *follower) noteFresh(name string) {
+	f.fresh[name] = true
+	if f.freshTimer == nil {
+		f.freshTimer = time.After(newUnitPause)
+	}
+}
+
+// reloaded ends the freeze. The first that tells the end of a reload tells
+// which kind it was.
+func (f *follower) reloaded(count func(*Health)) {
+	f.thaw = nil
+	if f.reloading {
+		f.reloading = false
+		f.count(count)
+	}
+}
+
+// wellFormed reports whether the argument that handle takes has its type.
+func wellFormed(signal *dbus.Signal) (ok bool) {
+	switch signal.Name {
+	case propertiesChangedSig:
+		_, ok = argument[map[string]dbus.Variant](signal, 1)
+	case managerInterface + ".Reloading":
+		_, ok = argument[bool](signal, 0)
+	case nameOwnerChangedSig:
+		_, ok = argument[string](signal, 2)
+	default:
+		_, ok = argument[string](signal, 0)
+	}
+	return ok
+}
+
+// argument returns argument i of a signal if it has the type T.
+func argument[T any](signal *dbus.Signal, i int) (v T, ok bool) {
+	if i < len(signal.Body) {
+		v, ok = signal.Body[i].(T)
+	}
+	return v, ok
+}
+
+// changed takes a PropertiesChanged signal of the Unit interface.
+func (f *follower) changed(ctx context.Context, name string, properties map[string]dbus.Variant) error {
+	s := f.Source
+	if !s.follows(name) {
+		return nil
+	}
+	if _, ok := properties["InvocationID"]; !ok { // systemd before 243
+		_, err := s.refresh(ctx, f.bus, []string{name})
+		return err
+	}
+	s.mu.Lock()
+	var next status
+	if u, ok := s.units[name]; ok {
+		next = u.status
+	}
+	s.mu.Unlock()
+	for property, value := range properties {
+		if err := next.change(property, value.Value()); err != nil {
+			s.count(func(h *Health) { h.Errors++ })
+			return nil
+		}
+	}
+	s.mu.Lock()
+	s.update(name, next)
+	u := s.units[name]
+	unbegun := u != nil && u.run.unbegun
+	unplaced := u != nil && u.slice == ""
+	exited := s.version >= 256 && next.sub == "exited" // see run.parted
+	s.mu.Unlock()
+	switch {
+	case u == nil:
+	case !next.running() || next.restarting() || exited:
+		if !unbegun {
+			f.ended = append(f.ended, u)
+		}
+	case unplaced && next.invocation != "":
+		f.place(u)
+	}
+	return nil
+}

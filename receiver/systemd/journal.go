@@ -1,0 +1,306 @@
+package systemd
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	// stopRecord is the MESSAGE_ID of what PID 1 logs of the resources that a
+	// unit used when it stops (sd-messages.h, SD_MESSAGE_UNIT_RESOURCES).
+	stopRecord = "ae8f7b866b0347b9af31fe1c80b127c0"
+	// A journalctl that ends is started again after journalPause, and once it has
+	// kept ending for journalPatience, after journalRetry and where the journal
+	// then ends. The sum is less than two minutes, for which
+	// a run is remembered after its end.
+	journalPause    = time.Second
+	journalPatience = 10 * time.Second
+	journalRetry    = time.Minute
+)
+
+// Position is a place in the journal: after the last stop record that has been
+// taken. It is a place and no time, since a clock may be set back, and then times
+// before and after are the same.
+type Position struct {
+	Cursor string // of that record; empty if the journal had none so far
+	Boot   string // of that record, else of who looked, as the journal writes it; empty if nobody did
+}
+
+// Record is a stop record: what a run had counted at its end.
+type Record struct {
+	Unit  string
+	Epoch string // the invocation id
+	// Boot is the id of the boot that the run was of; empty for this one.
+	Boot     string
+	Counters Counters
+	// Time is when the record was written, by the wall clock. Ended is the same by
+	// the monotonic clock of this process.
+	Time, Ended time.Time
+}
+
+// JournalConfig says where to go on and who takes the records.
+type JournalConfig struct {
+	// At is the position up to which records have been taken.
+	At Position
+	// BootID is the id of this boot.
+	BootID string
+	// Take takes a record that ends at a position. Nil: there is none, and the
+	// position alone has changed. It is called by the goroutine of Run.
+	Take func(Position, *Record)
+	// Logger gets changes of state. Default: none.
+	Logger *slog.Logger
+	// Command is journalctl and its first arguments. Default: journalctl.
+	Command []string
+}
+
+// Journal follows PID 1's stop records, which have what a unit counted between
+// its last reading and its end. It needs root or the group systemd-journal.
+type Journal struct {
+	cfg     JournalConfig
+	log     *slog.Logger
+	at      Position      // used by Run only
+	located chan struct{} // closed when the position is known, or will not be soon
+	bad     atomic.Int64
+}
+
+// NewJournal returns a Journal that does not read yet.
+func NewJournal(cfg JournalConfig) *Journal {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Command == nil {
+		cfg.Command = []string{"journalctl"}
+	}
+	return &Journal{cfg: cfg, log: cfg.Logger, at: cfg.At, located: make(chan struct{})}
+}
+
+// Bad returns how many records made no sense.
+func (j *Journal) Bad() int64 { return j.bad.Load() }
+
+// Located waits until the position in the journal is known, or will not be known
+// soon, and for ctx at the longest. An agent that is killed after its first commit
+// would begin where the journal ends by then, if the commit did not have it, and
+// leave out what ended meanwhile.
+func (j *Journal) Located(ctx context.Context) {
+	select {
+	case <-j.located:
+	case <-ctx.Done():
+	}
+}
+
+// record is a stop record as journalctl prints it.
+type record struct {
+	Cursor         string `json:"__CURSOR"`
+	Boot           string `json:"_BOOT_ID"`
+	Unit           string `json:"UNIT"`
+	Invocation     string `json:"INVOCATION_ID"`
+	Realtime       string `json:"__REALTIME_TIMESTAMP"`
+	Source         string `json:"_SOURCE_REALTIME_TIMESTAMP"` // when PID 1 wrote it; journald may be late
+	IngressBytes   string `json:"IP_METRIC_INGRESS_BYTES"`
+	IngressPackets string `json:"IP_METRIC_INGRESS_PACKETS"`
+	EgressBytes    string `json:"IP_METRIC_EGRESS_BYTES"`
+	EgressPackets  string `json:"IP_METRIC_EGRESS_PACKETS"`
+}
+
+// Run takes PID 1's stop records until ctx ends. Where journalctl has
+// ended, the next one goes on from the last record. Where that keeps ending, what
+// it cannot read is left out: a run is forgotten two minutes after its end, and
+// would then be counted again.
+func (j *Journal) Run(ctx context.Context) {
+	located := sync.OnceFunc(func() { close(j.located) })
+	defer time.AfterFunc(journalPatience, located).Stop()
+	warned := false
+	var failing time.Time // since when journalctl keeps ending
+	for {
+		began := time.Now()
+		err := j.read(ctx, located)
+		located()
+		// Who ends the agent may end journalctl with it, and first.
+		select {
+		case <-time.After(journalPause):
+		case <-ctx.Done():
+			return
+		}
+		if failing.IsZero() || time.Since(began) > journalPatience {
+			failing = time.Now()
+		}
+		// Who was never let in need not knock ten times.
+		if j.at.Boot != "" && time.Since(failing) < journalPatience {
+			continue
+		}
+		if !warned {
+			warned = true
+			j.log.Warn("no stop records from the journal; the last bytes of short units may be missed (see unitmeter.unattributed)", "err", err)
+		}
+		select {
+		case <-time.After(journalRetry):
+		case <-ctx.Done():
+			return
+		}
+		j.move(Position{}, nil)
+	}
+}
+
+// move takes the position to another place, with the record that ends there.
+func (j *Journal) move(to Position, record *Record) {
+	j.at = to
+	j.cfg.Take(to, record)
+}
+
+// read takes the stop records after the position, until journalctl or ctx
+// ends. At the first start that is where the journal ends: what is before, the
+// counters of running units have, or nobody counted. It calls located
+// when it knows the position.
+func (j *Journal) read(ctx context.Context, located func()) error {
+	switch at := j.at; {
+	case at.Boot == "":
+		last := Position{Boot: j.boot()}
+		note := func(rec record) { last = Position{rec.Cursor, rec.Boot} }
+		if err := j.records(ctx, note, "--lines=1"); err != nil {
+			return err
+		}
+		j.move(last, nil)
+	case at.Boot != j.boot():
+		// What the units of earlier boots sent between the last sweep and the
+		// shutdown is in their stop records only.
+		if err := j.records(ctx, j.take, at.after()...); err != nil {
+			return err
+		}
+	}
+	located()
+	follow := []string{"--follow", "--no-tail", "--boot"}
+	// Nothing of this boot is taken so long as the last record is of another.
+	if at := j.at; at.Boot == j.boot() {
+		follow = append(follow, at.after()...)
+	}
+	err := j.records(ctx, j.take, follow...)
+	return cmp.Or(err, errors.New("follow the journal: journalctl ended"))
+}
+
+// boot is the boot id as the journal writes it.
+func (j *Journal) boot() string { return strings.ReplaceAll(j.cfg.BootID, "-", "") }
+
+// after makes journalctl begin at the position. The record there comes again:
+// with --after-cursor, older versions skip one whatever it is, also where the
+// one of the cursor has been vacuumed.
+func (p Position) after() []string {
+	if p.Cursor == "" {
+		return nil
+	}
+	return []string{"--cursor=" + p.Cursor}
+}
+
+// records runs journalctl until it or ctx ends, and calls take with each
+// stop record. Only PID 1's own count: anybody can log a message with that id.
+func (j *Journal) records(ctx context.Context, take func(record), args ...string) error {
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+	command := slices.Concat(j.cfg.Command, []string{"--system", "--quiet", "--output=json"}, args, []string{"MESSAGE_ID=" + stopRecord, "_PID=1"})
+	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
+	// A group of its own: what interrupts the agent leaves it the last records.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	var stderr bytes.Buffer
+	cmd.Stderr = &limited{&stderr, 4096}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return fmt.Errorf("run journalctl: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("run journalctl: %w", err)
+	}
+	lines := bufio.NewScanner(out)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var rec record
+		if json.Unmarshal(lines.Bytes(), &rec) != nil {
+			j.bad.Add(1)
+			continue
+		}
+		take(rec)
+	}
+	if lines.Err() != nil {
+		end() // it may still run, and wait for its reader
+	}
+	if err := errors.Join(lines.Err(), cmd.Wait()); err != nil {
+		return fmt.Errorf("read the journal: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return nil
+}
+
+// limited writes the first n bytes and discards the rest.
+type limited struct {
+	w io.Writer
+	n int
+}
+
+func (l *limited) Write(p []byte) (int, error) {
+	keep := p[:min(len(p), l.n)]
+	l.n -= len(keep)
+	if _, err := l.w.Write(keep); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// take takes one stop record.
+func (j *Journal) take(rec record) {
+	if rec.Cursor == j.at.Cursor {
+		return // the one that the reading began with
+	}
+	to := Position{rec.Cursor, rec.Boot}
+	counters, at, err := rec.counters()
+	if err != nil || !ValidUnitName(rec.Unit) {
+		j.bad.Add(1)
+		j.move(to, nil)
+		return
+	}
+	written, _ := strconv.ParseInt(cmp.Or(rec.Source, rec.Realtime), 10, 64)
+	now := time.Now()
+	record := Record{
+		Unit: rec.Unit, Epoch: rec.Invocation, Counters: counters, Time: at,
+		Ended: now.Add(-now.Sub(time.UnixMicro(written))),
+	}
+	if rec.Boot != j.boot() {
+		record.Boot = rec.Boot
+	}
+	j.move(to, &record)
+}
+
+// counters returns what the record says of the run, and when it was written.
+func (rec *record) counters() (final Counters, at time.Time, err error) {
+	if len(rec.Invocation) != 32 {
+		return final, at, fmt.Errorf("read a stop record: the invocation id is %q", rec.Invocation)
+	}
+	for _, field := range []struct {
+		text string
+		to   *uint64
+	}{
+		{rec.IngressBytes, &final.IngressBytes}, {rec.IngressPackets, &final.IngressPackets},
+		{rec.EgressBytes, &final.EgressBytes}, {rec.EgressPackets, &final.EgressPackets},
+	} {
+		if field.text != "" && err == nil {
+			*field.to, err = strconv.ParseUint(field.text, 10, 63)
+		}
+	}
+	var usec int64
+	if err == nil {
+		usec, err = strconv.ParseInt(rec.Realtime, 10, 64)
+	}
+	return final, time.UnixMicro(usec), err
+}

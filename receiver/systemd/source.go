@@ -1,0 +1,278 @@
+package systemd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Config says where systemd is and which units to read.
+type Config struct {
+	// Bus is "private" for PID 1's own socket (root only, half the cost),
+	// "system" for the system bus, a D-Bus address, or "auto" for the private
+	// socket where it can be opened and else the system bus. Default: auto.
+	Bus string
+	// SystemBus is the D-Bus address of the system bus. Default:
+	// UsualSystemBus.
+	SystemBus string
+	// Types are the unit types to list, such as "service".
+	Types []string
+	// Metered reports whether a unit of any of Types is metered. It is called
+	// with valid names only, and must not call the Source.
+	Metered func(unit string) bool
+	// Balanced reports whether a unit is a slice that is read beside the units in
+	// it, metered or not. Under the same conditions as Metered.
+	Balanced func(unit string) bool
+	// Known reports whether an earlier Source has read a run. Nil: none.
+	Known func(epoch string) bool
+	// BootID is the id of this boot. It names the runs of units that have no
+	// invocation id.
+	BootID string
+	// Sink takes what is read. It must not call the Source.
+	Sink Sink
+	// Logger gets changes of state. Default: none.
+	Logger *slog.Logger
+}
+
+// Sink takes what a Source reads. Its methods are called one at a time, in the
+// order in which things happened, while the Source's lock is held.
+type Sink interface {
+	// Credit takes a reading. It returns whether a counter was lower than at the
+	// last reading of the run.
+	Credit(Reading) (fell bool)
+	// Restart says that the counters of a run begin again at 0, though they may
+	// not be seen to fall.
+	Restart(epoch string, at time.Time)
+	// Place says which slice a unit is in that has not been read so far.
+	Place(unit, epoch, slice string)
+}
+
+// Counters are the four IP accounting counters of one unit, under systemd's
+// names (IPIngressBytes, IPIngressPackets, IPEgressBytes, IPEgressPackets).
+// Bytes are counted at the IP layer, headers included; packets are counted
+// before segmentation offload splits them, so they are not wire packets.
+type Counters struct {
+	IngressBytes   uint64
+	IngressPackets uint64
+	EgressBytes    uint64
+	EgressPackets  uint64
+}
+
+// lower reports whether any of the four counters is below that of d.
+func (c Counters) lower(d Counters) bool {
+	return c.IngressBytes < d.IngressBytes || c.IngressPackets < d.IngressPackets ||
+		c.EgressBytes < d.EgressBytes || c.EgressPackets < d.EgressPackets
+}
+
+// Reading is the counters of one run of a unit at one time.
+type Reading struct {
+	Unit  string
+	Epoch string // names the run: its invocation id, or "BOOT/UNIT" without one
+	// Slice is the slice of the unit; empty while nobody knows.
+	Slice    string
+	Counters Counters
+	// Start is the moment from which Counters count, as far as systemd says.
+	Start time.Time
+	// Asked and Time are the moments between which the counters were read.
+	Asked, Time time.Time
+	// Final says that the run was over by then.
+	Final bool
+	// Young says that the unit came up after the first list.
+	Young bool
+	// Unmetered says that the unit is a top-level slice that is not metered.
+	Unmetered bool
+}
+
+// Unit is what is known of one loaded unit of a metered type.
+type Unit struct {
+	Name string
+	// Accounting is on, off (IPAccounting=no), no_data (nothing to count),
+	// lost (systemd lost the counters), failed (reading made no sense) or
+	// unknown (not read yet).
+	Accounting string
+	// Counters are systemd's own, as read last at Time; they count from Start.
+	// All three are zero unless Accounting is on.
+	Counters    Counters
+	Start, Time time.Time
+	// Invocation is the id of the run that is counted, empty for the few units
+	// that have none.
+	Invocation string
+	// Slice is the slice that the unit is in, empty before its first reading.
+	Slice string
+}
+
+// Health counts what went wrong since New.
+type Health struct {
+	Errors     int64 // failed calls and replies that made no sense
+	Refused    int64 // signals that were not systemd's
+	Reconnects int64
+	Reloads    int64
+	Reexecs    int64
+	BadNames   int64 // units skipped for an impossible name
+}
+
+// Source reads the IP accounting of systemd's units over D-Bus. Run keeps it
+// connected. Its methods may be called from several goroutines at the same time,
+// but Read by one at a time.
+type Source struct {
+	cfg   Config
+	log   *slog.Logger
+	ready chan struct{} // closed when the units have been listed once
+
+	// mu guards what follows. It is held for as long as a message takes to be
+	// worked into it, and never while systemd is waited for.
+	mu     sync.Mutex
+	bus    *bus // nil while not connected
+	broken error
+	listed bool // the units have been listed once
+	// reloadBegan is when systemd last began to reload or re-execute itself, or
+	// may have while nobody was connected.
+	reloadBegan time.Time
+	units       map[string]*unit // the metered units that are loaded, by name
+	version     int              // of systemd, the major one; 0 if not known
+	said        map[string]int   // what the sweep in progress has logged, see say
+	health      Health
+}
+
+// New returns a Source that is not connected yet.
+func New(cfg Config) *Source {
+	cfg.Bus = cmp.Or(cfg.Bus, "auto")
+	cfg.SystemBus = cmp.Or(cfg.SystemBus, UsualSystemBus)
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Known == nil {
+		cfg.Known = func(string) bool { return false }
+	}
+	return &Source{cfg: cfg, log: cfg.Logger, ready: make(chan struct{}), units: map[string]*unit{}, said: map[string]int{}}
+}
+
+// Run connects to systemd and follows its signals until ctx ends, connecting
+// again with growing pauses whenever the connection is lost. It returns
+// ctx.Err(). It must be called once.
+func (s *Source) Run(ctx context.Context) error {
+	const shortest, longest = 250 * time.Millisecond, 15 * time.Second
+	pause := shortest
+	for {
+		connected, err := s.follow(ctx)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		s.mu.Lock()
+		first := s.broken == nil
+		s.broken = err
+		s.health.Reconnects++
+		s.mu.Unlock()
+		if connected {
+			pause = shortest
+		}
+		if first {
+			s.log.Warn("lost systemd; trying again", "err", err)
+		}
+		select {
+		case <-time.After(pause/2 + rand.N(pause/2)):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		pause = min(2*pause, longest)
+	}
+}
+
+// Ready waits until the units have been listed for the first time. Where ctx
+// ends before, the error says why there is no connection.
+func (s *Source) Ready(ctx context.Context) error {
+	select {
+	case <-s.ready:
+		return nil
+	case <-ctx.Done():
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return errors.Join(s.broken, ctx.Err()) // the cause first
+	}
+}
+
+// Listed reports whether the units have been listed for the first time.
+func (s *Source) Listed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.listed
+}
+
+// Each calls f for each loaded unit that has a run, and says whether that is
+// still being read. f must not call the Source.
+func (s *Source) Each(f func(unit, epoch string, reading bool)) {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range s.units {
+		if u.run != nil {
+			f(u.name, u.run.epoch, u.run.beingRead(now))
+		}
+	}
+}
+
+// Units returns the loaded units of the metered types as they were read last, in
+// the order of their names.
+func (s *Source) Units() []Unit {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	units := make([]Unit, 0, len(s.units))
+	for _, u := range s.units {
+		if u.unmetered {
+			continue
+		}
+		info := Unit{Name: u.name, Accounting: u.state.String(), Invocation: u.status.invocation, Slice: u.slice}
+		if u.state == accountingOn {
+			info.Counters, info.Start, info.Time = u.run.last, u.run.start, u.run.time
+		}
+		units = append(units, info)
+	}
+	slices.SortFunc(units, func(a, b Unit) int { return strings.Compare(a.Name, b.Name) })
+	return units
+}
+
+// States returns the values of Unit.Accounting, and how many units are in each.
+func (s *Source) States() (names []string, counts []int64) {
+	names, counts = accountingNames[:], make([]int64, len(accountingNames))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range s.units {
+		if !u.unmetered {
+			counts[u.state]++
+		}
+	}
+	return names, counts
+}
+
+// Accounted returns how many units there are and how many of them have counters.
+func (s *Source) Accounted() (units, accounted int) {
+	_, counts := s.States()
+	for _, n := range counts {
+		units += int(n)
+	}
+	return units, int(counts[accountingOn])
+}
+
+// Health returns what went wrong so far.
+func (s *Source) Health() Health {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.health
+	if s.bus != nil {
+		h.Refused += s.bus.conn.refused.Load()
+	}
+	return h
+}
+
+// count changes the health.
+func (s *Source) count(f func(*Health)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f(&s.health)
+}

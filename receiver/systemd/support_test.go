@@ -1,0 +1,164 @@
+package systemd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
+)
+
+// booted is the one rig that all tests of this package share: booted by the first
+// that asks, from the tree in UNITMETER_TEST_ROOT if that is set, and closed by
+// TestMain.
+var booted struct {
+	once sync.Once
+	rig  *systemdtest.Rig
+	err  error
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if booted.rig != nil {
+		if err := booted.rig.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = max(code, 1)
+		}
+	}
+	os.Exit(code)
+}
+
+// theRig returns the shared rig. Where there can be none, the test is skipped
+// with the reason, or fails if UNITMETER_TEST_NO_SKIP is set.
+func theRig(t testing.TB) *systemdtest.Rig {
+	t.Helper()
+	booted.once.Do(func() {
+		booted.rig, booted.err = systemdtest.Boot(context.Background(), systemdtest.Config{Root: os.Getenv("UNITMETER_TEST_ROOT")})
+	})
+	if errors.Is(booted.err, errors.ErrUnsupported) && os.Getenv("UNITMETER_TEST_NO_SKIP") == "" {
+		t.Skip(booted.err)
+	}
+	if booted.err != nil {
+		t.Fatal(booted.err)
+	}
+	return booted.rig
+}
+
+// sums is a Sink that adds up what a Source reads, by unit, as simply as can be.
+type sums struct {
+	mu     sync.Mutex
+	last   map[string]Counters // by epoch
+	asked  map[string]time.Time
+	totals map[string]Counters // by unit
+	falls  int
+}
+
+// Credit implements Sink.
+func (s *sums) Credit(r Reading) (fell bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.asked[r.Epoch].After(r.Asked) {
+		return false
+	}
+	last := s.last[r.Epoch]
+	if fell = r.Counters.lower(last); fell {
+		last = Counters{}
+		s.falls++
+	}
+	total := s.totals[r.Unit]
+	total.IngressBytes += r.Counters.IngressBytes - last.IngressBytes
+	total.IngressPackets += r.Counters.IngressPackets - last.IngressPackets
+	total.EgressBytes += r.Counters.EgressBytes - last.EgressBytes
+	total.EgressPackets += r.Counters.EgressPackets - last.EgressPackets
+	s.totals[r.Unit], s.last[r.Epoch] = total, r.Counters
+	return fell
+}
+
+// Restart implements Sink.
+func (s *sums) Restart(epoch string, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last[epoch], s.asked[epoch] = Counters{}, at
+}
+
+// Place implements Sink.
+func (s *sums) Place(string, string, string) {}
+
+// record takes a stop record as a reading.
+func (s *sums) record(_ Position, r *Record) {
+	if r == nil {
+		return
+	}
+	s.mu.Lock()
+	last := s.last[r.Epoch]
+	s.mu.Unlock()
+	if !r.Counters.lower(last) {
+		s.Credit(Reading{Unit: r.Unit, Epoch: r.Epoch, Counters: r.Counters, Asked: time.Now()})
+	}
+}
+
+func (s *sums) of(unit string) Counters {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.totals[unit]
+}
+
+// start starts a Source of all services, or of those given, and waits until it has
+// listed the units. It ends with the test.
+func start(t testing.TB, bus string, units ...string) (*Source, *sums) {
+	t.Helper()
+	sink := &sums{last: map[string]Counters{}, asked: map[string]time.Time{}, totals: map[string]Counters{}}
+	s := New(Config{
+		Bus: bus, Types: []string{"service"}, BootID: "boot", Sink: sink,
+		Metered: func(unit string) bool {
+			return strings.HasSuffix(unit, ".service") && (len(units) == 0 || slices.Contains(units, unit))
+		},
+		Balanced: func(string) bool { return false },
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run returned %v", err)
+		}
+	})
+	ready, stop := context.WithTimeout(t.Context(), patience)
+	defer stop()
+	if err := s.Ready(ready); err != nil {
+		t.Fatal(err)
+	}
+	return s, sink
+}
+
+// accounted is a running unit with counters, in which every number is n.
+func accounted(name string, invocation int, n uint64) systemdtest.Unit {
+	return systemdtest.Unit{
+		Name: name, InvocationID: fmt.Sprintf("%032x", invocation), Accounting: true, Started: time.Now().Add(-time.Minute),
+		IngressBytes: n, IngressPackets: n, EgressBytes: n, EgressPackets: n,
+	}
+}
+
+// all are counters in which every number is n.
+func all(n uint64) Counters { return Counters{n, n, n, n} }
+
+// patience is how long tests wait for what must come. It is what no machine
+// needs, however loaded: tests are about what comes, and not about when.
+const patience = 2 * time.Minute
+
+// eventually waits until ok. It fails the test when that never comes.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it never came to this: %s", what)
+		}
+	}
+}
