@@ -33,9 +33,11 @@ func findRoot(dir string) (string, error) {
 }
 
 // cgroupID returns the id of the cgroup with a directory, 0 if there is none.
-func cgroupID(dir string) uint64 {
+func cgroupID(dir string) uint64 { return inode(dir) }
+
+func inode(path string) uint64 {
 	var st unix.Stat_t
-	if unix.Stat(dir, &st) != nil {
+	if unix.Stat(path, &st) != nil {
 		return 0
 	}
 	return st.Ino
@@ -72,7 +74,7 @@ func walkCgroups(ctx context.Context, root string, visit func(id uint64, path st
 
 // invocation reads the id of the run of a unit, "" if it cannot.
 func invocation(root string, id uint64, path string, c Cgroup) string {
-	if c.Unit == "" {
+	if c.Unit == "" || root == "" {
 		return ""
 	}
 	var value [64]byte

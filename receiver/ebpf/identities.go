@@ -32,6 +32,7 @@ type identities struct {
 // record is what the Reader remembers of an entry. Times are of CLOCK_BOOTTIME.
 type record struct {
 	identity *Identity
+	late     bool // an entry was deleted before
 	born     uint64
 	packets  uint64
 	changed  uint64 // when a reading saw the last packet
@@ -139,7 +140,7 @@ func (r *Reader) delete(m *Meter, now uint64) error {
 	}
 	switch {
 	case err == nil:
-		m.Received, m.Sent = countersOf(&e.Counts[received]), countersOf(&e.Counts[sent])
+		m.Born, m.Received, m.Sent = e.Born, countersOf(&e.Counts[received]), countersOf(&e.Counts[sent])
 	case !errors.Is(err, ebpf.ErrKeyNotExist): // else another reader was first
 		return explain(fmt.Errorf("delete the entry of cgroup %d: %w; open the meter with ReadOnly", id, err))
 	}

@@ -11,6 +11,7 @@ typedef unsigned int __u32;
 typedef unsigned long long __u64;
 
 #define SEC(name) __attribute__((section(name), used))
+#define barrier(pointer) __asm__ volatile("" : "+r"(pointer))
 #define always_inline inline __attribute__((always_inline))
 
 /* How a map is described to the loader. */

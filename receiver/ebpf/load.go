@@ -51,7 +51,7 @@ func load(ctx context.Context, cfg LoadConfig) (loaded Loaded, err error) {
 	c := counter{root: root}
 	defer c.close() // what is pinned stays
 	pins := filepath.Join(dir, layout)
-	c.maps, err = openMaps(pins, false)
+	c.maps, err = openMaps(pins, meterMapMeters, meterMapNames, meterMapLost, meterMapInfo)
 	switch {
 	case err == nil:
 		loaded.Updated = true

@@ -19,6 +19,8 @@
  */
 #define PATH_SIZE 424
 
+#define MAX_ROOT_LEVEL 255
+
 enum direction { RECEIVED, SENT, DIRECTIONS };
 enum device { OTHER, LOOPBACK, DEVICES };
 
@@ -171,20 +173,23 @@ static always_inline void count_segments(struct __sk_buff *skb, struct counts *c
 
 static always_inline int count(struct __sk_buff *skb, enum direction direction)
 {
-	/* The loopback device is number 1 in each network namespace. */
-	__u32 device = skb->ifindex == 1 ? LOOPBACK : OTHER, segment = skb->gso_size;
 	struct entry *e = entry_of(skb_cgroup_id(skb));
+	__u32 segment = skb->gso_size;
 	struct counts *c;
 
 	if (e) {
-		c = &e->counts[direction][device];
+		c = e->counts[direction];
 	} else {
 		struct lost *l = map_lookup(&lost, &only);
 
 		if (!l)
 			return 1;
-		c = &l->counts[direction][device];
+		c = l->counts[direction];
 	}
+	/* The verifier wants the check for NULL before the addition below. */
+	barrier(c);
+	/* The loopback device is number 1 in each network namespace. */
+	c += skb->ifindex == 1 ? LOOPBACK : OTHER;
 	__sync_fetch_and_add(&c->bytes, skb->len);
 	__sync_fetch_and_add(&c->packets, 1);
 	if (segment)
@@ -204,13 +209,18 @@ int egress(struct __sk_buff *skb)
 	return count(skb, SENT);
 }
 
-/* The id of the ancestor at a level, which is not below that of the cgroup. */
-static always_inline __u64 ancestor(struct cgroup *cgroup, int level)
+/*
+ * The id of the ancestor at a level, which is not below that of the cgroup. The
+ * verifier wants a bound to a level that it does not know.
+ */
+static always_inline __u64 ancestor(struct cgroup *cgroup, __u32 level)
 {
 	struct cgroup *a = 0;
 	struct kernfs_node *kn = 0;
 	__u64 id = 0;
 
+	if (level > MAX_ROOT_LEVEL)
+		return 0;
 	if (field_exists(cgroup->ancestors)) {
 		probe_read_kernel(&a, sizeof(a), &cgroup->ancestors[level]);
 		probe_read_kernel(&kn, sizeof(kn), &a->kn);

@@ -74,6 +74,8 @@ type Sweep struct {
 	// Detached is true when the pins are gone or are others: these maps count no
 	// more. Close, and Open again.
 	Detached bool
+	// Deletion is why an entry could not be deleted, or nil. The Sweep is complete.
+	Deletion error
 }
 
 // Meter is the counters of one cgroup, without those of cgroups below it.
@@ -85,7 +87,7 @@ type Meter struct {
 	// with another Born starts at zero.
 	Born           uint64
 	Received, Sent Counters
-	// Gone is true when the cgroup has been removed. Sockets that outlive it may
+	// Gone is true when the cgroup has been removed or has no name. Sockets that outlive it may
 	// still add to the counters.
 	Gone bool
 	// Deleted is true when this Read deleted the entry: these are its last values.

@@ -28,7 +28,7 @@ const unfinished = layout + "-new"
 
 var layouts = regexp.MustCompile(`^v[0-9]+$`)
 
-// mapModes are the pinned maps: those for the reader to delete from, and the rest.
+// mapModes are the pinned maps: those that the reader deletes from, and the rest.
 // A pin gets the group of who makes it.
 var mapModes = map[string]fs.FileMode{
 	meterMapMeters: 0o660,
@@ -96,8 +96,9 @@ func otherLayouts(dir string) ([]string, error) {
 	return others, nil
 }
 
-// openMaps opens the maps that are pinned in dir, without scratch.
-func openMaps(dir string, readOnly bool) (maps meterMaps, err error) {
+// openMaps opens the maps that are pinned in dir, without scratch: those of the
+// given names to be written to, the others to be read.
+func openMaps(dir string, writable ...string) (maps meterMaps, err error) {
 	defer func() {
 		if err != nil {
 			closeMaps(maps)
@@ -110,7 +111,7 @@ func openMaps(dir string, readOnly bool) (maps meterMaps, err error) {
 	for name, to := range map[string]**ebpf.Map{
 		meterMapMeters: &maps.Meters, meterMapNames: &maps.Names, meterMapLost: &maps.Lost, meterMapInfo: &maps.Info,
 	} {
-		opts := ebpf.LoadPinOptions{ReadOnly: readOnly || mapModes[name]&0o20 == 0}
+		opts := ebpf.LoadPinOptions{ReadOnly: !slices.Contains(writable, name)}
 		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), &opts)
 		if err != nil {
 			return maps, fmt.Errorf("open the map %s: %w", name, err)

@@ -30,8 +30,7 @@ type Reader struct {
 	info       meterInfo
 	prefix     string // of the paths in names
 	bootID     string
-	pin        string // path of the pinned meters; "" with Attach
-	pinID      uint64
+	pin        pin
 	identities identities
 	deleter    deleter
 	keys       []uint64
@@ -39,11 +38,23 @@ type Reader struct {
 	meters     []Meter
 }
 
+// pin is the pin of the meters that were opened. With Attach there is none.
+type pin struct {
+	path  string
+	inode uint64
+}
+
+func (p pin) gone() bool { return p.path != "" && inode(p.path) != p.inode }
+
 // Open opens the pinned maps. From Linux 5.19 on it needs no capability, but read
 // and write access to the pins, or read access for ReadOnly.
 func Open(cfg Config) (*Reader, error) {
 	pins := filepath.Join(cmp.Or(cfg.Dir, DefaultDir), layout)
-	maps, err := openMaps(pins, cfg.ReadOnly)
+	var writable []string
+	if !cfg.ReadOnly {
+		writable = []string{meterMapMeters, meterMapNames}
+	}
+	maps, err := openMaps(pins, writable...)
 	if err != nil {
 		err = explain(err)
 		others, _ := otherLayouts(filepath.Dir(pins)) // a better reason only
@@ -52,7 +63,8 @@ func Open(cfg Config) (*Reader, error) {
 		}
 		return nil, fmt.Errorf("open the meter: %w", err)
 	}
-	r := &Reader{maps: maps, pin: filepath.Join(pins, meterMapMeters)}
+	path := filepath.Join(pins, meterMapMeters)
+	r := &Reader{maps: maps, pin: pin{path, inode(path)}}
 	if err := r.prepare(cfg); err != nil {
 		closeMaps(maps)
 		return nil, fmt.Errorf("open the meter: %w", err)
@@ -90,20 +102,17 @@ func (r *Reader) prepare(cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("read the id of the boot: %w", err)
 	}
-	if r.root, err = findRoot(cfg.Root); err != nil {
-		return err
-	}
 	if err := r.maps.Info.Lookup(uint32(0), &r.info); err != nil {
 		return explain(fmt.Errorf("read the root of the meter: %w", err))
+	}
+	if r.root, err = findRoot(cfg.Root); err != nil && (cfg.Root != "" || r.info.Naming == 0) {
+		return err
 	}
 	if r.info.Root != 1 {
 		var n meterName
 		if err := r.maps.Names.Lookup(r.info.Root, &n); err == nil {
 			r.prefix = strings.TrimSuffix(n.path(), "/")
 		}
-	}
-	if r.pin != "" {
-		r.pinID = cgroupID(r.pin)
 	}
 	size := min(batchSize, int(r.maps.Meters.MaxEntries()))
 	r.keys, r.entries = make([]uint64, size), make([]meterEntry, size)
@@ -155,7 +164,7 @@ func (r *Reader) read() (Sweep, error) {
 			return Sweep{}, err
 		}
 	}
-	born := clock.Add(-time.Duration(now)) // when the boot clock was 0
+	booted := clock.Add(-time.Duration(now))
 	r.meters = r.meters[:0]
 	var cursor ebpf.MapBatchCursor
 	for more := true; more; {
@@ -167,28 +176,25 @@ func (r *Reader) read() (Sweep, error) {
 		for i, id := range r.keys[:n] {
 			rec := r.identities.known[id]
 			if rec == nil {
-				rec = r.identify(id, &r.entries[i], paths, born)
+				rec = r.identify(id, &r.entries[i], paths, booted)
 			}
 			r.meters = append(r.meters, r.meter(rec, &r.entries[i], paths, now))
 		}
-	}
-	inUse := len(r.meters)
-	deleted, err := r.deleter.run(r, now)
-	if err != nil {
-		return Sweep{}, err
-	}
-	r.identities.expire(len(r.meters)-deleted, now)
-	sweep := Sweep{
-		Time: clock, BootID: r.bootID, Since: born.Add(time.Duration(r.info.Loaded)), RootID: r.info.Root,
-		Meters: r.meters, Entries: inUse - deleted, MaxEntries: int(r.maps.Meters.MaxEntries()),
-		Detached: r.pin != "" && cgroupID(r.pin) != r.pinID,
 	}
 	var l meterLost
 	if err := r.maps.Lost.Lookup(uint32(0), &l); err != nil {
 		return Sweep{}, explain(fmt.Errorf("look up what was lost: %w", err))
 	}
-	sweep.Lost = Lost{Received: countersOf(&l.Counts[received]), Sent: countersOf(&l.Counts[sent]), Names: l.Names}
-	return sweep, nil
+	// From here on nothing may fail: what is deleted exists in the Sweep alone.
+	deleted, deletion := r.deleter.run(r, now)
+	r.identities.expire(len(r.meters)-deleted, now)
+	return Sweep{
+		Time: clock, BootID: r.bootID, Since: booted.Add(time.Duration(r.info.Loaded)), RootID: r.info.Root,
+		Meters:  r.meters,
+		Lost:    Lost{Received: countersOf(&l.Counts[received]), Sent: countersOf(&l.Counts[sent]), Names: l.Names},
+		Entries: len(r.meters) - deleted, MaxEntries: int(r.maps.Meters.MaxEntries()),
+		Detached: r.pin.gone(), Deletion: deletion,
+	}, nil
 }
 
 // walk finds the paths of all cgroups, where the kernel does not name them.
@@ -202,11 +208,11 @@ func (r *Reader) walk() (map[uint64]string, error) {
 }
 
 // identify finds out who a cgroup is, at its first sight.
-func (r *Reader) identify(id uint64, e *meterEntry, paths map[uint64]string, born time.Time) *record {
+func (r *Reader) identify(id uint64, e *meterEntry, paths map[uint64]string, booted time.Time) *record {
 	rec := &record{}
 	r.identities.known[id] = rec
 	if d, ok := r.identities.deleted[id]; ok { // late traffic
-		rec.identity = d.identity
+		rec.identity, rec.late = d.identity, true
 		delete(r.identities.deleted, id)
 		return rec
 	}
@@ -220,7 +226,7 @@ func (r *Reader) identify(id uint64, e *meterEntry, paths map[uint64]string, bor
 			path = "/"
 		}
 		if n.Made != 0 {
-			identity.Made = born.Add(time.Duration(n.Made))
+			identity.Made = booted.Add(time.Duration(n.Made))
 		}
 	}
 	if !ok {
@@ -244,7 +250,9 @@ func (r *Reader) meter(rec *record, e *meterEntry, paths map[uint64]string, now 
 		Identity: rec.identity, Born: e.Born, Gone: e.Gone != 0,
 		Received: countersOf(&e.Counts[received]), Sent: countersOf(&e.Counts[sent]),
 	}
-	if paths != nil {
+	if rec.late {
+		m.Gone = true // whatever the entry says that came between two deletions
+	} else if paths != nil {
 		m.Gone = paths[rec.identity.ID] == ""
 	} else if !rec.identity.Named {
 		// Its name went while its first packet came, or there was no room for it. If
