@@ -30,6 +30,7 @@ type Reader struct {
 	info       meterInfo
 	prefix     string // of the paths in names
 	bootID     string
+	since      time.Time
 	pin        pin
 	identities identities
 	deleter    deleter
@@ -105,6 +106,11 @@ func (r *Reader) prepare(cfg Config) error {
 	if err := r.maps.Info.Lookup(uint32(0), &r.info); err != nil {
 		return explain(fmt.Errorf("read the root of the meter: %w", err))
 	}
+	now, err := bootTime()
+	if err != nil {
+		return err
+	}
+	r.since = time.Now().Round(0).Add(time.Duration(r.info.Loaded) - time.Duration(now))
 	if r.root, err = findRoot(cfg.Root); err != nil && (cfg.Root != "" || r.info.Naming == 0) {
 		return err
 	}
@@ -153,7 +159,7 @@ func (r *Reader) Read() (Sweep, error) {
 }
 
 func (r *Reader) read() (Sweep, error) {
-	clock := time.Now()
+	clock := time.Now().Round(0) // the wall clock alone
 	now, err := bootTime()
 	if err != nil {
 		return Sweep{}, err
@@ -189,7 +195,7 @@ func (r *Reader) read() (Sweep, error) {
 	deleted, deletion := r.deleter.run(r, now)
 	r.identities.expire(len(r.meters)-deleted, now)
 	return Sweep{
-		Time: clock, BootID: r.bootID, Since: booted.Add(time.Duration(r.info.Loaded)), RootID: r.info.Root,
+		Time: clock, BootID: r.bootID, Since: r.since, RootID: r.info.Root,
 		Meters:  r.meters,
 		Lost:    Lost{Received: countersOf(&l.Counts[received]), Sent: countersOf(&l.Counts[sent]), Names: l.Names},
 		Entries: len(r.meters) - deleted, MaxEntries: int(r.maps.Meters.MaxEntries()),
