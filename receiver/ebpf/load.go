@@ -226,13 +226,18 @@ func (c *counter) startNaming(ctx context.Context) error {
 	})
 }
 
+// attachNaming attaches removed first: of a cgroup that comes and goes in between,
+// nothing must stay.
 func (c *counter) attachNaming() error {
-	for name, p := range map[string]*ebpf.Program{meterProgMade: c.programs.Made, meterProgRemoved: c.programs.Removed} {
-		l, err := link.AttachTracing(link.TracingOptions{Program: p})
+	for _, p := range []struct {
+		name    string
+		program *ebpf.Program
+	}{{meterProgRemoved, c.programs.Removed}, {meterProgMade, c.programs.Made}} {
+		l, err := link.AttachTracing(link.TracingOptions{Program: p.program})
 		if err != nil {
 			return explainNaming(err)
 		}
-		c.fresh[name] = l
+		c.fresh[p.name] = l
 	}
 	return nil
 }

@@ -536,11 +536,10 @@ func TestErrors(t *testing.T) {
 	if _, err := Load(t.Context(), LoadConfig{Root: other, Dir: dir}); err == nil || !strings.Contains(err.Error(), "unload") {
 		t.Errorf("another root: %v", err)
 	}
-	if err := os.Remove(filepath.Join(dir, layout, "lost")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(filepath.Join(dir, layout, "names"), filepath.Join(dir, layout, "lost")); err != nil {
-		t.Fatal(err)
+	for _, move := range [][2]string{{"lost", "spare"}, {"names", "lost"}, {"spare", "names"}} {
+		if err := os.Rename(filepath.Join(dir, layout, move[0]), filepath.Join(dir, layout, move[1])); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if _, err := Open(Config{Dir: dir}); !errors.Is(err, ErrOtherLayout) {
 		t.Errorf("maps that differ: %v", err)
