@@ -33,21 +33,21 @@ func explainLoad(err, limitErr error) error {
 	switch {
 	case !errors.Is(err, unix.EPERM):
 		return err
-	case limitErr != nil && before511():
+	case limitErr != nil && kernelBefore(5, 11):
 		return fmt.Errorf("%w: %w; set LimitMEMLOCK=infinity in the unit, or run: ulimit -l unlimited", ErrMemlock, err)
 	}
 	return fmt.Errorf("%w: %w; run as root with CAP_BPF and CAP_NET_ADMIN, outside of a user namespace (PrivateUsers=no)", ErrPermission, err)
 }
 
-// before511 is whether maps count against the limit of locked memory.
-func before511() bool {
+// kernelBefore is whether the running kernel is older. One that cannot be asked is.
+func kernelBefore(major, minor int) bool {
 	var name unix.Utsname
 	if unix.Uname(&name) != nil {
 		return true
 	}
-	var major, minor int
-	fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor) // 0.0 is "before" too
-	return major < 5 || major == 5 && minor < 11
+	var gotMajor, gotMinor int
+	fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &gotMajor, &gotMinor) // 0.0 is older too
+	return gotMajor < major || gotMajor == major && gotMinor < minor
 }
 
 func explainNaming(err error) error {

@@ -126,15 +126,15 @@ type counter struct {
 	root     string // directory of the cgroup
 	maps     meterMaps
 	programs meterPrograms
-	counting map[string]link.Link // by program, of those that are not pinned yet or are only updated
-	fresh    map[string]link.Link // by program, to be pinned
+	updated  map[string]link.Link // by program: counting links whose pins stay
+	fresh    map[string]link.Link // by program: links to pin
 	naming   error                // why cgroups cannot be named
 	cgroups  int                  // that the walk has met
 	unnamed  int                  // of which names had no room
 }
 
 func (c *counter) close() {
-	for _, links := range []map[string]link.Link{c.counting, c.fresh} {
+	for _, links := range []map[string]link.Link{c.updated, c.fresh} {
 		for _, l := range links {
 			l.Close()
 		}
@@ -289,7 +289,7 @@ func (c *counter) putName(id uint64, path, dir string) error {
 // startCounting gives the counting links in the first of the directories that has
 // any to the programs of c, or else attaches them.
 func (c *counter) startCounting(pins ...string) error {
-	c.counting = map[string]link.Link{}
+	c.updated = map[string]link.Link{}
 	for name, to := range map[string]struct {
 		program *ebpf.Program
 		attach  ebpf.AttachType
@@ -309,14 +309,14 @@ func (c *counter) startCounting(pins ...string) error {
 				l.Close()
 				return explain(fmt.Errorf("replace the program %s: %w", name, err))
 			}
-			c.counting[name] = l
-			if filepath.Base(dir) != layout { // it moves to this one
-				delete(c.counting, name)
+			if filepath.Base(dir) == layout {
+				c.updated[name] = l
+			} else { // its pin moves to this layout
 				c.fresh[name] = l
 			}
 			break
 		}
-		if c.counting[name] != nil || c.fresh[name] != nil {
+		if c.updated[name] != nil || c.fresh[name] != nil {
 			continue
 		}
 		l, err := link.AttachCgroup(link.CgroupOptions{Path: c.root, Attach: to.attach, Program: to.program})

@@ -182,17 +182,16 @@ func Unload(dir string) error {
 	if err != nil {
 		return fmt.Errorf("unload the meter: %w", err)
 	}
+	foreign := false
 	for _, e := range entries {
-		known := layouts.MatchString(e.Name()) || e.Name() == unfinished
-		if !known {
-			continue
-		}
-		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+		if !layouts.MatchString(e.Name()) && e.Name() != unfinished {
+			foreign = true
+		} else if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
 			return fmt.Errorf("unload the meter: %w", err)
 		}
 	}
-	if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !layouts.MatchString(e.Name()) && e.Name() != unfinished }) {
-		return nil // not ours alone
+	if foreign {
+		return nil
 	}
 	if err := os.Remove(dir); err != nil {
 		return fmt.Errorf("unload the meter: %w", err)
