@@ -9,6 +9,8 @@ import (
 	"time"
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 )
 
 const (
@@ -30,9 +32,9 @@ const (
 // started by New and ended by Shutdown; the fields below "run only" belong to it.
 type sender struct {
 	outbox Outbox
-	tally  *tally
+	counts *counts
 	log    *slog.Logger
-	call   func(ctx context.Context, request []byte) answer
+	call   func(ctx context.Context, request []byte) otlp.Answer
 
 	wake  chan struct{} // has an element: there may be a new entry
 	drain chan struct{} // closed: end when the outbox is empty
@@ -64,9 +66,9 @@ type parts struct {
 	poison string
 }
 
-func newSender(outbox Outbox, t *tally, log *slog.Logger, call func(context.Context, []byte) answer) *sender {
+func newSender(outbox Outbox, c *counts, log *slog.Logger, call func(context.Context, []byte) otlp.Answer) *sender {
 	return &sender{
-		outbox: outbox, tally: t, log: log, call: call,
+		outbox: outbox, counts: c, log: log, call: call,
 		wake: make(chan struct{}, 1), drain: make(chan struct{}), done: make(chan struct{}),
 		changed: make(chan struct{}), kicks: 1,
 		limit: maxCall, trouble: episode{logger: log},
@@ -231,11 +233,11 @@ func (s *sender) stuck(what string, err error) time.Duration {
 	s.failures++
 	s.trouble.failed(slog.LevelError, what, "cannot "+what+"; delivery waits for it", err,
 		"next", "check the space, the rights and the health of the disk under the state directory")
-	return s.hold(err, answer{verdict: transient})
+	return s.hold(err, otlp.Answer{Verdict: otlp.Transient})
 }
 
 // hold notes why entries are held and returns the delay before the next try.
-func (s *sender) hold(err error, a answer) time.Duration {
+func (s *sender) hold(err error, a otlp.Answer) time.Duration {
 	s.mu.Lock()
 	s.set(false, err)
 	s.mu.Unlock()
@@ -243,84 +245,86 @@ func (s *sender) hold(err error, a answer) time.Duration {
 	if s.draining() {
 		most = drainBackoff
 	}
-	return a.backoff(s.failures, most)
+	return a.Backoff(s.failures, most)
 }
 
 // deliver makes one call for a batch of at least one entry and returns how long
 // to wait before the next one.
 func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration) {
 	first, last := batch[0], batch[len(batch)-1]
-	request, points := concat(batch), 0
-	for _, e := range batch {
+	requests, points := make([][]byte, len(batch)), 0
+	for i, e := range batch {
+		requests[i] = e.Request
 		points += e.Points
 	}
+	request := otlp.Join(requests...)
 	// The outbox may have merged the entry with another one since it was
 	// split; then the parts are of no use.
 	inParts := len(s.part.left) > 0 && s.part.entry.ID == first.ID && bytes.Equal(s.part.entry.Request, first.Request)
 	if inParts {
 		batch, request = batch[:1], s.part.left[0]
-		points = countRequest(request)
+		points = otlp.Count(request)
 	} else {
 		s.part = parts{}
 	}
 	a := s.call(ctx, request)
-	if a.verdict != accepted && ctx.Err() != nil {
+	if a.Verdict != otlp.Accepted && ctx.Err() != nil {
 		return 0 // our own end, not the receiver's answer
 	}
 	switch {
-	case a.verdict == accepted:
+	case a.Verdict == otlp.Accepted:
 		s.failures, s.doubts = 0, 0
 		// The limit may have been halved for a reason that is over.
 		s.limit = min(s.limit+maxCall/32, maxCall)
-		s.tally.accepted(points, a)
+		s.counts.accepted(points, a)
 		s.ended(batch)
 		return 0
-	case len(batch) > 1 && a.verdict == tooLarge:
+	case len(batch) > 1 && a.Verdict == otlp.TooLarge:
 		if s.limit = max(len(request)/2, minCall); s.limit == minCall {
 			s.alone = last.ID
 		}
 		return 0
-	case len(batch) > 1 && a.verdict == suspect:
+	case len(batch) > 1 && a.Verdict == otlp.Suspect:
 		s.alone = last.ID // find out which of them it is
 		return 0
-	case len(batch) > 1 && a.slow:
+	case len(batch) > 1 && a.Slow:
 		s.limit = max(len(request)/2, minCall) // as much as the line carries in time
-	case a.slow && len(request) > minCall:
+	case a.Slow && len(request) > minCall:
 		s.split(first, request, inParts)
-	case a.verdict == tooLarge:
+	case a.Verdict == otlp.TooLarge:
 		if s.split(first, request, inParts) {
 			return 0
 		}
-		a.verdict, a.tries = suspect, doubtTries // a single point too large
+		a.Verdict, a.Tries = otlp.Suspect, otlp.DoubtTries // a single point too large
 	}
-	if a.verdict == suspect {
+	if a.Verdict == otlp.Suspect {
 		s.refusals++
-		tries := a.tries
-		if tries == doubtTries {
+		tries := a.Tries
+		if tries == otlp.DoubtTries {
 			// With nothing accepted since the last one was given up, it is rather
 			// the receiver that is broken, and all others would follow.
 			tries <<= min(s.doubts, maxDoubts)
 		}
 		if s.refusals >= tries {
-			if tries >= doubtTries {
+			if tries >= otlp.DoubtTries {
 				s.doubts++
 			}
 			s.failures = 0
-			s.tally.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", first.ID))
-			s.part.poison = a.err.Error()
+			s.counts.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", first.ID))
+			s.part.poison = a.Err.Error()
 			s.ended(batch)
 			return 0
 		}
 	}
 	s.failures++
-	s.tally.failed(a, "the requests stay in the outbox and are sent later")
-	return s.hold(a.err, a)
+	s.counts.failed(a, "the requests stay in the outbox and are sent later")
+	return s.hold(a.Err, a)
 }
 
 // split replaces the request, an entry or the first of its parts, by its halves.
 // It returns false if there is nothing to cut.
 func (s *sender) split(entry Entry, request []byte, inParts bool) bool {
-	head, tail, err := split(request)
+	head, tail, err := otlp.Split(request)
 	if err != nil || tail == nil {
 		return false
 	}

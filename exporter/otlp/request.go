@@ -1,6 +1,7 @@
-package exporter
+package otlp
 
 import (
+	"bytes"
 	"fmt"
 
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
@@ -9,27 +10,19 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// concat joins serialized requests into one. Resource metrics are a repeated
+// Join makes one request of several. Resource metrics are a repeated
 // field, so that the bytes of several messages one after the other are the
 // message that has all of them (Protocol Buffers encoding, "Last One Wins").
-func concat(entries []Entry) []byte {
-	if len(entries) == 1 {
-		return entries[0].Request
+func Join(requests ...[]byte) []byte {
+	if len(requests) == 1 {
+		return requests[0]
 	}
-	size := 0
-	for _, e := range entries {
-		size += len(e.Request)
-	}
-	joined := make([]byte, 0, size)
-	for _, e := range entries {
-		joined = append(joined, e.Request...)
-	}
-	return joined
+	return bytes.Join(requests, nil)
 }
 
-// split cuts a serialized request into two with half of the points each, in
+// Split cuts a serialized request into two with half of the points each, in
 // order. Both are nil if there are fewer than two points.
-func split(request []byte) (head, tail []byte, err error) {
+func Split(request []byte) (head, tail []byte, err error) {
 	var whole colmetricpb.ExportMetricsServiceRequest
 	if err := proto.Unmarshal(request, &whole); err != nil {
 		return nil, nil, fmt.Errorf("split request: %w", err)
@@ -47,8 +40,8 @@ func split(request []byte) (head, tail []byte, err error) {
 	return head, tail, nil
 }
 
-// countRequest counts the data points of a serialized request; 0 if it is none.
-func countRequest(request []byte) int {
+// Count counts the data points of a serialized request; 0 if it is none.
+func Count(request []byte) int {
 	var r colmetricpb.ExportMetricsServiceRequest
 	if proto.Unmarshal(request, &r) != nil {
 		return 0

@@ -1,4 +1,4 @@
-package exporter
+package otlp
 
 import (
 	"net"
@@ -16,26 +16,26 @@ import (
 )
 
 func TestGRPCAnswers(t *testing.T) {
-	want := map[codes.Code]verdict{
-		codes.Canceled: transient, codes.Unknown: suspect, codes.InvalidArgument: suspect, codes.DeadlineExceeded: transient,
-		codes.NotFound: misconfigured, codes.AlreadyExists: suspect, codes.PermissionDenied: misconfigured,
-		codes.ResourceExhausted: tooLarge, codes.FailedPrecondition: suspect, codes.Aborted: transient,
-		codes.OutOfRange: transient, codes.Unimplemented: misconfigured, codes.Internal: suspect,
-		codes.Unavailable: transient, codes.DataLoss: transient, codes.Unauthenticated: misconfigured, codes.Code(99): suspect,
+	want := map[codes.Code]Verdict{
+		codes.Canceled: Transient, codes.Unknown: Suspect, codes.InvalidArgument: Suspect, codes.DeadlineExceeded: Transient,
+		codes.NotFound: Misconfigured, codes.AlreadyExists: Suspect, codes.PermissionDenied: Misconfigured,
+		codes.ResourceExhausted: TooLarge, codes.FailedPrecondition: Suspect, codes.Aborted: Transient,
+		codes.OutOfRange: Transient, codes.Unimplemented: Misconfigured, codes.Internal: Suspect,
+		codes.Unavailable: Transient, codes.DataLoss: Transient, codes.Unauthenticated: Misconfigured, codes.Code(99): Suspect,
 	}
 	for code, v := range want {
 		a := grpcAnswer(status.New(code, "why"))
-		if a.verdict != v || a.err == nil || a.kind == "" || a.after != 0 || (v == suspect) != (a.tries > 0) {
+		if a.Verdict != v || a.Err == nil || a.Kind == "" || a.After != 0 || (v == Suspect) != (a.Tries > 0) {
 			t.Errorf("%v: %+v, want %v", code, a, v)
 		}
 		asked, err := status.New(code, "why").WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(7 * time.Second)})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if v == tooLarge {
-			v = transient // a throttle
+		if v == TooLarge {
+			v = Transient // a throttle
 		}
-		if a := grpcAnswer(asked); a.verdict != v || a.after != 7*time.Second {
+		if a := grpcAnswer(asked); a.Verdict != v || a.After != 7*time.Second {
 			t.Errorf("%v with RetryInfo: %+v, want %v", code, a, v)
 		}
 	}
@@ -48,21 +48,21 @@ func TestGRPCAnswerOnAnEndingConnection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := open(t.Context(), to("http://"+ln.Addr().String(), Config{}))
+	c, err := Open(t.Context(), to("http://"+ln.Addr().String(), Config{}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.close(t.Context())
+	defer c.Close(t.Context())
 	var server *grpc.Server
 	server = grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
 		go server.GracefulStop()
-		c.wire.(*grpcWire).conn.WaitForStateChange(stream.Context(), connectivity.Ready)
+		c.caller.(*grpcCaller).conn.WaitForStateChange(stream.Context(), connectivity.Ready)
 		return status.Error(codes.Unavailable, "going away")
 	}))
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(ln) }()
-	if a := c.wire.send(t.Context(), c.empty); a.verdict != transient || a.kind != codes.Unavailable.String() || !a.says("going away") {
-		t.Errorf("%v, %s: %v", a.verdict, a.kind, a.err)
+	if a := c.Send(t.Context(), c.empty); a.Verdict != Transient || a.Kind != codes.Unavailable.String() || !a.says("going away") {
+		t.Errorf("%v, %s: %v", a.Verdict, a.Kind, a.Err)
 	}
 	if err := <-ended; err != nil {
 		t.Error(err)
@@ -71,29 +71,29 @@ func TestGRPCAnswerOnAnEndingConnection(t *testing.T) {
 
 // What grpc-go 1.83 makes of nginx's answer to a message above client_max_body_size.
 func TestGRPCThroughAProxy(t *testing.T) {
-	for text, want := range map[string]verdict{
-		`unexpected HTTP status code received from server: 413 (Request Entity Too Large); transport: received unexpected content-type "text/html"`: tooLarge,
-		`unexpected HTTP status code received from server: 500 (Internal Server Error); transport: received unexpected content-type "text/html"`:    suspect,
+	for text, want := range map[string]Verdict{
+		`unexpected HTTP status code received from server: 413 (Request Entity Too Large); transport: received unexpected content-type "text/html"`: TooLarge,
+		`unexpected HTTP status code received from server: 500 (Internal Server Error); transport: received unexpected content-type "text/html"`:    Suspect,
 	} {
-		if a := grpcAnswer(status.New(codes.Unknown, text)); a.verdict != want || (want == suspect) != (a.tries > 0) {
+		if a := grpcAnswer(status.New(codes.Unknown, text)); a.Verdict != want || (want == Suspect) != (a.Tries > 0) {
 			t.Errorf("%s: %+v", text, a)
 		}
 	}
 }
 
 func TestHTTPAnswers(t *testing.T) {
-	want := map[int]verdict{
-		200: accepted, 202: accepted, 204: accepted, 301: misconfigured, 302: misconfigured, 307: misconfigured,
-		400: suspect, 401: misconfigured, 403: misconfigured, 404: misconfigured, 405: misconfigured, 407: misconfigured, 408: transient,
-		413: tooLarge, 415: misconfigured, 422: suspect, 429: transient, 500: suspect, 501: misconfigured, 502: transient, 503: transient, 504: transient, 505: suspect,
+	want := map[int]Verdict{
+		200: Accepted, 202: Accepted, 204: Accepted, 301: Misconfigured, 302: Misconfigured, 307: Misconfigured,
+		400: Suspect, 401: Misconfigured, 403: Misconfigured, 404: Misconfigured, 405: Misconfigured, 407: Misconfigured, 408: Transient,
+		413: TooLarge, 415: Misconfigured, 422: Suspect, 429: Transient, 500: Suspect, 501: Misconfigured, 502: Transient, 503: Transient, 504: Transient, 505: Suspect,
 	}
 	for code, v := range want {
 		resp := &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{"Content-Type": {"text/plain"}, "Retry-After": {"9"}}}
 		a := httpAnswer(resp, []byte("why"), time.Now())
-		if a.verdict != v || (v == suspect) != (a.tries > 0) {
+		if a.Verdict != v || (v == Suspect) != (a.Tries > 0) {
 			t.Errorf("%d: %+v, want %v", code, a, v)
 		}
-		if v != accepted && (a.after != 9*time.Second || !strings.Contains(a.err.Error(), "why")) {
+		if v != Accepted && (a.After != 9*time.Second || !strings.Contains(a.Err.Error(), "why")) {
 			t.Errorf("%d: %+v", code, a)
 		}
 	}
@@ -102,15 +102,15 @@ func TestHTTPAnswers(t *testing.T) {
 // Some answers of 400 are not about the data. These are the words of a Collector
 // 0.155, of Go's TLS server, and of nginx.
 func TestBadRequests(t *testing.T) {
-	for text, want := range map[string]verdict{
-		"http: request body too large":                                                            tooLarge,
-		"Client sent an HTTP request to an HTTPS server.\n":                                       misconfigured,
-		"<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>": misconfigured,
-		"out of bounds": suspect,
+	for text, want := range map[string]Verdict{
+		"http: request body too large":                                                            TooLarge,
+		"Client sent an HTTP request to an HTTPS server.\n":                                       Misconfigured,
+		"<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>": Misconfigured,
+		"out of bounds": Suspect,
 	} {
 		resp := &http.Response{StatusCode: 400, Status: "400 Bad Request", Header: http.Header{}}
-		if a := httpAnswer(resp, []byte(text), time.Now()); a.verdict != want {
-			t.Errorf("%s: %v, want %v", text, a.verdict, want)
+		if a := httpAnswer(resp, []byte(text), time.Now()); a.Verdict != want {
+			t.Errorf("%s: %v, want %v", text, a.Verdict, want)
 		}
 	}
 }
@@ -119,7 +119,7 @@ func TestRetryAfter(t *testing.T) {
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	for value, want := range map[string]time.Duration{
 		"": 0, "0": 0, "7": 7 * time.Second, "-7": 0, "7.5": 0, "soon": 0, "99999999999999999999": 0,
-		"9000000000000000000":           maxAsked,
+		"9000000000000000000":           MaxAsked,
 		"Mon, 23 Nov 2026 12:00:30 GMT": 30 * time.Second,
 		"Mon, 23 Nov 2026 11:00:00 GMT": 0,
 	} {
@@ -137,16 +137,16 @@ func TestHintsNameTheVariable(t *testing.T) {
 		"authentication handshake failed: tls: first record does not look like a TLS handshake": "write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT",
 		"http: server gave HTTP response to HTTPS client":                                       "write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT",
 	} {
-		a := answer{verdict: unreachable, err: errorString(text)}
-		if !strings.Contains(a.hint(), want) {
-			t.Errorf("hint for %q: %s", text, a.hint())
+		a := Answer{Verdict: Unreachable, Err: errorString(text)}
+		if !strings.Contains(a.Hint(), want) {
+			t.Errorf("hint for %q: %s", text, a.Hint())
 		}
 	}
-	if h := (answer{verdict: misconfigured, err: errorString("401")}).hint(); !strings.Contains(h, "OTEL_EXPORTER_OTLP_HEADERS") {
+	if h := (Answer{Verdict: Misconfigured, Err: errorString("401")}).Hint(); !strings.Contains(h, "OTEL_EXPORTER_OTLP_HEADERS") {
 		t.Errorf("hint for a refused client: %s", h)
 	}
 	for _, text := range []string{"HTTP 400: out of bounds", "out of order sample", "too old sample"} { // Prometheus 3.16
-		if h := (answer{verdict: suspect, err: errorString(text)}).hint(); !strings.Contains(h, "out_of_order_time_window") {
+		if h := (Answer{Verdict: Suspect, Err: errorString(text)}).Hint(); !strings.Contains(h, "out_of_order_time_window") {
 			t.Errorf("hint for points that are too old: %s", h)
 		}
 	}
