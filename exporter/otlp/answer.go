@@ -2,7 +2,6 @@ package otlp
 
 import (
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -127,20 +126,7 @@ func (a Answer) Backoff(failures int, most time.Duration) time.Duration {
 	return max(wait, min(a.After, MaxAsked))
 }
 
+// String returns the verdict in words.
 func (v Verdict) String() string {
-	switch v {
-	case Accepted:
-		return "accepted"
-	case Transient:
-		return "transient"
-	case Unreachable:
-		return "unreachable"
-	case Misconfigured:
-		return "misconfigured"
-	case TooLarge:
-		return "too large"
-	case Suspect:
-		return "suspect"
-	}
-	return fmt.Sprintf("verdict %d", int(v))
+	return [...]string{"accepted", "transient", "unreachable", "misconfigured", "too large", "suspect"}[v]
 }
