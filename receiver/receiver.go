@@ -102,8 +102,7 @@ type Receiver struct {
 	units       map[string]*unit // the metered units that are loaded, by name
 	runs        map[string]*run  // by epoch; closed ones stay for keepClosed
 	series      map[string]*series
-	order       []*series                    // all of series, in the order of their creation
-	index       map[attribute.Distinct]place // in order; made anew when order changes
+	order       []*series // all of series, in the order of their creation
 	health      health
 	version     int            // of systemd, the major one; 0 if not known
 	said        map[string]int // what the sweep in progress has logged, see say
@@ -351,7 +350,6 @@ func (r *Receiver) describe(s *series, slice string) {
 	}
 	s.slice = slice
 	s.setAttributes(attrs...)
-	r.index = nil
 }
 
 // setAttributes makes the sets of both directions, and the options that
@@ -370,7 +368,6 @@ func (s *series) setAttributes(attrs ...attribute.KeyValue) {
 func (r *Receiver) keep(s *series) {
 	r.series[s.name] = s
 	r.order = append(r.order, s)
-	r.index = nil
 }
 
 // seriesOf returns the series that a unit belongs to, and makes it where it is
@@ -419,7 +416,6 @@ func (r *Receiver) evict() bool {
 	}
 	delete(r.series, r.order[oldest].name)
 	r.order = slices.Delete(r.order, oldest, oldest+1)
-	r.index = nil
 	return true
 }
 

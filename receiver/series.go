@@ -80,36 +80,10 @@ type Sweep struct {
 	Units, Accounted int
 	// State is the ledger after this sweep.
 	State State
-	// index finds a series and a direction by the attribute set of a point.
-	index map[attribute.Distinct]place
-}
-
-// place is twice the index of a series in State.Series, plus 1 for transmit.
-type place int32
-
-func indexOf(n int, sets func(i int) (receive, transmit attribute.Set)) map[attribute.Distinct]place {
-	index := make(map[attribute.Distinct]place, 2*n)
-	for i := range n {
-		receive, transmit := sets(i)
-		index[receive.Equivalent()] = place(2 * i)
-		index[transmit.Equivalent()] = place(2*i + 1)
-	}
-	return index
-}
-
-// Find returns the index in State.Series of the series that has a point with the
-// attribute set attrs, and which direction it is. It reports false if no series
-// has.
-func (s *Sweep) Find(attrs attribute.Set) (at int, transmit, ok bool) {
-	p, ok := s.index[attrs.Equivalent()]
-	at = int(p / 2)
-	return at, p%2 == 1, ok && s.State.Series[at].Observed
 }
 
 // NewSweep returns the sweep that ended at the given moment with the given
 // state. Receivers make their own; this is for code that consumes sweeps.
 func NewSweep(at time.Time, state State) *Sweep {
-	return &Sweep{Time: at, State: state, index: indexOf(len(state.Series), func(i int) (receive, transmit attribute.Set) {
-		return state.Series[i].Receive, state.Series[i].Transmit
-	})}
+	return &Sweep{Time: at, State: state}
 }

@@ -11,8 +11,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"go.opentelemetry.io/otel/attribute"
 )
 
 // The properties of a target, in the order in which they are read. Packets
@@ -653,12 +651,6 @@ func (r *Receiver) snapshot(began, now time.Time, partial bool) *Sweep {
 			Series{Name: aheadPrefix + top, Total: b.ahead, Time: now},
 			Series{Name: waitingPrefix + top, Total: waiting, Time: now})
 	}
-	if r.index == nil {
-		r.index = indexOf(len(r.order), func(i int) (receive, transmit attribute.Set) {
-			return r.order[i].receive, r.order[i].transmit
-		})
-	}
-	sweep.index = r.index
 	for state, n := range r.countStates() {
 		sweep.Units += int(n)
 		if accounting(state) == accountingOn {
