@@ -3,8 +3,10 @@ package exporter
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,8 +24,9 @@ const (
 	minCall = 64 << 10
 	// maxBackoff is the longest delay between two tries.
 	maxBackoff = time.Minute
-	// maxDoubts is how often the tries of a request are doubled: up to some hours.
-	maxDoubts = 6
+	// minRefusals is how often a request is refused before another one is tried in
+	// its place.
+	minRefusals = 3
 	// drainBackoff is the same during shutdown, where time is short.
 	drainBackoff = time.Second
 )
@@ -47,11 +50,12 @@ type sender struct {
 	held    error         // why entries are held; nil when they are not
 
 	// run only
-	limit    int   // the most that one call may carry now
-	alone    int64 // entries up to this ID go one by one
-	failures int   // failed calls in a row
-	refusals int   // of the first entry or its first part, in a row
-	doubts   int   // requests given up in doubt since the last accepted one
+	limit    int                         // the most that one call may carry now
+	alone    int64                       // entries up to this ID go one by one
+	failures int                         // failed calls in a row
+	refusals int                         // of the first entry or its first part, in a row
+	proven   bool                        // since its last refusal another entry was accepted
+	ahead    map[int64][sha256.Size]byte // entries that were delivered before older ones
 	part     parts
 	acked    []Outcome // ended deliveries that the outbox does not know yet
 	trouble  episode   // the outbox could not be read or written
@@ -203,7 +207,19 @@ func (s *sender) step(ctx context.Context) (wait time.Duration, more bool) {
 	}
 	s.trouble.over("the outbox works again")
 	if len(batch) == 0 {
+		s.ahead = nil
 		return 0, false
+	}
+	if len(s.ahead) > 0 {
+		if s.delivered(batch[0]) {
+			delete(s.ahead, batch[0].ID)
+			s.part = parts{}
+			s.ended(batch[:1])
+			return s.record(ctx), true
+		}
+		if n := slices.IndexFunc(batch, s.delivered); n > 0 {
+			batch = batch[:n]
+		}
 	}
 	if batch[0].ID <= s.alone {
 		batch = batch[:1]
@@ -273,7 +289,7 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 	}
 	switch {
 	case a.Verdict == otlp.Accepted:
-		s.failures, s.doubts = 0, 0
+		s.failures = 0
 		// The limit may have been halved for a reason that is over.
 		s.limit = min(s.limit+maxCall/32, maxCall)
 		s.counts.accepted(points, a)
@@ -284,7 +300,7 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 			s.alone = last.ID
 		}
 		return 0
-	case len(batch) > 1 && a.Verdict == otlp.Suspect:
+	case len(batch) > 1 && (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful):
 		s.alone = last.ID // find out which of them it is
 		return 0
 	case len(batch) > 1 && a.Slow:
@@ -295,30 +311,63 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 		if s.split(first, request, inParts) {
 			return 0
 		}
-		a.Verdict, a.Tries = otlp.Suspect, otlp.DoubtTries // a single point too large
+		a.Verdict = otlp.Suspect // a single point too large
 	}
-	if a.Verdict == otlp.Suspect {
+	if (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful) && !s.draining() {
 		s.refusals++
-		tries := a.Tries
-		if tries == otlp.DoubtTries {
-			// With nothing accepted since the last one was given up, it is rather
-			// the receiver that is broken, and all others would follow.
-			tries <<= min(s.doubts, maxDoubts)
-		}
-		if s.refusals >= tries {
-			if tries >= otlp.DoubtTries {
-				s.doubts++
-			}
+		if a.Verdict == otlp.Suspect && s.proven {
 			s.failures = 0
 			s.counts.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", first.ID))
 			s.part.poison = a.Err.Error()
 			s.ended(batch)
 			return 0
 		}
+		if s.refusals >= minRefusals {
+			s.proven = s.acceptsAnother(ctx, a.Verdict == otlp.Doubtful)
+			if ctx.Err() != nil || s.proven && a.Verdict == otlp.Suspect {
+				return 0 // the first one again: the receiver may have recovered in between
+			}
+		}
 	}
 	s.failures++
 	s.counts.failed(a, "the requests stay in the outbox and are sent later")
 	return s.hold(a.Err, a)
+}
+
+// acceptsAnother tries another entry than the first, one further on with each
+// refusal, and says whether the receiver has accepted it. If it has not, it is
+// rather the receiver that is broken, and would refuse all others too. With all, it
+// goes on with those behind that one.
+func (s *sender) acceptsAnother(ctx context.Context, all bool) (accepted bool) {
+	entries, err := s.outbox.Next(ctx, maxCall)
+	if err != nil || len(entries) < 2 {
+		return false
+	}
+	others := slices.DeleteFunc(entries[1:], s.delivered)
+	for n := range others {
+		other := others[(s.refusals-minRefusals+n)%len(others)]
+		a := s.call(ctx, other.Request)
+		if a.Verdict != otlp.Accepted {
+			break
+		}
+		accepted = true
+		s.counts.accepted(other.Points, a)
+		if s.ahead == nil {
+			s.ahead = map[int64][sha256.Size]byte{}
+		}
+		s.ahead[other.ID] = sha256.Sum256(other.Request)
+		if !all {
+			break
+		}
+	}
+	return accepted
+}
+
+// delivered says that an entry was delivered before older ones, and has not been
+// merged with another one since.
+func (s *sender) delivered(e Entry) bool {
+	sum, ok := s.ahead[e.ID]
+	return ok && sum == sha256.Sum256(e.Request)
 }
 
 // split replaces the request, an entry or the first of its parts, by its halves.
@@ -338,7 +387,7 @@ func (s *sender) split(entry Entry, request []byte, inParts bool) bool {
 // ended notes that the delivery of the entries, or of the first part of an
 // entry, is over.
 func (s *sender) ended(batch []Entry) {
-	s.refusals = 0
+	s.refusals, s.proven = 0, false
 	if len(s.part.left) > 1 {
 		s.part.left = s.part.left[1:]
 		return

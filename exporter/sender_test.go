@@ -101,9 +101,6 @@ func settle(d time.Duration) {
 
 func refuse(v otlp.Verdict, kind string) otlp.Answer {
 	a := otlp.Answer{Verdict: v, Kind: kind, Err: errors.New(kind)}
-	if v == otlp.Suspect {
-		a.Tries = otlp.DataTries
-	}
 	return a
 }
 
@@ -352,25 +349,22 @@ func TestSenderRemembersPieces(t *testing.T) {
 
 func TestSenderSetsPoisonAside(t *testing.T) {
 	for name, test := range map[string]struct {
-		bad   func(values []int64) bool
-		a     otlp.Answer
-		tries int
+		bad  []int64
+		a    otlp.Answer
+		want []int64
 	}{
-		"bad data":        {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, otlp.Answer{Verdict: otlp.Suspect, Kind: "InvalidArgument", Tries: otlp.DataTries}, otlp.DataTries},
-		"maybe a server":  {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, otlp.Answer{Verdict: otlp.Suspect, Kind: "Internal", Tries: otlp.DoubtTries}, otlp.DoubtTries},
-		"one large point": {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, otlp.Answer{Verdict: otlp.TooLarge, Kind: "HTTP 413"}, otlp.DoubtTries},
+		"bad data":        {[]int64{2, 5}, otlp.Answer{Verdict: otlp.Suspect, Kind: "InvalidArgument"}, []int64{0, 1, 3, 4, 6, 7}},
+		"one large point": {[]int64{2, 5}, otlp.Answer{Verdict: otlp.TooLarge, Kind: "HTTP 413"}, []int64{0, 1, 3, 4, 6, 7}},
+		"two in a row":    {[]int64{2, 3}, otlp.Answer{Verdict: otlp.Suspect, Kind: "HTTP 400"}, []int64{0, 1, 5, 4, 6, 7}},
+		"the first ones":  {[]int64{0, 1}, otlp.Answer{Verdict: otlp.Suspect, Kind: "HTTP 400"}, []int64{3, 2, 4, 5, 6, 7}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var box memory
 				var log logged
-				tried := map[int64]int{} // of entries that went alone
 				test.a.Err = errors.New("no")
 				l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
-					if test.bad(values) {
-						if len(values) == 1 {
-							tried[values[0]]++
-						}
+					if slices.ContainsFunc(values, func(v int64) bool { return slices.Contains(test.bad, v) }) {
 						return test.a
 					}
 					return otlp.Answer{}
@@ -378,12 +372,12 @@ func TestSenderSetsPoisonAside(t *testing.T) {
 				fillBox(t, &box, 0, 8)
 				s := l.start(&box, &log)
 				settle(time.Hour)
-				l.want(0, 1, 3, 4, 6, 7)
-				if tried[2] != test.tries || tried[5] != test.tries {
-					t.Errorf("tried %v times, want %d", tried, test.tries)
+				sorted := slices.Sorted(slices.Values(l.got))
+				if want := slices.Sorted(slices.Values(test.want)); !slices.Equal(sorted, want) {
+					t.Errorf("the receiver has %v, want %v once each", l.got, want)
 				}
-				if len(box.poison) != 2 || box.poison[3] == "" || box.poison[6] == "" || box.pending() > 0 {
-					t.Errorf("set aside %v, %d left; want entries 3 and 6", box.poison, box.pending())
+				if len(box.poison) != 2 || box.poison[test.bad[0]+1] == "" || box.poison[test.bad[1]+1] == "" || box.pending() > 0 {
+					t.Errorf("set aside %v, %d left; want %v", box.poison, box.pending(), test.bad)
 				}
 				if s.counts.sent.Load() != 6 || s.counts.rejected.Load() != 2 {
 					t.Errorf("counted %d sent, %d rejected", s.counts.sent.Load(), s.counts.rejected.Load())
@@ -397,6 +391,84 @@ func TestSenderSetsPoisonAside(t *testing.T) {
 	}
 }
 
+// The receiver recovers while another request is tried: the first one is good.
+func TestSenderAsksAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		recovered := false
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if recovered = recovered || slices.Equal(values, []int64{1}); recovered {
+				return otlp.Answer{}
+			}
+			return refuse(otlp.Suspect, "HTTP 400")
+		}}
+		fillBox(t, &box, 0, 3)
+		l.start(&box, &log)
+		settle(time.Hour)
+		l.want(1, 0, 2)
+		if len(box.poison) > 0 || box.pending() > 0 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+	})
+}
+
+// What a receiver in trouble does not take is held, and does not hold up the others.
+func TestSenderPassesWhatIsDoubtful(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		fixed := false
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if !fixed && slices.ContainsFunc(values, func(v int64) bool { return v < 2 }) {
+				return refuse(otlp.Doubtful, "HTTP 500")
+			}
+			return otlp.Answer{}
+		}}
+		fillBox(t, &box, 0, 6)
+		l.start(&box, &log)
+		settle(5 * time.Minute)
+		if sorted := slices.Sorted(slices.Values(l.got)); !slices.Equal(sorted, []int64{2, 3, 4, 5}) {
+			t.Errorf("the receiver has %v, want all but the first two", l.got)
+		}
+		if len(box.poison) > 0 || box.pending() != 6 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+		fixed = true
+		settle(5 * time.Minute)
+		if len(l.got) != 6 || len(box.poison) > 0 || box.pending() != 0 {
+			t.Errorf("the receiver has %v; set aside %v, %d left", l.got, box.poison, box.pending())
+		}
+	})
+}
+
+// Nothing is set aside before the receiver has accepted something else.
+func TestSenderHoldsTheOnlyRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if slices.Contains(values, 0) {
+				return refuse(otlp.Suspect, "HTTP 400")
+			}
+			return otlp.Answer{}
+		}}
+		fillBox(t, &box, 0, 1)
+		s := l.start(&box, &log)
+		settle(time.Hour)
+		if len(box.poison) > 0 || box.pending() != 1 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+		box.set(func(m *memory) { m.add(1, requestOf(t, 0, 1)) })
+		s.kick()
+		settle(2 * time.Minute)
+		l.want(1)
+		if len(box.poison) != 1 || box.pending() != 0 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+	})
+}
+
 // A receiver that is broken for hours refuses all that it is sent. That is no
 // reason to set all of it aside.
 func TestSenderHoldsWhatABrokenReceiverRefuses(t *testing.T) {
@@ -406,18 +478,15 @@ func TestSenderHoldsWhatABrokenReceiverRefuses(t *testing.T) {
 		mended := time.Now().Add(6 * time.Hour)
 		l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 			if time.Now().Before(mended) {
-				return otlp.Answer{Verdict: otlp.Suspect, Kind: "HTTP 500", Tries: otlp.DoubtTries, Err: errors.New("no")}
+				return otlp.Answer{Verdict: otlp.Suspect, Kind: "HTTP 400", Err: errors.New("no")}
 			}
 			return otlp.Answer{}
 		}}
-		fillBox(t, &box, 0, 360)
+		all := fillBox(t, &box, 0, 360)
 		l.start(&box, &log)
-		settle(7 * time.Hour)
-		if n := len(box.poison); n == 0 || n > 7 {
-			t.Errorf("%d of 360 requests are set aside", n)
-		}
-		if box.pending() > 0 {
-			t.Errorf("%d requests are left", box.pending())
+		settle(6*time.Hour + 2*time.Minute)
+		if len(box.poison) > 0 || box.pending() > 0 || len(l.got) != len(all) {
+			t.Errorf("%d of 360 requests are set aside, %d left, %d arrived", len(box.poison), box.pending(), len(l.got))
 		}
 	})
 }
@@ -437,10 +506,11 @@ func TestSenderDeliversTheGoodPieces(t *testing.T) {
 			return otlp.Answer{}
 		}}
 		box.add(8, requestOf(t, 0, 1, 2, 3, 4, 5, 6, 7, 8))
+		box.add(1, requestOf(t, 0, 9))
 		s := l.start(&box, &log)
 		settle(time.Hour)
-		l.want(1, 2, 5, 6, 7, 8)
-		if s.counts.sent.Load() != 6 || s.counts.rejected.Load() != 2 || box.poison[1] == "" {
+		l.want(1, 2, 9, 5, 6, 7, 8)
+		if s.counts.sent.Load() != 7 || s.counts.rejected.Load() != 2 || box.poison[1] == "" {
 			t.Errorf("counted %d sent, %d rejected; set aside %v", s.counts.sent.Load(), s.counts.rejected.Load(), box.poison)
 		}
 	})

@@ -26,8 +26,11 @@ const (
 	Misconfigured
 	// TooLarge: the request must be split.
 	TooLarge
-	// Suspect: the receiver may refuse this very data. Tried a few times, then
-	// set aside, so that one request cannot block all others for ever.
+	// Doubtful: the receiver is in trouble, perhaps over this very data. It is held,
+	// and others are tried meanwhile.
+	Doubtful
+	// Suspect: the receiver may refuse this very data. It does if, since then, it
+	// has accepted other data.
 	Suspect
 )
 
@@ -43,22 +46,13 @@ type Answer struct {
 	// Rejected and Message are a partial success's.
 	Rejected int64
 	Message  string
-	// Tries is how often a Suspect request is tried in all.
-	Tries int
 	// Slow says that our own deadline ended the call.
 	Slow bool
 }
 
-const (
-	// DataTries is for answers that blame the data and would hardly change.
-	DataTries = 3
-	// DoubtTries is for answers that may as well blame the server: with the
-	// delays of Backoff they span minutes.
-	DoubtTries = 8
-	// MaxAsked caps the delay that a receiver may ask for, so that a bad value
-	// cannot silence the agent.
-	MaxAsked = 5 * time.Minute
-)
+// MaxAsked caps the delay that a receiver may ask for, so that a bad value cannot
+// silence the agent.
+const MaxAsked = 5 * time.Minute
 
 // ErrTimeout is the cause of a call that our own deadline ended.
 var ErrTimeout = errors.New("no answer within the time of OTEL_EXPORTER_OTLP_TIMEOUT")
@@ -75,7 +69,13 @@ func (a Answer) tooOld() bool {
 
 // says reports whether the text of the error has any of the parts.
 func (a Answer) says(parts ...string) bool {
-	return a.Err != nil && slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(a.Err.Error(), part) })
+	return a.Err != nil && slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(strings.ToLower(a.Err.Error()), strings.ToLower(part)) })
+}
+
+// aboutSize says that the request is too large, however the receiver puts it. The
+// words of a rate or a quota are not among them.
+func (a Answer) aboutSize() bool {
+	return a.says("too large", "too big", "larger than", "max size", "maximum size", "size limit", "message size", "body size")
 }
 
 // Cause names what the log tells from what it said last.
@@ -93,6 +93,8 @@ func (a Answer) Hint() string {
 		return "the receiver has no TLS: write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT"
 	case a.aboutTLS():
 		return "check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY against the receiver's certificate"
+	case a.says("temporality", "delta"):
+		return "the receiver may take no deltas: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"
 	case a.Verdict == Unreachable:
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT and that the receiver runs there"
 	case a.Verdict == Misconfigured:
@@ -128,5 +130,5 @@ func (a Answer) Backoff(failures int, most time.Duration) time.Duration {
 
 // String returns the verdict in words.
 func (v Verdict) String() string {
-	return [...]string{"accepted", "transient", "unreachable", "misconfigured", "too large", "suspect"}[v]
+	return [...]string{"accepted", "transient", "unreachable", "misconfigured", "too large", "doubtful", "suspect"}[v]
 }

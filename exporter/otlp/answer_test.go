@@ -17,26 +17,35 @@ import (
 
 func TestGRPCAnswers(t *testing.T) {
 	want := map[codes.Code]Verdict{
-		codes.Canceled: Transient, codes.Unknown: Suspect, codes.InvalidArgument: Suspect, codes.DeadlineExceeded: Transient,
-		codes.NotFound: Misconfigured, codes.AlreadyExists: Suspect, codes.PermissionDenied: Misconfigured,
-		codes.ResourceExhausted: TooLarge, codes.FailedPrecondition: Suspect, codes.Aborted: Transient,
-		codes.OutOfRange: Transient, codes.Unimplemented: Misconfigured, codes.Internal: Suspect,
-		codes.Unavailable: Transient, codes.DataLoss: Transient, codes.Unauthenticated: Misconfigured, codes.Code(99): Suspect,
+		codes.Canceled: Transient, codes.Unknown: Doubtful, codes.InvalidArgument: Suspect, codes.DeadlineExceeded: Transient,
+		codes.NotFound: Misconfigured, codes.AlreadyExists: Misconfigured, codes.PermissionDenied: Misconfigured,
+		codes.ResourceExhausted: Transient, codes.FailedPrecondition: Misconfigured, codes.Aborted: Transient,
+		codes.OutOfRange: Transient, codes.Unimplemented: Misconfigured, codes.Internal: Doubtful,
+		codes.Unavailable: Transient, codes.DataLoss: Transient, codes.Unauthenticated: Misconfigured, codes.Code(99): Misconfigured,
 	}
 	for code, v := range want {
 		a := grpcAnswer(status.New(code, "why"))
-		if a.Verdict != v || a.Err == nil || a.Kind == "" || a.After != 0 || (v == Suspect) != (a.Tries > 0) {
+		if a.Verdict != v || a.Err == nil || a.Kind == "" || a.After != 0 {
 			t.Errorf("%v: %+v, want %v", code, a, v)
 		}
 		asked, err := status.New(code, "why").WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(7 * time.Second)})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if v == TooLarge {
-			v = Transient // a throttle
-		}
 		if a := grpcAnswer(asked); a.Verdict != v || a.After != 7*time.Second {
 			t.Errorf("%v with RetryInfo: %+v, want %v", code, a, v)
+		}
+	}
+}
+
+// The first is grpc-go's, the second Envoy's.
+func TestGRPCSizes(t *testing.T) {
+	for text, want := range map[string]Verdict{
+		"grpc: received message larger than max (5242880 vs. 4194304)": TooLarge,
+		"message too large": TooLarge, "ingestion rate limit exceeded": Transient, "quota": Transient,
+	} {
+		if a := grpcAnswer(status.New(codes.ResourceExhausted, text)); a.Verdict != want {
+			t.Errorf("%s: %v, want %v", text, a.Verdict, want)
 		}
 	}
 }
@@ -73,9 +82,9 @@ func TestGRPCAnswerOnAnEndingConnection(t *testing.T) {
 func TestGRPCThroughAProxy(t *testing.T) {
 	for text, want := range map[string]Verdict{
 		`unexpected HTTP status code received from server: 413 (Request Entity Too Large); transport: received unexpected content-type "text/html"`: TooLarge,
-		`unexpected HTTP status code received from server: 500 (Internal Server Error); transport: received unexpected content-type "text/html"`:    Suspect,
+		`unexpected HTTP status code received from server: 500 (Internal Server Error); transport: received unexpected content-type "text/html"`:    Misconfigured,
 	} {
-		if a := grpcAnswer(status.New(codes.Unknown, text)); a.Verdict != want || (want == Suspect) != (a.Tries > 0) {
+		if a := grpcAnswer(status.New(codes.Unknown, text)); a.Verdict != want {
 			t.Errorf("%s: %+v", text, a)
 		}
 	}
@@ -84,13 +93,16 @@ func TestGRPCThroughAProxy(t *testing.T) {
 func TestHTTPAnswers(t *testing.T) {
 	want := map[int]Verdict{
 		200: Accepted, 202: Accepted, 204: Accepted, 301: Misconfigured, 302: Misconfigured, 307: Misconfigured,
-		400: Suspect, 401: Misconfigured, 403: Misconfigured, 404: Misconfigured, 405: Misconfigured, 407: Misconfigured, 408: Transient,
-		413: TooLarge, 415: Misconfigured, 422: Suspect, 429: Transient, 500: Suspect, 501: Misconfigured, 502: Transient, 503: Transient, 504: Transient, 505: Suspect,
+		400: Suspect, 408: Transient, 413: TooLarge, 422: Suspect, 425: Transient, 429: Transient, 501: Misconfigured,
+		500: Doubtful, 502: Transient, 503: Transient, 504: Transient, 505: Transient, 520: Transient, 530: Transient,
+	}
+	for _, door := range []int{401, 402, 403, 404, 405, 406, 407, 410, 411, 415, 421, 423, 426, 428, 431, 451, 464} {
+		want[door] = Misconfigured
 	}
 	for code, v := range want {
 		resp := &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{"Content-Type": {"text/plain"}, "Retry-After": {"9"}}}
 		a := httpAnswer(resp, []byte("why"), time.Now())
-		if a.Verdict != v || (v == Suspect) != (a.Tries > 0) {
+		if a.Verdict != v {
 			t.Errorf("%d: %+v, want %v", code, a, v)
 		}
 		if v != Accepted && (a.After != 9*time.Second || !strings.Contains(a.Err.Error(), "why")) {
@@ -106,11 +118,33 @@ func TestBadRequests(t *testing.T) {
 		"http: request body too large":                                                            TooLarge,
 		"Client sent an HTTP request to an HTTPS server.\n":                                       Misconfigured,
 		"<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>": Misconfigured,
+		"<html>\r\n<head><title>400 No required SSL certificate was sent</title></head>":          Misconfigured,
 		"out of bounds": Suspect,
 	} {
 		resp := &http.Response{StatusCode: 400, Status: "400 Bad Request", Header: http.Header{}}
 		if a := httpAnswer(resp, []byte(text), time.Now()); a.Verdict != want {
 			t.Errorf("%s: %v, want %v", text, a.Verdict, want)
+		}
+	}
+}
+
+// A login portal, or a web application, has a page for every path.
+func TestSuccess(t *testing.T) {
+	for name, test := range map[string]struct {
+		contentType, body string
+		verdict           Verdict
+		rejected          int64
+	}{
+		"empty":        {"", "", Accepted, 0},
+		"JSON":         {"application/json", `{"partialSuccess":{"rejectedDataPoints":"3","errorMessage":"old"},"x":1}`, Accepted, 3},
+		"plain":        {"text/plain", "OK", Accepted, 0},
+		"page":         {"text/html; charset=utf-8", "<!doctype html><title>Log in</title>", Misconfigured, 0},
+		"nameless":     {"", "\n<html>", Misconfigured, 0},
+		"page no body": {"text/html", "", Misconfigured, 0},
+	} {
+		resp := &http.Response{StatusCode: 200, Status: "200 OK", Header: http.Header{"Content-Type": {test.contentType}}}
+		if a := httpAnswer(resp, []byte(test.body), time.Now()); a.Verdict != test.verdict || a.Rejected != test.rejected || (a.Err == nil) != (a.Verdict == Accepted) {
+			t.Errorf("%s: %+v", name, a)
 		}
 	}
 }

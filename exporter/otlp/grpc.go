@@ -112,39 +112,40 @@ func (c *grpcCaller) send(ctx context.Context, request []byte) Answer {
 	return Answer{Verdict: Accepted, Rejected: partial.GetRejectedDataPoints(), Message: partial.GetErrorMessage()}
 }
 
-// grpcAnswer sorts the status codes. Where the specification says only "not
-// retryable" the data is not thrown away at once: a collector answers
-// Unauthenticated for a wrong token and Internal for a backend's hiccup.
+// grpcAnswer sorts the status codes. InvalidArgument alone can blame the data. All
+// other codes also come from what stands before the receiver, and from a receiver
+// whose backend has a hiccup (Internal), or that knows no such token
+// (Unauthenticated). grpc-go makes Unknown of a proxy's answer in HTML.
 func grpcAnswer(s *status.Status) Answer {
-	a := Answer{Kind: s.Code().String(), Err: s.Err()}
-	asked := false
+	a := Answer{Kind: s.Code().String(), Err: s.Err(), Verdict: Misconfigured}
 	for _, detail := range s.Details() {
 		if info, ok := detail.(*errdetails.RetryInfo); ok {
-			asked = true
 			a.After = max(info.GetRetryDelay().AsDuration(), 0)
 		}
 	}
 	switch s.Code() {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Aborted, codes.OutOfRange, codes.DataLoss:
 		a.Verdict = Transient
-	case codes.ResourceExhausted:
-		// With RetryInfo it is a throttle, without it is the message limit of
-		// the server (grpc-go answers so itself).
-		a.Verdict = TooLarge
-		if asked {
-			a.Verdict = Transient
+	case codes.Internal, codes.Unknown:
+		a.Verdict = Doubtful
+	case codes.ResourceExhausted: // throttling, or the message limit of the server
+		a.Verdict = Transient
+		if a.aboutSize() {
+			a.Verdict = TooLarge
 		}
-	case codes.Unauthenticated, codes.PermissionDenied, codes.Unimplemented, codes.NotFound:
-		a.Verdict = Misconfigured
 	case codes.InvalidArgument:
-		a.Verdict, a.Tries = Suspect, DataTries
-	default: // Internal, Unknown, FailedPrecondition, AlreadyExists
-		a.Verdict, a.Tries = Suspect, DoubtTries
-		// A proxy in front has a limit of its own, nginx of 1 MiB. grpc-go has
-		// only a text for that.
-		if a.says("HTTP status code received from server: 413") {
-			a.Verdict, a.Tries = TooLarge, 0
+		a.Verdict = Suspect
+		if a.aboutSize() {
+			a.Verdict = TooLarge
 		}
+	}
+	// A proxy in front has a limit of its own, nginx of 1 MiB. grpc-go has only a
+	// text for that.
+	switch {
+	case a.says("HTTP status code received from server: 413"):
+		a.Verdict = TooLarge
+	case a.says("HTTP status code received from server"):
+		a.Verdict = Misconfigured
 	}
 	return a
 }

@@ -18,6 +18,7 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -147,15 +148,20 @@ type StatusError struct {
 // Error implements error.
 func (e *StatusError) Error() string { return e.text }
 
-// httpAnswer sorts the status codes of a response whose body is text.
+// httpAnswer sorts the status codes of a response whose body is text. Only 400 and
+// 422 can blame the data, and not when a proxy says so in HTML: all other codes
+// come from what stands before the receiver, or from a receiver in trouble.
 func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	isProto := mediaType == "application/x-protobuf"
+	isPage := mediaType == "text/html" || bytes.HasPrefix(bytes.TrimSpace(text), []byte("<"))
 	code := resp.StatusCode
-	if code >= 200 && code <= 299 {
+	success := code >= 200 && code <= 299
+	if success && !isPage {
 		a := Answer{Verdict: Accepted}
 		var reply colmetricpb.ExportMetricsServiceResponse
-		if isProto && proto.Unmarshal(text, &reply) == nil {
+		if isProto && proto.Unmarshal(text, &reply) == nil ||
+			mediaType == "application/json" && (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, &reply) == nil {
 			a.Rejected = reply.GetPartialSuccess().GetRejectedDataPoints()
 			a.Message = reply.GetPartialSuccess().GetErrorMessage()
 		}
@@ -166,33 +172,32 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 	if isProto && proto.Unmarshal(text, &detail) == nil {
 		message = detail.GetMessage()
 	}
-	a := Answer{Kind: "HTTP " + strconv.Itoa(code), After: retryAfter(resp.Header.Get("Retry-After"), now)}
+	a := Answer{Kind: "HTTP " + strconv.Itoa(code), After: retryAfter(resp.Header.Get("Retry-After"), now), Verdict: Misconfigured}
 	a.Err = &StatusError{Code: code, text: fmt.Sprintf("receiver answered %s: %q", resp.Status, message)}
 	switch {
-	case code == http.StatusTooManyRequests, code == http.StatusBadGateway, code == http.StatusServiceUnavailable,
-		code == http.StatusGatewayTimeout, code == http.StatusRequestTimeout:
+	case success: // a login portal, or a web application that answers every path
+		a.Kind = "web page"
+	case code == http.StatusRequestEntityTooLarge:
+		a.Verdict = TooLarge
+	case code == http.StatusBadRequest, code == http.StatusUnprocessableEntity:
+		switch {
+		case a.aboutSize():
+			a.Verdict = TooLarge
+		case !isPage && !wantsTLS(message):
+			a.Verdict = Suspect
+		}
+	case code == http.StatusInternalServerError:
+		a.Verdict = Doubtful
+	case code == http.StatusTooManyRequests, code == http.StatusRequestTimeout, code == http.StatusTooEarly,
+		code >= 500 && code != http.StatusNotImplemented:
 		a.Verdict = Transient
-	case code == http.StatusRequestEntityTooLarge, code == http.StatusBadRequest && strings.Contains(message, "request body too large"):
-		a.Verdict = TooLarge // the second is how a Collector says it
-	case code < 400, code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound,
-		code == http.StatusMethodNotAllowed, code == http.StatusProxyAuthRequired, code == http.StatusNotImplemented,
-		code == http.StatusUnsupportedMediaType, // all requests are of one type
-		code == http.StatusBadRequest && wantsTLS(message):
-		// 1xx to 3xx never come from an OTLP receiver.
-		a.Verdict = Misconfigured
-	case code < 500:
-		a.Verdict, a.Tries = Suspect, DataTries
-	default:
-		a.Verdict, a.Tries = Suspect, DoubtTries
 	}
 	return a
 }
 
-// wantsTLS says that a TLS server was spoken to without: in the words of Go's
-// server and of nginx.
-func wantsTLS(message string) bool {
-	return strings.Contains(message, "to an HTTPS server") || strings.Contains(message, "to HTTPS port")
-}
+// wantsTLS says that a TLS server was spoken to without, in the words of Go's
+// server.
+func wantsTLS(message string) bool { return strings.Contains(message, "to an HTTPS server") }
 
 // retryAfter reads the Retry-After header (RFC 9110, section 10.2.3): seconds or
 // a date. It is 0 for anything else, and for a date in the past.
