@@ -27,6 +27,8 @@ const (
 	// minRefusals is how often a request is refused before another one is tried in
 	// its place.
 	minRefusals = 3
+	// maxRefused bounds the other requests that are refused in its place at a time.
+	maxRefused = 16
 	// drainBackoff is the same during shutdown, where time is short.
 	drainBackoff = time.Second
 )
@@ -334,33 +336,43 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 	return s.hold(a.Err, a)
 }
 
-// acceptsAnother tries another entry than the first, one further on with each
-// refusal, and says whether the receiver has accepted it. If it has not, it is
-// rather the receiver that is broken, and would refuse all others too. With all, it
-// goes on with those behind that one.
-func (s *sender) acceptsAnother(ctx context.Context, all bool) (accepted bool) {
+// acceptsAnother says whether the receiver accepts another entry than the first:
+// the one behind it, one further on with each refusal, or the newest. If it does
+// not, it is rather the receiver that is broken, and would refuse all others too.
+// With all, the others follow if it does.
+func (s *sender) acceptsAnother(ctx context.Context, all bool) bool {
 	entries, err := s.outbox.Next(ctx, maxCall)
 	if err != nil || len(entries) < 2 {
 		return false
 	}
 	others := slices.DeleteFunc(entries[1:], s.delivered)
-	for n := range others {
-		other := others[(s.refusals-minRefusals+n)%len(others)]
-		a := s.call(ctx, other.Request)
-		if a.Verdict != otlp.Accepted {
-			break
-		}
-		accepted = true
-		s.counts.accepted(other.Points, a)
-		if s.ahead == nil {
-			s.ahead = map[int64][sha256.Size]byte{}
-		}
-		s.ahead[other.ID] = sha256.Sum256(other.Request)
-		if !all {
-			break
+	if len(others) == 0 {
+		return false
+	}
+	at := (s.refusals - minRefusals) % len(others)
+	if !s.pass(ctx, others[at]) && !s.pass(ctx, others[len(others)-1]) {
+		return false
+	}
+	for refused := 0; all && at+1 < len(others) && refused < maxRefused; at++ {
+		if !s.delivered(others[at+1]) && !s.pass(ctx, others[at+1]) {
+			refused++
 		}
 	}
-	return accepted
+	return true
+}
+
+// pass tries to deliver an entry before older ones.
+func (s *sender) pass(ctx context.Context, e Entry) bool {
+	a := s.call(ctx, e.Request)
+	if a.Verdict != otlp.Accepted {
+		return false
+	}
+	s.counts.accepted(e.Points, a)
+	if s.ahead == nil {
+		s.ahead = map[int64][sha256.Size]byte{}
+	}
+	s.ahead[e.ID] = sha256.Sum256(e.Request)
+	return true
 }
 
 // delivered says that an entry was delivered before older ones, and has not been
