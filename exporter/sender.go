@@ -315,25 +315,32 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 		}
 		a.Verdict = otlp.Suspect // a single point too large
 	}
-	if (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful) && !s.draining() {
-		s.refusals++
-		if a.Verdict == otlp.Suspect && s.proven {
-			s.failures = 0
-			s.counts.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", first.ID))
-			s.part.poison = a.Err.Error()
-			s.ended(batch)
-			return 0
-		}
-		if s.refusals >= minRefusals {
-			s.proven = s.acceptsAnother(ctx, a.Verdict == otlp.Doubtful)
-			if ctx.Err() != nil || s.proven && a.Verdict == otlp.Suspect {
-				return 0 // the first one again: the receiver may have recovered in between
-			}
-		}
+	if (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful) && !s.draining() && s.refused(ctx, batch, points, a) {
+		return 0
 	}
 	s.failures++
 	s.counts.failed(a, "the requests stay in the outbox and are sent later")
 	return s.hold(a.Err, a)
+}
+
+// refused deals with a first entry that may be refused for its data. It returns
+// false if that is to be held.
+func (s *sender) refused(ctx context.Context, batch []Entry, points int, a otlp.Answer) (done bool) {
+	s.refusals++
+	if a.Verdict == otlp.Suspect && s.proven {
+		s.failures = 0
+		s.counts.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", batch[0].ID))
+		s.part.poison = a.Err.Error()
+		s.ended(batch)
+		return true
+	}
+	if s.refusals >= minRefusals {
+		s.proven = s.acceptsAnother(ctx, a.Verdict == otlp.Doubtful)
+		if ctx.Err() != nil || s.proven && a.Verdict == otlp.Suspect {
+			return true // the first one again: the receiver may have recovered in between
+		}
+	}
+	return false
 }
 
 // acceptsAnother says whether the receiver accepts another entry than the first:
