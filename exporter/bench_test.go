@@ -7,6 +7,7 @@ import (
 
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -17,7 +18,7 @@ func BenchmarkExport4000Points(b *testing.B) {
 		b.Run(temporality, func(b *testing.B) {
 			h := &host{}
 			// Nothing is ever delivered, and so nobody connects.
-			exp, err := New(b.Context(), Config{Endpoint: "http://localhost:4317", Source: h, Outbox: discard{&memory{}}, Temporality: temporality})
+			exp, err := New(b.Context(), Config{OTLP: &otlp.Config{Endpoint: "http://localhost:4317"}, Source: h, Outbox: discard{&memory{}}, Temporality: temporality})
 			if err != nil {
 				b.Fatal(err)
 			}

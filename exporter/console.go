@@ -11,7 +11,7 @@ import (
 )
 
 // NewConsole returns an exporter that writes each collection to w as one line of
-// JSON, with the start times of source's series, cumulative. It commits nothing,
+// JSON, with the points of source's series, cumulative. It commits nothing,
 // so it can stand beside an Exporter. Points without a series are left out; the
 // Exporter counts them.
 func NewConsole(w io.Writer, source Source) (sdkmetric.Exporter, error) {
@@ -28,7 +28,7 @@ type console struct {
 }
 
 func (c console) Export(ctx context.Context, rm *metricdata.ResourceMetrics) error {
-	stamp(rm, c.source.Last())
+	fill(rm, takeUnitMetrics(rm), c.source.Last(), cumulative)
 	leaveOutEarly(rm)
 	return c.Exporter.Export(ctx, rm)
 }

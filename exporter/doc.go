@@ -1,12 +1,8 @@
-// Package exporter takes the metrics of one collection, makes their times
-// right, and hands them over for delivery as OTLP.
+// Package exporter takes the metrics of one collection, makes the points of the
+// unit instruments from the sweep, and hands them over for delivery as OTLP.
 //
-// It has no network code of its own for OTLP's details: the official exporters
-// (otlpmetricgrpc, otlpmetrichttp) encode each request and own the connection,
-// with the endpoint, headers, TLS and compression of OTEL_EXPORTER_OTLP_*. Only
-// the points of the unit instruments, thousands in each cycle, it encodes itself.
-// The package stops the finished request on its way out, so that it can be made
-// durable first and be sent again, byte for byte, for as long as it takes.
+// Package otlp encodes, delivers and classifies answers; package store keeps what
+// waits. This one decides what is sent, and in which order.
 //
 // # Glossary
 //
@@ -14,8 +10,8 @@
 //     attributes are stable over restarts, because each change of a resource
 //     starts every series anew in most stores.
 //   - Start time: the moment from which a cumulative value counts. The SDK sets
-//     its own creation time; Export sets the one of the series (see
-//     receiver.Series.Start).
+//     its own creation time; the points of the unit instruments have that of
+//     their series (see receiver.Series.Start).
 //   - Temporality: whether a point carries the total since the start time
 //     (cumulative) or the change since the previous point (delta). Export makes
 //     deltas itself, from totals that were handed over.
@@ -25,8 +21,8 @@
 //     where there is none, accepted by the receiver of the request. Deltas are
 //     taken from the last total that was handed over, so that a failure delays
 //     bytes and never loses them.
-//   - Capture: the request that an official exporter was about to send.
-//   - Bulk: the points of the unit instruments in a request.
+//   - Span: what one series says in a cycle: its values from a start to an end.
+//   - Mark: where the last delta of a series ended.
 //   - Outbox: where committed requests wait until they are delivered.
 //   - Entry: one request in the outbox.
 //   - Sender: the one goroutine that delivers entries, in order, one call at a
@@ -34,8 +30,8 @@
 //   - Delivery: one call with one request and its answer. The answer decides:
 //     go on, wait, split, or set the entry aside (quarantine).
 //   - Thinning: making one request of two that follow each other, where the outbox
-//     is full (Merge). Totals stay exact, and lose a point in time.
-//   - Tally: the count of the points that were sent, rejected and dropped.
+//     is full (otlp.Merge). Totals stay exact, and lose a point in time.
+//   - Counts: of the points that were sent, rejected and dropped.
 //   - Episode: a lasting failure, from its first attempt to the first that went
 //     well again. It is logged at both ends, not at each attempt.
 //

@@ -22,12 +22,12 @@ type Durable struct {
 	now   receiver.State
 	whole time.Time // when the last sweep that reached all units began
 	cycle int       // counts commits of a sweep
-	last  map[string]reading
+	last  map[string]sampled
 }
 
-// reading is the end of the last history sample of a series.
-type reading struct {
-	total receiver.Counters
+// sampled is the end of the last history sample of a series.
+type sampled struct {
+	total amounts
 	start time.Time // of the series
 	time  time.Time
 	cycle int // as of that commit
@@ -44,12 +44,11 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 	}
 	d := &Durable{
 		store: s, state: receiver.State{Time: ledger.Time}, whole: ledger.Time,
-		last: make(map[string]reading, len(ledger.Series)),
+		last: make(map[string]sampled, len(ledger.Series)),
 	}
 	for _, row := range ledger.Series {
-		total := counters(row.Total)
-		d.state.Series = append(d.state.Series, receiver.Series{Name: row.Key, Total: total, Start: row.Start, Time: row.Seen})
-		d.last[row.Key] = reading{total, row.Start, row.Seen, -1}
+		d.state.Series = append(d.state.Series, receiver.Series{Name: row.Key, Total: amounts(row.Total).counters(), Start: row.Start, Time: row.Seen})
+		d.last[row.Key] = sampled{row.Total, row.Start, row.Seen, -1}
 	}
 	for _, row := range ledger.Runs {
 		if row.Key == journalKey {
@@ -58,7 +57,7 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 		}
 		d.state.Runs = append(d.state.Runs, receiver.Run{
 			Unit: strings.TrimSuffix(row.Key, " "+row.Epoch), Series: row.Series, Epoch: row.Epoch, Boot: row.Boot,
-			Last: counters(row.Last), Time: row.Seen,
+			Last: amounts(row.Last).counters(), Time: row.Seen,
 		})
 	}
 	d.now = d.state
@@ -90,24 +89,11 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 	}
 	for _, s := range cycle.Sweep.State.Series {
 		if s.Observed {
-			d.last[s.Name] = reading{s.Total, s.Start, s.Time, d.cycle}
+			d.last[s.Name] = sampled{amountsOf(s.Total), s.Start, s.Time, d.cycle}
 		}
 	}
-	if len(d.last) > 2*len(cycle.Sweep.State.Series)+256 {
-		d.forget(cycle.Sweep.State.Series)
-	}
+	forget(d.last, cycle.Sweep.State.Series)
 	return nil
-}
-
-// forget drops the readings of series that the ledger does not have any more.
-func (d *Durable) forget(series []receiver.Series) {
-	kept := make(map[string]reading, len(series))
-	for _, s := range series {
-		if r, ok := d.last[s.Name]; ok {
-			kept[s.Name] = r
-		}
-	}
-	d.last = kept
 }
 
 // samples returns what each unit transferred since its last sample. A unit that
@@ -120,7 +106,7 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 	samples := make([]store.Sample, 0, len(state.Series))
 	var began map[string]bool // made when it is needed
 	for _, s := range state.Series {
-		if !s.Observed || strings.Contains(s.Name, "/") { // a name with a slash is no unit's, but the receiver's own account
+		if !s.Observed || unattributed(s.Name) {
 			continue
 		}
 		prev, known := d.last[s.Name]
@@ -129,7 +115,7 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 			if d.whole.IsZero() || s.Start.Before(d.whole) {
 				continue
 			}
-			prev = reading{time: s.Start}
+			prev = sampled{time: s.Start}
 		case prev.cycle != d.cycle:
 			if began == nil {
 				began = d.began(state.Runs)
@@ -147,10 +133,7 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 		}
 		samples = append(samples, store.Sample{
 			Unit: name, Time: s.Time, Interval: s.Time.Sub(prev.time),
-			Delta: [4]uint64{
-				s.Total.IngressBytes - prev.total.IngressBytes, s.Total.IngressPackets - prev.total.IngressPackets,
-				s.Total.EgressBytes - prev.total.EgressBytes, s.Total.EgressPackets - prev.total.EgressPackets,
-			},
+			Delta: amountsOf(s.Total).minus(prev.total),
 		})
 	}
 	return samples
@@ -229,23 +212,15 @@ func ledgerOf(state receiver.State) store.Ledger {
 		Runs:   make([]store.Run, len(state.Runs), len(state.Runs)+1),
 	}
 	for i, s := range state.Series {
-		ledger.Series[i] = store.Series{Key: s.Name, Total: array(s.Total), Start: s.Start, Seen: s.Time}
+		ledger.Series[i] = store.Series{Key: s.Name, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time}
 	}
 	for i, r := range state.Runs {
 		// Units without an invocation id share an epoch, the boot; and two runs
 		// of one unit may be in the ledger at the same time.
-		ledger.Runs[i] = store.Run{Key: r.Unit + " " + r.Epoch, Series: r.Series, Epoch: r.Epoch, Boot: r.Boot, Last: array(r.Last), Seen: r.Time}
+		ledger.Runs[i] = store.Run{Key: r.Unit + " " + r.Epoch, Series: r.Series, Epoch: r.Epoch, Boot: r.Boot, Last: amountsOf(r.Last), Seen: r.Time}
 	}
 	if at := state.Journal; at != (receiver.Position{}) {
 		ledger.Runs = append(ledger.Runs, store.Run{Key: journalKey, Epoch: at.Cursor, Boot: at.Boot})
 	}
 	return ledger
-}
-
-func array(c receiver.Counters) [4]uint64 {
-	return [4]uint64{c.IngressBytes, c.IngressPackets, c.EgressBytes, c.EgressPackets}
-}
-
-func counters(a [4]uint64) receiver.Counters {
-	return receiver.Counters{IngressBytes: a[0], IngressPackets: a[1], EgressBytes: a[2], EgressPackets: a[3]}
 }

@@ -15,6 +15,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -22,7 +23,7 @@ import (
 
 func openStore(t *testing.T, dir string) (*store.Store, *Durable) {
 	t.Helper()
-	s, err := store.Open(t.Context(), store.Config{Dir: dir, Merge: Merge, OutboxMaxAge: 100 * 365 * 24 * time.Hour})
+	s, err := store.Open(t.Context(), store.Config{Dir: dir, Merge: otlp.Merge, OutboxMaxAge: 100 * 365 * 24 * time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -254,7 +255,7 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 		for _, series := range d.State().Series {
 			last = int64(series.Total.IngressBytes)
 		}
-		exp, err := New(t.Context(), to(server.URL(), Config{Protocol: protocol, Outbox: d}))
+		exp, err := New(t.Context(), Config{OTLP: to(server.URL(), otlp.Config{Protocol: protocol}), Outbox: d})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -292,7 +293,7 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 // runAgent is the child: it says each cycle that is committed, until it is killed.
 func runAgent(t *testing.T, dir string) {
 	_, d := openStore(t, dir)
-	a := newAgent(t, os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT"), Config{Protocol: os.Getenv("PROTOCOL"), Outbox: d, Ledger: d.State()})
+	a := newAgent(t, os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT"), Config{OTLP: &otlp.Config{Protocol: os.Getenv("PROTOCOL")}, Outbox: d, Ledger: d.State()})
 	n := uint64(0)
 	for _, s := range d.State().Series {
 		n = s.Total.IngressBytes

@@ -1,17 +1,17 @@
 package exporter
 
 import (
-	"cmp"
 	"context"
-	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"sync"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -21,29 +21,11 @@ type Source interface {
 	Last() *receiver.Sweep
 }
 
-// Config tells an Exporter what to send and how. The caller has read
-// OTEL_EXPORTER_OTLP_*: the exporter takes nothing from there but the form of
-// histograms, and the headers where Headers is nil.
+// Config tells an Exporter what to send and how.
 type Config struct {
-	// Protocol is "grpc", "http/protobuf", or "none" for an exporter that
-	// sends nothing and only commits the ledger. Default: grpc.
-	Protocol string
-	// Endpoint is a gRPC target ("host:port", "unix:/path") or, for HTTP, the
-	// whole URL. Needed unless Protocol is "none".
-	Endpoint string
-	// Insecure says that the connection to Endpoint has no TLS. HTTP has it in
-	// the URL.
-	Insecure bool
-	// TLS has the roots to trust and the client's certificate. Default: the
-	// system's roots, and no client certificate.
-	TLS *tls.Config
-	// Gzip compresses requests.
-	Gzip bool
-	// Timeout bounds one call. Default: 10 s.
-	Timeout time.Duration
-	// Headers go with each request. Not nil, they replace those of
-	// OTEL_EXPORTER_OTLP_HEADERS.
-	Headers map[string]string
+	// OTLP says where requests go. Nil for an exporter that sends nothing and
+	// only commits the ledger.
+	OTLP *otlp.Config
 	// Temporality is "cumulative", "delta" or "lowmemory", as in
 	// OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE. Default: cumulative.
 	Temporality string
@@ -68,34 +50,34 @@ type Config struct {
 // commits it, Shutdown drains the outbox until its context ends, then closes the
 // connection. The caller closes the outbox after that.
 type Exporter struct {
-	source      Source
-	outbox      Outbox
-	selector    sdkmetric.TemporalitySelector
-	tally       *tally
-	*connection                    // nil: protocol "none"
-	sender      *sender            // nil without outbox or connection
-	stop        context.CancelFunc // ends the sender at once
-	timeout     time.Duration      // of one call
+	source   Source
+	outbox   Outbox
+	selector sdkmetric.TemporalitySelector
+	counts   *counts
+	client   *otlp.Client       // nil: it sends nothing
+	sender   *sender            // nil without outbox or client
+	stop     context.CancelFunc // ends the sender at once
 
 	calling sync.Mutex // held for the length of a call: one at a time keeps the order
 
-	mu     sync.Mutex // held for the length of an Export
-	deltas *deltas    // nil: cumulative
-	owed   [][]byte   // the rest of a request of which a part is accepted
-	closed bool
-	encode episode
+	mu         sync.Mutex // held for the length of an Export
+	deltas     *deltas    // nil: cumulative
+	attributes map[attribute.Distinct]otlp.Attributes
+	owed       [][]byte // the rest of a request of which a part is accepted
+	closed     bool
+	encoding   episode
 }
 
 // New makes an Exporter and starts its sender, which Shutdown ends. The context
 // bounds New only. It fails for unknown settings, not for a receiver that cannot
 // be reached.
 func New(ctx context.Context, cfg Config) (*Exporter, error) {
-	e := &Exporter{source: cfg.Source, outbox: cfg.Outbox, stop: func() {}, timeout: cmp.Or(cfg.Timeout, defaultTimeout)}
+	e := &Exporter{source: cfg.Source, outbox: cfg.Outbox, stop: func() {}, attributes: map[attribute.Distinct]otlp.Attributes{}}
 	log := cfg.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	e.tally, e.encode = newTally(log), episode{logger: log}
+	e.counts, e.encoding = newCounts(log), episode{logger: log}
 	switch cfg.Temporality {
 	case "", "cumulative":
 		e.selector = sdkmetric.CumulativeTemporalitySelector
@@ -107,19 +89,19 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 	default:
 		return nil, fmt.Errorf("make exporter: unknown temporality %q; set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE to cumulative, delta or lowmemory", cfg.Temporality)
 	}
-	if cfg.Protocol == "none" {
+	if cfg.OTLP == nil {
 		return e, nil
 	}
-	c, err := open(ctx, cfg)
-	if err != nil {
+	var err error
+	if e.client, err = otlp.Open(ctx, *cfg.OTLP); err != nil {
 		return nil, err
 	}
-	e.connection, e.tally.target = c, c.target
+	e.counts.target = e.client.Target()
 	if e.outbox != nil {
 		// The sender outlives New's context by design.
 		var running context.Context
 		running, e.stop = context.WithCancel(context.WithoutCancel(ctx))
-		e.sender = newSender(e.outbox, e.tally, log, e.call)
+		e.sender = newSender(e.outbox, e.counts, log, e.call)
 		go e.sender.run(running)
 	}
 	return e, nil
@@ -137,10 +119,10 @@ func (e *Exporter) Temporality(kind sdkmetric.InstrumentKind) metricdata.Tempora
 
 // Aggregation implements metric.Exporter.
 func (e *Exporter) Aggregation(kind sdkmetric.InstrumentKind) sdkmetric.Aggregation {
-	if e.connection == nil {
+	if e.client == nil {
 		return sdkmetric.DefaultAggregationSelector(kind)
 	}
-	return e.official.Aggregation(kind) // follows OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION
+	return e.client.Aggregation(kind)
 }
 
 // Export hands one cycle over. It changes rm in place.
@@ -161,29 +143,64 @@ func (e *Exporter) Export(ctx context.Context, rm *metricdata.ResourceMetrics) e
 	if e.source != nil {
 		sweep = e.source.Last()
 	}
-	e.tally.drop(stamp(rm, sweep), "they have no series in the sweep, or more than OTLP can count")
-	var next map[pointKey]mark
-	if e.deltas != nil {
-		next = e.deltas.convert(rm, sweep)
-	}
-	e.tally.early(leaveOutEarly(rm))
 	cycle := Cycle{Sweep: sweep}
-	if points := countPoints(rm); points > 0 && e.connection != nil {
-		c, err := e.connection.encode(ctx, rm)
-		if err != nil {
-			e.encode.failed(slog.LevelError, "encode", "cannot encode some metrics; the cycle goes on with the others", err,
-				"next", "report this as a bug, with the log")
-		} else {
-			e.encode.over("all metrics are encoded again")
-		}
-		if c.request != nil {
-			cycle.Request, cycle.Points = c.request, points
-		}
+	if e.client != nil {
+		cycle.Request, cycle.Points = e.request(ctx, rm, sweep)
 	}
 	if e.handOver(ctx, cycle) && e.deltas != nil {
-		e.deltas.advance(next, sweep)
+		e.deltas.advance(sweep)
 	}
 	return nil
+}
+
+// request makes the request of a cycle, nil if there is nothing to send.
+func (e *Exporter) request(ctx context.Context, rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) (request []byte, points int) {
+	read := cumulative
+	metrics := takeUnitMetrics(rm)
+	if e.deltas != nil {
+		e.deltas.begin()
+		e.deltas.convert(rm)
+		read = e.deltas.read
+	}
+	made := make(map[string]*otlp.Points, len(metrics))
+	left := eachPoint(metrics, sweep, read, func(m *unitMetric, attributes attribute.Set, start, end, value int64) {
+		p := made[m.name]
+		if p == nil {
+			p = &otlp.Points{}
+			made[m.name] = p
+		}
+		p.Add(e.encoded(attributes), start, end, value, m.collected)
+	})
+	if sweep != nil && len(e.attributes) > 2*len(sweep.State.Series)+1000 { // half are of no use
+		clear(e.attributes)
+	}
+	e.counts.drop(left.unknown+left.huge, "there is no sweep behind them, or they are more than OTLP can count")
+	e.counts.early(left.early + leaveOutEarly(rm))
+	eachSum(rm, func(name string, sum *metricdata.Sum[int64]) (keep bool) {
+		return len(sum.DataPoints) > 0 || made[name] != nil
+	})
+
+	request, points, err := e.client.Encode(ctx, rm, made)
+	if err != nil {
+		e.encoding.failed(slog.LevelError, "encode", "cannot encode some metrics; the cycle goes on with the others", err,
+			"next", "report this as a bug, with the log")
+	} else {
+		e.encoding.over("all metrics are encoded again")
+	}
+	if points == 0 {
+		return nil, 0
+	}
+	return request, points
+}
+
+// encoded returns a set as a point has it. Sets stay the same over cycles.
+func (e *Exporter) encoded(set attribute.Set) otlp.Attributes {
+	fields, ok := e.attributes[set.Equivalent()]
+	if !ok {
+		fields = otlp.EncodeAttributes(set)
+		e.attributes[set.Equivalent()] = fields
+	}
+	return fields
 }
 
 // handOver commits the cycle or, where that cannot be, sends its request.
@@ -191,13 +208,13 @@ func (e *Exporter) handOver(ctx context.Context, cycle Cycle) bool {
 	if e.outbox != nil {
 		err := e.outbox.Commit(context.WithoutCancel(ctx), cycle)
 		if err == nil {
-			e.tally.commit.over("cycles are committed to the outbox again")
+			e.counts.commit.over("cycles are committed to the outbox again")
 			if e.sender != nil && cycle.Request != nil {
 				e.sender.kick()
 			}
 			return true
 		}
-		e.tally.commit.failed(slog.LevelError, "commit", "cannot commit to the outbox; metrics are sent directly and are lost while the receiver is away", err,
+		e.counts.commit.failed(slog.LevelError, "commit", "cannot commit to the outbox; metrics are sent directly and are lost while the receiver is away", err,
 			"next", "check the space, the rights and the health of the disk under the state directory")
 		if e.sender != nil && e.sender.behind() {
 			// Points must not overtake older ones of their series. The next
@@ -205,7 +222,7 @@ func (e *Exporter) handOver(ctx context.Context, cycle Cycle) bool {
 			return false
 		}
 	}
-	if e.connection == nil {
+	if e.client == nil {
 		return e.outbox == nil
 	}
 	return e.direct(ctx, cycle)
@@ -218,12 +235,12 @@ const directTries = 3
 // direct sends what is owed and then the request of the cycle, within the time
 // of one call. It returns false if the next cycle must cover this one.
 func (e *Exporter) direct(ctx context.Context, cycle Cycle) bool {
-	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, errRequestTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, e.client.Timeout(), otlp.ErrTimeout)
 	defer cancel()
 	if len(e.owed) > 0 {
 		left, _, last := e.deliver(ctx, e.owed)
-		if len(left) > 0 && (last.verdict == suspect || last.verdict == tooLarge) {
-			e.tally.poisoned(countRequest(left[0]), last, "it is dropped")
+		if len(left) > 0 && (last.Verdict == otlp.Suspect || last.Verdict == otlp.TooLarge) {
+			e.counts.poisoned(otlp.Count(left[0]), last, "it is dropped")
 			left = left[1:]
 		}
 		if e.owed = left; len(left) > 0 {
@@ -244,18 +261,18 @@ func (e *Exporter) direct(ctx context.Context, cycle Cycle) bool {
 }
 
 // deliver sends requests in order and splits what is too large. It returns those
-// that were not accepted, whether any was, and the last answer.
-func (e *Exporter) deliver(ctx context.Context, requests [][]byte) (left [][]byte, some bool, last answer) {
+// that were not accepted, whether any was, and the last otlp.Answer.
+func (e *Exporter) deliver(ctx context.Context, requests [][]byte) (left [][]byte, some bool, last otlp.Answer) {
 	left = requests
 	for failures := 0; len(left) > 0; {
 		last = e.call(ctx, left[0])
-		if last.verdict == accepted {
-			e.tally.accepted(countRequest(left[0]), last)
+		if last.Verdict == otlp.Accepted {
+			e.counts.accepted(otlp.Count(left[0]), last)
 			left, some, failures = left[1:], true, 0
 			continue
 		}
-		if last.verdict == tooLarge {
-			if head, tail, err := split(left[0]); err == nil && tail != nil {
+		if last.Verdict == otlp.TooLarge {
+			if head, tail, err := otlp.Split(left[0]); err == nil && tail != nil {
 				left = append([][]byte{head, tail}, left[1:]...)
 				continue
 			}
@@ -264,9 +281,9 @@ func (e *Exporter) deliver(ctx context.Context, requests [][]byte) (left [][]byt
 			break // our own end, not the receiver's answer
 		}
 		failures++
-		e.tally.failed(last, "the next cycle covers this one")
-		again := last.verdict == transient || last.verdict == unreachable
-		if !again || failures == directTries || !pause(ctx, last.backoff(failures, e.timeout)) {
+		e.counts.failed(last, "the next cycle covers this one")
+		again := last.Verdict == otlp.Transient || last.Verdict == otlp.Unreachable
+		if !again || failures == directTries || !pause(ctx, last.Backoff(failures, e.client.Timeout())) {
 			break
 		}
 	}
@@ -292,14 +309,14 @@ func pause(ctx context.Context, d time.Duration) bool {
 }
 
 // call makes one attempt at a time.
-func (e *Exporter) call(ctx context.Context, request []byte) answer {
+func (e *Exporter) call(ctx context.Context, request []byte) otlp.Answer {
 	e.calling.Lock()
 	defer e.calling.Unlock()
-	return e.wire.send(ctx, request)
+	return e.client.Send(ctx, request)
 }
 
 // Health returns how delivery goes.
-func (e *Exporter) Health() Health { return e.tally.health() }
+func (e *Exporter) Health() Health { return e.counts.health() }
 
 // ForceFlush implements metric.Exporter: it waits until the outbox is empty. It
 // returns the reason if entries are being held, and ctx's error when that ends.
@@ -321,7 +338,7 @@ func (e *Exporter) Shutdown(ctx context.Context) error {
 	closed := e.closed
 	e.closed = true
 	for _, request := range e.owed {
-		e.tally.drop(countRequest(request), "the agent ends before the receiver took all parts of a request")
+		e.counts.drop(otlp.Count(request), "the agent ends before the receiver took all parts of a request")
 	}
 	e.owed = nil
 	e.mu.Unlock()
@@ -337,8 +354,8 @@ func (e *Exporter) Shutdown(ctx context.Context) error {
 		e.stop()
 		<-e.sender.done // ends at once: its calls and waits have its context
 	}
-	if e.connection == nil {
+	if e.client == nil {
 		return nil
 	}
-	return e.connection.close(ctx)
+	return e.client.Close(ctx)
 }

@@ -17,8 +17,8 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver"
 )
@@ -41,7 +41,12 @@ type agent struct {
 
 func newAgent(t *testing.T, endpoint string, cfg Config) *agent {
 	t.Helper()
-	cfg = to(endpoint, cfg)
+	if endpoint != "" {
+		if cfg.OTLP == nil {
+			cfg.OTLP = &otlp.Config{}
+		}
+		cfg.OTLP = to(endpoint, *cfg.OTLP)
+	}
 	a := &agent{}
 	cfg.Source, cfg.Logger = &a.host, a.log.logger()
 	exp, err := New(t.Context(), cfg)
@@ -65,14 +70,14 @@ func newAgent(t *testing.T, endpoint string, cfg Config) *agent {
 }
 
 // to completes cfg with an endpoint, which is a URL, as package config would.
-func to(endpoint string, cfg Config) Config {
+func to(endpoint string, cfg otlp.Config) *otlp.Config {
 	if cfg.Protocol == "http/protobuf" {
 		cfg.Endpoint = endpoint + "/v1/metrics"
-		return cfg
+		return &cfg
 	}
 	scheme, address, _ := strings.Cut(endpoint, "://")
 	cfg.Endpoint, cfg.Insecure = address, scheme != "https"
-	return cfg
+	return &cfg
 }
 
 // drained returns when all is delivered, whatever happens before that.
@@ -106,7 +111,7 @@ func TestExportEndToEnd(t *testing.T) {
 		for name, outbox := range map[string]Outbox{"direct": nil, "outbox": &memory{}} {
 			t.Run(name, func(t *testing.T) {
 				server := otlptest.Start(t, cfg)
-				a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: outbox})
+				a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: outbox})
 				for i := range uint64(3) {
 					now := at(float64(100 + 10*i))
 					if err := a.cycle(unit("a.service", at(7), now, 1000+i), unit("", at(0), now, 5)); err != nil {
@@ -174,7 +179,7 @@ func TestFailuresAreLoggedOnChangeAndCollectionGoesOn(t *testing.T) {
 				cfg := cfg
 				cfg.Script = test.answers
 				server := otlptest.Start(t, cfg)
-				a := newAgent(t, server.URL(), Config{Protocol: protocol})
+				a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}})
 				for i := range uint64(4) {
 					if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
 						t.Fatalf("cycle %d: %v", i, err)
@@ -207,7 +212,7 @@ func TestReceiverDownAndBack(t *testing.T) {
 		server := otlptest.Start(t, cfg)
 		server.Stop()
 		// Time for a call to be refused: one that is cut short has another cause.
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Timeout: time.Minute})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol, Timeout: time.Minute}})
 		for i := range uint64(3) {
 			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
 				t.Fatal(err)
@@ -241,7 +246,7 @@ func TestSlowReceiverDoesNotHoldUpCycles(t *testing.T) {
 		cfg.Script = []otlptest.Answer{{Delay: time.Minute}}
 		server := otlptest.Start(t, cfg)
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box, Timeout: 2 * time.Second})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol, Timeout: 2 * time.Second}, Outbox: box})
 		for i := range uint64(4) {
 			a.see(unit("a.service", at(0), at(float64(100+10*i)), 100+i))
 			if err := a.Export(t.Context(), collected(a.Last().State.Series...)); err != nil {
@@ -266,7 +271,7 @@ func TestOutboxKeepsCyclesOverAnOutage(t *testing.T) {
 		server := otlptest.Start(t, cfg)
 		server.Stop()
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: box})
 		var want []int64
 		for i := range uint64(20) {
 			a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)) // its error is the outage
@@ -296,7 +301,7 @@ func TestOutboxKeepsCyclesOverAnOutage(t *testing.T) {
 		}
 		cfg.Address = server.Address()
 		server = otlptest.Start(t, cfg)
-		b := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		b := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: box})
 		// Without a cycle of its own.
 		server.Wait(t, func([]otlptest.Request) bool { return len(server.Points()) >= 21*7 })
 		if err := b.ForceFlush(t.Context()); err != nil {
@@ -325,7 +330,7 @@ func TestBrokenOutboxSendsDirectly(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		server := otlptest.Start(t, cfg)
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box, Temporality: "delta"})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: box, Temporality: "delta"})
 		for i := range uint64(9) {
 			box.set(func(m *memory) { m.failCommit = nil })
 			if i >= 3 && i < 6 {
@@ -360,7 +365,7 @@ func TestDirectDoesNotOvertakeTheOutbox(t *testing.T) {
 		}
 		server := otlptest.Start(t, cfg)
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box, Temporality: "delta"})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: box, Temporality: "delta"})
 		n := uint64(0)
 		cycle := func() {
 			n++
@@ -397,7 +402,7 @@ func TestDeltaOverDirectFailures(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.Script = []otlptest.Answer{{}, {Code: codes.InvalidArgument}, {Code: codes.PermissionDenied}}
 		server := otlptest.Start(t, cfg)
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Temporality: "delta"})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Temporality: "delta"})
 		for i := range uint64(5) {
 			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+10*i)); err != nil {
 				t.Fatal(err)
@@ -435,7 +440,7 @@ func TestDirectSplitIsExact(t *testing.T) {
 			return otlptest.Answer{}
 		}
 		server := otlptest.Start(t, cfg)
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Temporality: "delta"})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Temporality: "delta"})
 		for i := range uint64(3) {
 			var series []receiver.Series
 			for j := range 20 {
@@ -457,7 +462,7 @@ func TestSplittingOfTheOutbox(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.MaxBytes = 4000
 		server := otlptest.Start(t, cfg)
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: &memory{}})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: &memory{}})
 		var series []receiver.Series
 		for j := range 50 {
 			series = append(series, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(100), uint64(j)))
@@ -489,8 +494,8 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		client := Config{Protocol: protocol, TLS: trusting(t, ca), Gzip: true}
-		client.TLS.Certificates = []tls.Certificate{pair}
+		client := Config{OTLP: &otlp.Config{Protocol: protocol, TLS: trusting(t, ca), Gzip: true}}
+		client.OTLP.TLS.Certificates = []tls.Certificate{pair}
 		t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "tenant=from%20env,authorization=Bearer%20abc")
 		server := otlptest.Start(t, cfg)
 		server.Stop()
@@ -505,7 +510,7 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		if r.Header["tenant"] != "from env" || r.Header["authorization"] != "Bearer abc" || r.Encoding != "gzip" || r.ClientCert != "unitmeter-test" {
 			t.Errorf("headers %v, encoding %q, client certificate %q", r.Header, r.Encoding, r.ClientCert)
 		}
-		client.Outbox, client.Headers = nil, map[string]string{"tenant": "from file"}
+		client.Outbox, client.OTLP.Headers = nil, map[string]string{"tenant": "from file"}
 		b := newAgent(t, server.URL(), client)
 		if err := b.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
 			t.Fatal(err)
@@ -523,7 +528,7 @@ func TestWrongCertificate(t *testing.T) {
 		server := otlptest.Start(t, cfg)
 		another := trusting(t, otlptest.NewCA(t))
 		// Time for all tries: one that is cut short has another cause.
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, TLS: another, Timeout: time.Minute})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol, TLS: another, Timeout: time.Minute}})
 		for i := range 3 {
 			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 5)); err != nil {
 				t.Fatal(err)
@@ -555,7 +560,7 @@ func TestRedirectIsNotSuccess(t *testing.T) {
 	portal := otlptest.Start(t, otlptest.Config{HTTP: true})
 	server := otlptest.Start(t, otlptest.Config{HTTP: true, Script: []otlptest.Answer{
 		{HTTPStatus: 302, Header: map[string]string{"Location": portal.URL()}}, {HTTPStatus: 307, Header: map[string]string{"Location": portal.URL() + "/v1/metrics"}}}})
-	a := newAgent(t, server.URL(), Config{Protocol: "http/protobuf"})
+	a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: "http/protobuf"}})
 	for range 2 {
 		if err := a.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
 			t.Fatal(err)
@@ -574,7 +579,7 @@ func TestRedirectIsNotSuccess(t *testing.T) {
 func TestExportCommitsUnderACancelledContext(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		box := &memory{}
-		a := newAgent(t, "http://127.0.0.1:1", Config{Protocol: protocol, Outbox: box})
+		a := newAgent(t, "http://127.0.0.1:1", Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: box})
 		a.see(unit("a.service", at(0), at(100), 5))
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
@@ -591,7 +596,7 @@ func TestShutdownOrder(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		server := otlptest.Start(t, cfg)
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: box})
 		a.see(unit("a.service", at(0), at(100), 5))
 		// No cycle yet: the provider's shutdown makes one, commits it, and
 		// the drain delivers it.
@@ -621,7 +626,7 @@ func TestShutdownDuringACall(t *testing.T) {
 		cfg.Decide = func(otlptest.Request) otlptest.Answer { return otlptest.Answer{Delay: time.Minute} }
 		server := otlptest.Start(t, cfg)
 		box := &memory{}
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Outbox: box})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: box})
 		a.see(unit("a.service", at(0), at(100), 5))
 		if err := a.Export(t.Context(), collected(a.Last().State.Series...)); err != nil {
 			t.Fatal(err)
@@ -646,7 +651,7 @@ func TestDirectExportIsCancelled(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.Script = []otlptest.Answer{{Delay: time.Minute}}
 		server := otlptest.Start(t, cfg)
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, Temporality: "delta"})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Temporality: "delta"})
 		a.see(unit("a.service", at(0), at(100), 5))
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
@@ -668,7 +673,7 @@ func TestDirectExportIsCancelled(t *testing.T) {
 
 func TestProtocolNoneOnlyCommits(t *testing.T) {
 	box := &memory{}
-	a := newAgent(t, "", Config{Protocol: "none", Outbox: box})
+	a := newAgent(t, "", Config{Outbox: box})
 	if err := a.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
 		t.Fatal(err)
 	}
@@ -680,7 +685,7 @@ func TestProtocolNoneOnlyCommits(t *testing.T) {
 func TestNothingToSendCommitsTheLedger(t *testing.T) {
 	server := otlptest.Start(t, otlptest.Config{})
 	box := &memory{}
-	exp, err := New(t.Context(), to(server.URL(), Config{Outbox: box}))
+	exp, err := New(t.Context(), Config{OTLP: to(server.URL(), otlp.Config{}), Outbox: box})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -700,9 +705,9 @@ func TestNewRefusesBadSettings(t *testing.T) {
 		cfg  Config
 		want []string
 	}{
-		"protocol":    {Config{Protocol: "http/json", Endpoint: "x:1"}, []string{"http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"}},
-		"temporality": {Config{Temporality: "Delta!", Endpoint: "x:1"}, []string{"Delta!", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "lowmemory"}},
-		"endpoint":    {Config{}, []string{"no endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"}},
+		"protocol":    {Config{OTLP: &otlp.Config{Protocol: "http/json", Endpoint: "x:1"}}, []string{"http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"}},
+		"temporality": {Config{Temporality: "Delta!"}, []string{"Delta!", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "lowmemory"}},
+		"endpoint":    {Config{OTLP: &otlp.Config{}}, []string{"no endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			exp, err := New(t.Context(), test.cfg)
@@ -716,48 +721,6 @@ func TestNewRefusesBadSettings(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// TestProbe asks receivers that answer in all ways, as an Exporter would.
-func TestProbe(t *testing.T) {
-	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
-		server := otlptest.Start(t, cfg)
-		probe := to(server.URL(), Config{Protocol: protocol, Headers: map[string]string{"tenant": "t"}, Gzip: true, Timeout: 5 * time.Second})
-		if err := Probe(t.Context(), probe); err != nil {
-			t.Fatal(err)
-		}
-		if r := server.Requests(); len(r) != 1 || r[0].Header["tenant"] != "t" || r[0].Encoding != "gzip" || len(server.Points()) > 0 {
-			t.Errorf("the server has %+v", r)
-		}
-		cfg.Script = []otlptest.Answer{{Code: codes.Unauthenticated, Message: "who are you"}}
-		err := Probe(t.Context(), to(otlptest.Start(t, cfg).URL(), Config{Protocol: protocol}))
-		var http *StatusError
-		switch {
-		case err == nil || !strings.Contains(err.Error(), "who are you"):
-			t.Errorf("a refusal: %v", err)
-		case protocol == "grpc" && status.Code(err) != codes.Unauthenticated:
-			t.Errorf("the code is %v", status.Code(err))
-		case protocol != "grpc" && (!errors.As(err, &http) || http.Code != 401):
-			t.Errorf("the status is %+v", http)
-		}
-		server.Stop()
-		if err := Probe(t.Context(), probe); err == nil || !strings.Contains(err.Error(), "connection refused") {
-			t.Errorf("without a server: %v", err)
-		}
-	})
-}
-
-// An endpoint without the s of https is a setting to mend, and no fault of the data.
-func TestPlainTextToTLSIsHeld(t *testing.T) {
-	server := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: otlptest.NewCA(t).Server(t, false)})
-	c, err := open(t.Context(), to("http://"+server.Address(), Config{Protocol: "http/protobuf"}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.close(t.Context())
-	if a := c.wire.send(t.Context(), c.empty); a.verdict != misconfigured || !strings.Contains(a.hint(), "OTEL_EXPORTER_OTLP_ENDPOINT") {
-		t.Errorf("%v: %v", a.verdict, a.err)
 	}
 }
 
@@ -802,7 +765,7 @@ func TestDeadConnectionIsReplaced(t *testing.T) {
 			}
 		}
 	})
-	a := newAgent(t, "https://"+door.Addr().String(), Config{Protocol: "http/protobuf", TLS: trusting(t, ca), Timeout: 2 * time.Second, Outbox: &memory{}})
+	a := newAgent(t, "https://"+door.Addr().String(), Config{OTLP: &otlp.Config{Protocol: "http/protobuf", TLS: trusting(t, ca), Timeout: 2 * time.Second}, Outbox: &memory{}})
 	t.Cleanup(func() {
 		door.Close()
 		server.Stop()

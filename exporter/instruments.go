@@ -60,7 +60,7 @@ func outboxValues(s store.Stats) []int64 {
 // points carry host.name as those of the units do.
 func (e *Exporter) Register(meter metric.Meter, hostName string) error {
 	return register(meter, hostName, deliveryInstruments(), func() []int64 {
-		return []int64{e.tally.sent.Load(), e.tally.rejected.Load(), e.tally.dropped.Load()}
+		return []int64{e.counts.sent.Load(), e.counts.rejected.Load(), e.counts.dropped.Load()}
 	})
 }
 

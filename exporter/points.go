@@ -4,6 +4,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -12,109 +13,147 @@ import (
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
-// isUnitMetric says that the points of a metric belong to series of the sweep.
-func isUnitMetric(name string) bool {
-	return name == receiver.IOName || name == receiver.PacketCountName || name == receiver.UnattributedName
+// unitMetric is the metric of a unit instrument. Its points are made from the
+// sweep, so that start, time and value come from one place: the SDK's own points
+// have its start time, which would make a long-lived counter look like a burst,
+// and another order each time, in which the outbox compresses worse.
+type unitMetric struct {
+	name         string
+	packets      bool // not bytes
+	unattributed bool // of the top-level slices, not of the units
+	collected    int  // points that the SDK had
 }
 
-// stamp makes the points of the unit instruments say what their series says:
-// start, time and total come from one place, so that a point can never carry one
-// sweep's value with another's time. (A second reader may cause a newer sweep
-// between the SDK's collection and this call.) It returns how many points it had
-// to drop: those without a series, and totals that OTLP cannot carry. A wrong
-// start time would make a long-lived counter look like a burst.
-func stamp(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) (dropped int) {
-	if sweep == nil {
-		sweep = &receiver.Sweep{}
+func unitMetricOf(name string) (m unitMetric, ok bool) {
+	switch name {
+	case receiver.IOName, receiver.PacketCountName, receiver.UnattributedName:
+		return unitMetric{name: name, packets: name == receiver.PacketCountName, unattributed: name == receiver.UnattributedName}, true
 	}
-	// By series and direction: 1 + the index of the point, 0 without one.
-	places := make([]int32, 2*len(sweep.State.Series))
-	eachSum(rm, func(m *metricdata.Metrics, sum *metricdata.Sum[int64]) {
-		if !isUnitMetric(m.Name) {
-			return
-		}
-		clear(places)
-		points := sum.DataPoints[:0]
-		for i := range sum.DataPoints {
-			p := &sum.DataPoints[i]
-			at, transmit, ok := sweep.Find(p.Attributes)
-			if !ok {
-				dropped++
-				continue
-			}
-			series := &sweep.State.Series[at]
-			total := totalOf(m.Name, transmit, series.Total)
-			place := 2 * at
-			if transmit {
-				place++
-			}
-			if total > math.MaxInt64 || places[place] != 0 {
-				dropped++
-				continue
-			}
-			p.StartTime, p.Time, p.Value = series.Start, series.Time, int64(total)
-			if len(points) < i {
-				points = append(points, *p)
-			} else {
-				points = points[:i+1]
-			}
-			places[place] = int32(len(points))
-		}
-		// The SDK has them in another order each time. In one order, requests
-		// are much alike, and the outbox needs a third of the room.
-		reorder(points, places)
-		sum.DataPoints = points
-	})
-	return dropped
+	return unitMetric{}, false
 }
 
-// leaveOutEarly removes the cumulative points that end before they start, and
-// returns how many. That is what a wall clock gives that was ahead when the unit
-// started and has been set back since. Neither time can be changed: another
-// start would be a reset to whoever reads it, and count the total twice.
-func leaveOutEarly(rm *metricdata.ResourceMetrics) (removed int) {
-	eachSum(rm, func(_ *metricdata.Metrics, sum *metricdata.Sum[int64]) {
-		if sum.Temporality != metricdata.CumulativeTemporality {
-			return
+// takeUnitMetrics empties the metrics of the unit instruments in rm and returns
+// them, each name once. An instrument that was not collected is not among them,
+// and so has no points.
+func takeUnitMetrics(rm *metricdata.ResourceMetrics) (taken []unitMetric) {
+	eachSum(rm, func(name string, sum *metricdata.Sum[int64]) (keep bool) {
+		m, ok := unitMetricOf(name)
+		if !ok {
+			return true
 		}
+		if slices.ContainsFunc(taken, func(other unitMetric) bool { return other.name == name }) {
+			return false
+		}
+		m.collected, sum.DataPoints = len(sum.DataPoints), nil
+		taken = append(taken, m)
+		return true
+	})
+	return taken
+}
+
+// A span is what the points of one series say. Times are in ns since 1970, of
+// the wall clock, as OTLP has them.
+type span struct {
+	start, end int64
+	values     amounts
+	valid      [len(amounts{})]bool // there is a point of this value
+}
+
+// cumulative returns the totals of a series.
+func cumulative(s *receiver.Series) span {
+	r := span{start: s.Start.UnixNano(), end: s.Time.UnixNano(), values: amountsOf(s.Total)}
+	for i := range r.valid {
+		r.valid[i] = true
+	}
+	return r
+}
+
+// dropped counts points that cannot be sent.
+type dropped struct{ unknown, huge, early int }
+
+// eachPoint calls f with each point of the metrics, in the order of the sweep,
+// which is nil before the first one.
+func eachPoint(metrics []unitMetric, sweep *receiver.Sweep, read func(*receiver.Series) span, f func(m *unitMetric, attributes attribute.Set, start, end, value int64)) (d dropped) {
+	if sweep == nil {
+		for _, m := range metrics {
+			d.unknown += m.collected
+		}
+		return d
+	}
+	for i := range sweep.State.Series {
+		s := &sweep.State.Series[i]
+		if !s.Observed {
+			continue
+		}
+		r, ofSlice := read(s), unattributed(s.Name)
+		for i := range metrics {
+			m := &metrics[i]
+			if m.unattributed != ofSlice {
+				continue
+			}
+			at := 0
+			if m.packets {
+				at = 1
+			}
+			for _, attributes := range [...]attribute.Set{s.Receive, s.Transmit} {
+				switch {
+				case !r.valid[at]:
+				case r.values[at] > math.MaxInt64: // OTLP cannot carry it
+					d.huge++
+				case r.start > r.end:
+					// That is what a wall clock gives that was ahead when the unit
+					// started and has been set back since. Neither time can be
+					// changed: another start would be a reset to whoever reads it,
+					// and count the total twice.
+					d.early++
+				default:
+					f(m, attributes, r.start, r.end, int64(r.values[at]))
+				}
+				at += len(r.values) / 2
+			}
+		}
+	}
+	return d
+}
+
+// fill puts the points of the metrics into rm, as the SDK would have them, and
+// removes sums without points.
+func fill(rm *metricdata.ResourceMetrics, metrics []unitMetric, sweep *receiver.Sweep, read func(*receiver.Series) span) dropped {
+	points := map[string][]metricdata.DataPoint[int64]{}
+	d := eachPoint(metrics, sweep, read, func(m *unitMetric, attributes attribute.Set, start, end, value int64) {
+		points[m.name] = append(points[m.name], metricdata.DataPoint[int64]{
+			Attributes: attributes, StartTime: time.Unix(0, start).UTC(), Time: time.Unix(0, end).UTC(), Value: value,
+		})
+	})
+	eachSum(rm, func(name string, sum *metricdata.Sum[int64]) (keep bool) {
+		sum.DataPoints = append(sum.DataPoints, points[name]...)
+		return len(sum.DataPoints) > 0
+	})
+	return d
+}
+
+// leaveOutEarly removes the cumulative points that end before they start (see
+// eachPoint), and returns how many.
+func leaveOutEarly(rm *metricdata.ResourceMetrics) (removed int) {
+	eachSum(rm, func(_ string, sum *metricdata.Sum[int64]) (keep bool) {
 		all := len(sum.DataPoints)
-		sum.DataPoints = slices.DeleteFunc(sum.DataPoints, func(p metricdata.DataPoint[int64]) bool { return p.StartTime.After(p.Time) })
+		if sum.Temporality == metricdata.CumulativeTemporality {
+			sum.DataPoints = slices.DeleteFunc(sum.DataPoints, func(p metricdata.DataPoint[int64]) bool { return p.StartTime.After(p.Time) })
+		}
 		removed += all - len(sum.DataPoints)
+		return true
 	})
 	return removed
 }
 
-// reorder puts the points in the order of places, without a copy of them all.
-// Those that are not 0 have each 1 + the index of a point; it uses them up.
-func reorder(points []metricdata.DataPoint[int64], places []int32) {
-	order := places[:0]
-	for _, at := range places {
-		if at > 0 {
-			order = append(order, at-1)
-		}
-	}
-	for i := range order {
-		// Follow the ring of points that take each other's places.
-		first, to := points[i], i
-		for int(order[to]) != i {
-			from := int(order[to])
-			points[to], order[to] = points[from], int32(to)
-			to = from
-		}
-		points[to], order[to] = first, int32(to)
-	}
-}
-
-// eachSum calls f for each integer sum and removes metrics that f left without
-// points.
-func eachSum(rm *metricdata.ResourceMetrics, f func(*metricdata.Metrics, *metricdata.Sum[int64])) {
+// eachSum calls f for each integer sum and removes those that f does not keep.
+func eachSum(rm *metricdata.ResourceMetrics, f func(name string, sum *metricdata.Sum[int64]) (keep bool)) {
 	for i := range rm.ScopeMetrics {
 		scope := &rm.ScopeMetrics[i]
 		kept := scope.Metrics[:0]
 		for _, m := range scope.Metrics {
 			if sum, ok := m.Data.(metricdata.Sum[int64]); ok {
-				f(&m, &sum)
-				if len(sum.DataPoints) == 0 {
+				if !f(m.Name, &sum) {
 					continue
 				}
 				m.Data = sum
@@ -125,146 +164,139 @@ func eachSum(rm *metricdata.ResourceMetrics, f func(*metricdata.Metrics, *metric
 	}
 }
 
-func totalOf(metric string, transmit bool, c receiver.Counters) uint64 {
-	switch packets := metric == receiver.PacketCountName; {
-	case packets && transmit:
-		return c.EgressPackets
-	case packets:
-		return c.IngressPackets
-	case transmit:
-		return c.EgressBytes
-	}
-	return c.IngressBytes
-}
-
-// countPoints counts the data points of all metrics.
-func countPoints(rm *metricdata.ResourceMetrics) (n int) {
-	for _, scope := range rm.ScopeMetrics {
-		for _, m := range scope.Metrics {
-			switch d := m.Data.(type) {
-			case metricdata.Sum[int64]:
-				n += len(d.DataPoints)
-			case metricdata.Sum[float64]:
-				n += len(d.DataPoints)
-			case metricdata.Gauge[int64]:
-				n += len(d.DataPoints)
-			case metricdata.Gauge[float64]:
-				n += len(d.DataPoints)
-			case metricdata.Histogram[int64]:
-				n += len(d.DataPoints)
-			case metricdata.Histogram[float64]:
-				n += len(d.DataPoints)
-			case metricdata.ExponentialHistogram[int64]:
-				n += len(d.DataPoints)
-			case metricdata.ExponentialHistogram[float64]:
-				n += len(d.DataPoints)
-			case metricdata.Summary:
-				n += len(d.DataPoints)
-			}
-		}
-	}
-	return n
-}
-
-// deltas turns cumulative points into deltas from the totals that were last
-// handed over. It is not safe for concurrent use.
+// deltas turns totals into deltas from those that were last handed over. It is
+// not safe for concurrent use.
 type deltas struct {
-	base   map[pointKey]mark
-	ledger map[string]receiver.Series // what base begins with, by name
+	series map[string]mark // by name: the ledger keeps that over restarts
+	own    map[ownKey]mark // the agent's own counters
+	next   struct {        // what becomes of both once the cycle is handed over
+		series map[string]mark
+		own    map[ownKey]mark
+	}
 }
 
-// pointKey names one series of points over cycles. A point of a unit instrument
-// goes by the name of its series, which the ledger keeps over restarts; others
-// go by their attributes.
-type pointKey struct {
-	metric   string
-	series   string
-	transmit bool
-	attrs    attribute.Distinct
+type ownKey struct {
+	metric     string
+	attributes attribute.Distinct
 }
 
-// mark is the end of the last delta of a series of points.
+// mark is the end of the last delta of a series. A counter of the agent's own has
+// the first value only.
 type mark struct {
-	total int64
-	time  time.Time // without monotonic reading: OTLP carries wall clock time
-	start time.Time // of the series
+	start, end int64 // of the series, and of the delta
+	values     amounts
 }
 
 func newDeltas(ledger receiver.State) *deltas {
-	d := &deltas{base: make(map[pointKey]mark), ledger: make(map[string]receiver.Series, len(ledger.Series))}
+	d := &deltas{series: make(map[string]mark, len(ledger.Series)), own: map[ownKey]mark{}}
 	for _, s := range ledger.Series {
-		d.ledger[s.Name] = s
+		d.series[s.Name] = mark{s.Start.UnixNano(), s.Time.UnixNano(), amountsOf(s.Total)}
 	}
+	d.begin()
 	return d
 }
 
-// last returns the end of the last delta of p, which has the given key.
-func (d *deltas) last(key pointKey, p metricdata.DataPoint[int64]) mark {
-	// A series with another start was given up over the limit of series, and
-	// began anew under its name.
-	if m, ok := d.base[key]; ok {
-		if m.start.Equal(p.StartTime) {
-			return m
-		}
-	} else if s, ok := d.ledger[key.series]; ok && isUnitMetric(key.metric) && s.Start.Equal(p.StartTime) {
-		total := min(totalOf(key.metric, key.transmit, s.Total), math.MaxInt64)
-		return mark{int64(total), s.Time.Round(0), p.StartTime}
-	}
-	return mark{0, p.StartTime.Round(0), p.StartTime}
+// begin begins a cycle.
+func (d *deltas) begin() {
+	d.next.series, d.next.own = make(map[string]mark, len(d.series)), map[ownKey]mark{}
 }
 
-// convert rewrites all monotonic cumulative integer sums of rm as deltas. It
-// returns the marks to pass to advance once the cycle is handed over.
-func (d *deltas) convert(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) map[pointKey]mark {
-	next := make(map[pointKey]mark, len(d.base))
-	eachSum(rm, func(m *metricdata.Metrics, sum *metricdata.Sum[int64]) {
-		if !sum.IsMonotonic || sum.Temporality != metricdata.CumulativeTemporality {
-			return
+// read returns the deltas of a series.
+func (d *deltas) read(s *receiver.Series) span {
+	r := cumulative(s)
+	prev, known := d.series[s.Name]
+	d.next.series[s.Name] = since(prev, known, &r)
+	return r
+}
+
+// since makes deltas of the totals in r, and returns where the next ones begin.
+func since(prev mark, known bool, r *span) mark {
+	// A series with another start was given up over the limit of series, and
+	// began anew under its name.
+	if !known || prev.start != r.start {
+		prev = mark{start: r.start, end: r.start}
+	}
+	next := mark{r.start, r.end, r.values}
+	for i, total := range r.values {
+		// Without an interval there is nowhere to put the bytes: the clock was
+		// stepped back, or the sweep is the one of the last cycle. And a total may
+		// have fallen, which a ledger's does not. The point is left out; the next
+		// one starts here and has its bytes, from whichever of the two totals is
+		// the higher one, so that none counts twice.
+		if r.valid[i] = r.end > prev.end && total >= prev.values[i]; r.valid[i] {
+			r.values[i] = total - prev.values[i]
+		} else {
+			next.values[i] = prev.values[i]
 		}
-		kept := sum.DataPoints[:0]
-		for _, p := range sum.DataPoints {
-			key := pointKey{metric: m.Name}
-			if isUnitMetric(m.Name) { // stamp has found it already
-				at, transmit, _ := sweep.Find(p.Attributes)
-				key.series, key.transmit = sweep.State.Series[at].Name, transmit
-			} else {
-				key.attrs = p.Attributes.Equivalent()
-			}
-			prev := d.last(key, p)
-			now := mark{p.Value, p.Time.Round(0), p.StartTime}
-			if !now.time.After(prev.time) || now.total < prev.total {
-				// No interval to put the bytes in (the clock was stepped back,
-				// or the sweep is the one of the last cycle), or a total that
-				// fell, which a ledger's does not. The point is left out; the
-				// next one starts here and has its bytes, from whichever of
-				// the two totals is the higher one, so that none counts twice.
-				next[key] = mark{prev.total, now.time, p.StartTime}
-				continue
-			}
-			next[key] = now
-			p.StartTime, p.Time, p.Value = prev.time, now.time, now.total-prev.total
-			kept = append(kept, p)
-		}
-		sum.DataPoints = kept
-		sum.Temporality = metricdata.DeltaTemporality
-	})
+	}
+	r.start = prev.end
 	return next
 }
 
-// advance makes next the base of the deltas to come.
-func (d *deltas) advance(next map[pointKey]mark, sweep *receiver.Sweep) {
-	for key, m := range next {
-		d.base[key] = m
+// convert rewrites the agent's own monotonic cumulative integer sums as deltas, and
+// says so of those whose points were taken.
+func (d *deltas) convert(rm *metricdata.ResourceMetrics) {
+	eachSum(rm, func(name string, sum *metricdata.Sum[int64]) (keep bool) {
+		if !sum.IsMonotonic || sum.Temporality != metricdata.CumulativeTemporality {
+			return true
+		}
+		sum.Temporality = metricdata.DeltaTemporality
+		kept := sum.DataPoints[:0]
+		for _, p := range sum.DataPoints {
+			key := ownKey{name, p.Attributes.Equivalent()}
+			r := span{start: p.StartTime.UnixNano(), end: p.Time.UnixNano(), values: amounts{uint64(p.Value)}}
+			prev, known := d.own[key]
+			d.next.own[key] = since(prev, known, &r)
+			if r.valid[0] {
+				p.StartTime, p.Value = time.Unix(0, r.start), int64(r.values[0])
+				kept = append(kept, p)
+			}
+		}
+		sum.DataPoints = kept
+		return true
+	})
+}
+
+// advance makes the end of this cycle the base of the deltas to come.
+func (d *deltas) advance(sweep *receiver.Sweep) {
+	maps.Copy(d.series, d.next.series)
+	maps.Copy(d.own, d.next.own)
+	if sweep != nil {
+		forget(d.series, sweep.State.Series)
 	}
-	if sweep == nil || len(d.base)+len(d.ledger) <= 2*(4*len(sweep.State.Series)+256) {
+}
+
+// forget keeps a map in step with the ledger, now and then: a series that it does
+// not have any more can only come back as a new one.
+func forget[V any](byName map[string]V, series []receiver.Series) {
+	if len(byName) <= 2*len(series)+256 {
 		return
 	}
-	// Keep the memory in step with the ledger: what it has forgotten can only
-	// come back as a new series.
-	alive := make(map[string]bool, len(sweep.State.Series))
-	for _, s := range sweep.State.Series {
+	alive := make(map[string]bool, len(series))
+	for _, s := range series {
 		alive[s.Name] = true
 	}
-	maps.DeleteFunc(d.base, func(key pointKey, _ mark) bool { return isUnitMetric(key.metric) && !alive[key.series] })
-	maps.DeleteFunc(d.ledger, func(name string, _ receiver.Series) bool { return !alive[name] })
+	maps.DeleteFunc(byName, func(name string, _ V) bool { return !alive[name] })
+}
+
+// unattributed says that a series of the ledger is of a top-level slice.
+func unattributed(series string) bool { return strings.Contains(series, "/") }
+
+// amounts are counters as the store has them: bytes and packets received, then
+// sent.
+type amounts [4]uint64
+
+func amountsOf(c receiver.Counters) amounts {
+	return amounts{c.IngressBytes, c.IngressPackets, c.EgressBytes, c.EgressPackets}
+}
+
+func (v amounts) minus(w amounts) amounts {
+	for i := range v {
+		v[i] -= w[i]
+	}
+	return v
+}
+
+func (v amounts) counters() receiver.Counters {
+	return receiver.Counters{IngressBytes: v[0], IngressPackets: v[1], EgressBytes: v[2], EgressPackets: v[3]}
 }

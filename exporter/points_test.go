@@ -1,6 +1,7 @@
 package exporter
 
 import (
+	"context"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -9,7 +10,11 @@ import (
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
+	"google.golang.org/protobuf/proto"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
+	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -26,7 +31,7 @@ func collected(series ...receiver.Series) *metricdata.ResourceMetrics {
 			for _, attrs := range []attribute.Set{s.Receive, s.Transmit} {
 				sum.DataPoints = append(sum.DataPoints, metricdata.DataPoint[int64]{
 					Attributes: attrs, StartTime: at(1e6), Time: at(1e6 + 1),
-					Value: int64(totalOf(name, attrs.Equals(&s.Transmit), s.Total)),
+					Value: 12345,
 				})
 			}
 		}
@@ -53,13 +58,26 @@ func sweepOf(series ...receiver.Series) *receiver.Sweep {
 	return receiver.NewSweep(at(1000), receiver.State{Series: series})
 }
 
-func TestStampTakesStartTimeAndTotalFromTheSweep(t *testing.T) {
+// filled puts the points of the sweep in place of the SDK's.
+func filled(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) dropped {
+	return fill(rm, takeUnitMetrics(rm), sweep, cumulative)
+}
+
+// delta is the same with deltas.
+func (d *deltas) delta(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) dropped {
+	metrics := takeUnitMetrics(rm)
+	d.begin()
+	d.convert(rm)
+	return fill(rm, metrics, sweep, d.read)
+}
+
+func TestPointsAreTheSweeps(t *testing.T) {
 	a, b, rest := unit("a.service", at(0), at(100), 5), unit("b.service", at(50), at(101), 7), unit("", at(10), at(102), 9)
 	rm := collected(a, b, rest)
 	// A second reader made a newer sweep before Export got to run.
 	a.Total.IngressBytes, a.Time = 6, at(103)
-	if dropped := stamp(rm, sweepOf(a, b, rest)); dropped != 0 {
-		t.Errorf("dropped %d points of known series", dropped)
+	if left := filled(rm, sweepOf(a, b, rest)); left != (dropped{}) {
+		t.Errorf("dropped %+v points of known series", left)
 	}
 	for _, want := range []struct {
 		metric string
@@ -81,42 +99,71 @@ func TestStampTakesStartTimeAndTotalFromTheSweep(t *testing.T) {
 	}
 }
 
-func TestStampDropsWhatHasNoRightStart(t *testing.T) {
-	known, gone := unit("a.service", at(0), at(100), 5), unit("gone.service", at(0), at(100), 5)
+func TestPointsThatCannotBeSent(t *testing.T) {
+	known, early := unit("a.service", at(0), at(100), 5), unit("early.service", at(200), at(100), 5)
 	huge := unit("huge.service", at(0), at(100), 1)
 	huge.Total.EgressBytes = math.MaxInt64 + 1
+	away := unit("away.service", at(0), at(50), 1)
+	away.Observed = false
 	for name, test := range map[string]struct {
-		sweep         *receiver.Sweep
-		dropped, left int
+		sweep   *receiver.Sweep
+		dropped dropped
+		left    int // points of the units
 	}{
-		"no sweep yet":           {nil, 12, 0},
-		"series without a point": {sweepOf(known, huge), 4 + 1, 7},
+		"no sweep yet": {nil, dropped{unknown: 12}, 0},
+		"no good ones": {sweepOf(early, away), dropped{early: 4}, 0},
+		"some good":    {sweepOf(known, early, huge, away), dropped{early: 4, huge: 1}, 7},
 	} {
 		t.Run(name, func(t *testing.T) {
-			rm := collected(known, gone, huge)
+			rm := collected(known, early, huge)
 			rm.ScopeMetrics[0].Metrics = append(rm.ScopeMetrics[0].Metrics, metricdata.Metrics{
 				Name: "unitmeter.units", Data: metricdata.Gauge[int64]{DataPoints: []metricdata.DataPoint[int64]{{Value: 3, Time: at(7)}}}})
-			if dropped := stamp(rm, test.sweep); dropped != test.dropped {
-				t.Errorf("dropped %d points, want %d", dropped, test.dropped)
+			if got := filled(rm, test.sweep); got != test.dropped {
+				t.Errorf("dropped %+v, want %+v", got, test.dropped)
 			}
-			if left := countPoints(rm); left != test.left+1 {
-				t.Errorf("%d points left, want %d and the agent's own", left, test.left)
+			if left := len(sums(rm, receiver.IOName)) + len(sums(rm, receiver.PacketCountName)); left != test.left {
+				t.Errorf("%d points left, want %d", left, test.left)
 			}
-			for _, m := range rm.ScopeMetrics[0].Metrics {
-				if sum, ok := m.Data.(metricdata.Sum[int64]); ok && len(sum.DataPoints) == 0 {
-					t.Errorf("%s is left without points", m.Name)
-				}
+			metrics := 1
+			if test.left > 0 {
+				metrics = 3
+			}
+			if n := len(rm.ScopeMetrics[0].Metrics); n != metrics {
+				t.Errorf("%d metrics left, want %d", n, metrics)
 			}
 		})
 	}
 }
 
-func TestStampLeavesOtherMetricsAlone(t *testing.T) {
+// An instrument that the SDK did not collect, since its callback did not run or a
+// view drops it, has no points; and one that was collected twice has them once.
+func TestOnlyWhatWasCollectedHasPoints(t *testing.T) {
+	slice := unit("unattributed/system.slice", at(0), at(100), 9)
+	series := []receiver.Series{unit("a.service", at(0), at(100), 5), slice}
+	rm := collected(series...)
+	scope := &rm.ScopeMetrics[0]
+	scope.Metrics = []metricdata.Metrics{scope.Metrics[0], scope.Metrics[0]}
+	filled(rm, sweepOf(series...))
+	if a, b, c := len(sums(rm, receiver.IOName)), len(sums(rm, receiver.PacketCountName)), len(sums(rm, receiver.UnattributedName)); a != 2 || b != 0 || c != 0 {
+		t.Errorf("%d points of bytes, %d of packets, %d unattributed", a, b, c)
+	}
+	rm = collected(series...)
+	rm.ScopeMetrics[0].Metrics[0].Name = receiver.UnattributedName
+	filled(rm, sweepOf(series...))
+	if p := sums(rm, receiver.UnattributedName); len(p) != 2 || p[0].Value != 9 || p[1].Value != 18 {
+		t.Errorf("unattributed are %v", p)
+	}
+	if p := sums(rm, receiver.PacketCountName); len(p) != 2 || p[0].Value != 15 {
+		t.Errorf("packets are %v", p)
+	}
+}
+
+func TestOtherMetricsAreLeftAlone(t *testing.T) {
 	p := metricdata.DataPoint[int64]{Attributes: unitAttrs("a.service", "receive"), StartTime: at(1), Time: at(2), Value: 3}
 	rm := &metricdata.ResourceMetrics{ScopeMetrics: []metricdata.ScopeMetrics{{Metrics: []metricdata.Metrics{
 		{Name: "unitmeter.units", Data: metricdata.Sum[int64]{DataPoints: []metricdata.DataPoint[int64]{p}}}}}}}
-	if dropped := stamp(rm, sweepOf(unit("a.service", at(0), at(100), 5))); dropped != 0 {
-		t.Errorf("dropped %d", dropped)
+	if left := filled(rm, sweepOf(unit("a.service", at(0), at(100), 5))); left != (dropped{}) {
+		t.Errorf("dropped %+v", left)
 	}
 	if got := sums(rm, "unitmeter.units")[0]; got.StartTime != p.StartTime || got.Time != p.Time || got.Value != 3 {
 		t.Errorf("got %+v, want the SDK's own point", got)
@@ -141,9 +188,6 @@ func TestPointsThatEndBeforeTheyStartAreLeftOut(t *testing.T) {
 	}
 	if got := sums(rm, "totals"); len(got) != 1 || !got[0].Time.Equal(at(101)) {
 		t.Errorf("left are %+v, want the one that ends after it starts", got)
-	}
-	if n := len(rm.ScopeMetrics[0].Metrics); n != 2 {
-		t.Errorf("%d metrics are left, want the totals and the gauge", n)
 	}
 }
 
@@ -197,8 +241,7 @@ func TestDeltas(t *testing.T) {
 					series = append(series, unit("a.service", at(step.start), at(step.time), step.n))
 				}
 				rm, sweep := collected(series...), sweepOf(series...)
-				stamp(rm, sweep)
-				next := d.convert(rm, sweep)
+				d.delta(rm, sweep)
 				got := ""
 				if points := sums(rm, receiver.IOName); len(points) > 0 {
 					p := points[0]
@@ -211,7 +254,7 @@ func TestDeltas(t *testing.T) {
 					t.Errorf("cycle %d: delta %q, want %q", i, got, step.want)
 				}
 				if !step.failed {
-					d.advance(next, sweep)
+					d.advance(sweep)
 				}
 			}
 		})
@@ -241,10 +284,9 @@ func TestDeltasSumUp(t *testing.T) {
 				series = append(series, s)
 			}
 			rm, sweep := collected(series...), sweepOf(series...)
-			if dropped := stamp(rm, sweep); dropped != 0 {
-				t.Fatalf("seed %d: dropped %d", seed, dropped)
+			if left := d.delta(rm, sweep); left != (dropped{}) {
+				t.Fatalf("seed %d: dropped %+v", seed, left)
 			}
-			next := d.convert(rm, sweep)
 			if !last && rnd.IntN(3) == 0 {
 				continue // not handed over
 			}
@@ -252,11 +294,12 @@ func TestDeltasSumUp(t *testing.T) {
 				if p.Value < 0 || !p.StartTime.Before(p.Time) {
 					t.Fatalf("seed %d: delta %d (%v .. %v)", seed, p.Value, p.StartTime, p.Time)
 				}
-				if at, transmit, _ := sweep.Find(p.Attributes); !transmit {
-					sum[sweep.State.Series[at].Name] += p.Value
+				if direction, _ := p.Attributes.Value("network.io.direction"); direction.AsString() == "receive" {
+					name, _ := p.Attributes.Value("systemd.unit.name")
+					sum[name.AsString()] += p.Value
 				}
 			}
-			d.advance(next, sweep)
+			d.advance(sweep)
 		}
 		for _, name := range names {
 			if sum[name] != int64(total[name]) {
@@ -271,11 +314,11 @@ func TestDeltasForgetWithTheLedger(t *testing.T) {
 	for i := range 5000 {
 		s := unit(fmt.Sprintf("run-%d.service", i), at(0), at(float64(i+1)), 1)
 		rm, sweep := collected(s), sweepOf(s) // a ledger that forgets all others
-		stamp(rm, sweep)
-		d.advance(d.convert(rm, sweep), sweep)
+		d.delta(rm, sweep)
+		d.advance(sweep)
 	}
-	if len(d.base) > 1000 {
-		t.Errorf("remembers %d points of one live series", len(d.base))
+	if len(d.series) > 1000 {
+		t.Errorf("remembers %d points of one live series", len(d.series))
 	}
 }
 
@@ -290,7 +333,8 @@ func TestDeltasOfTheAgentsOwnCounters(t *testing.T) {
 	}
 	for i, want := range []int64{10, 5} {
 		rm := sum(int64(10+5*i), at(float64(10+10*i)))
-		d.advance(d.convert(rm, nil), nil)
+		d.delta(rm, nil)
+		d.advance(nil)
 		if got := sums(rm, "unitmeter.export.sent")[0].Value; got != want {
 			t.Errorf("cycle %d: delta %d, want %d", i, got, want)
 		}
@@ -300,23 +344,63 @@ func TestDeltasOfTheAgentsOwnCounters(t *testing.T) {
 	}
 }
 
-// The order is that of the places, whatever it was, and those without a point do
-// not count.
-func TestReorder(t *testing.T) {
-	for range 100 {
-		n := rand.IntN(50)
-		points, places := make([]metricdata.DataPoint[int64], n), make([]int32, 0, 2*n)
-		var want []int64
-		for i, at := range rand.Perm(n) {
-			points[i].Value = int64(i)
-			places = append(append(places, make([]int32, rand.IntN(2))...), int32(at+1))
-			want = append(want, int64(at))
+// The deltas of merged requests sum up to those of their parts, in whatever order
+// and number requests are merged.
+func TestMergedDeltas(t *testing.T) {
+	h, box := &host{}, &memory{}
+	exp, err := New(t.Context(), Config{OTLP: &otlp.Config{Endpoint: "localhost:1"}, Source: h, Outbox: kept{box}, Temporality: "delta"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var requests [][]byte
+	for i := range uint64(8) {
+		now := at(float64(100 + 10*i))
+		series := []receiver.Series{unit("a.service", at(0), now, 100+10*i)}
+		if i%3 > 0 {
+			series = append(series, unit("b.service", at(0), now, 7*i))
 		}
-		reorder(points, places)
-		for i, p := range points {
-			if p.Value != want[i] {
-				t.Fatalf("point %d of %d is %d, want %d", i, n, p.Value, want[i])
+		h.see(series...)
+		if err := exp.Export(t.Context(), collected(series...)); err != nil {
+			t.Fatal(err)
+		}
+		requests = append(requests, box.cycles[i].Request)
+	}
+	if err := exp.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	merge := func(a, b []byte) []byte {
+		m, _, err := otlp.Merge(a, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	all := requests[0]
+	for _, r := range requests[1:] {
+		all = merge(all, r)
+	}
+	pairs := merge(merge(merge(requests[0], requests[1]), merge(requests[2], requests[3])), merge(merge(requests[4], requests[5]), merge(requests[6], requests[7])))
+	for name, merged := range map[string][]byte{"one by one": all, "in pairs": pairs} {
+		var request colmetricpb.ExportMetricsServiceRequest
+		if err := proto.Unmarshal(merged, &request); err != nil {
+			t.Fatal(err)
+		}
+		points := otlptest.Flatten(&request)
+		if len(points) != 8 {
+			t.Errorf("%s: %d points, want one for each series", name, len(points))
+		}
+		if a, b := values(points, receiver.IOName, "a.service", "receive"), values(points, receiver.IOName, "b.service", "transmit"); fmt.Sprint(a, b) != "[170] [98]" {
+			t.Errorf("%s: sums %v and %v, want 170 and 98", name, a, b)
+		}
+		for _, p := range points {
+			if !p.Delta || !p.Start.Equal(at(0)) {
+				t.Errorf("%s: %v", name, p)
 			}
 		}
 	}
 }
+
+// kept is an Outbox that gives nothing out.
+type kept struct{ *memory }
+
+func (kept) Next(context.Context, int) ([]Entry, error) { return nil, nil }

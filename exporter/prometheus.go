@@ -70,7 +70,7 @@ func NewPrometheus(ctx context.Context, cfg PrometheusConfig) (*Prometheus, erro
 	go func() {
 		defer close(p.done)
 		if err := p.server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-			log.Error("the Prometheus endpoint has ended", "error", err, "address", address, "next", "restart unitmeter")
+			log.Error("the Prometheus endpoint has ended", "err", err, "address", address, "next", "restart unitmeter")
 		}
 	}()
 	return p, nil

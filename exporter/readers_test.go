@@ -61,7 +61,7 @@ func TestPrometheusBesideTheExporter(t *testing.T) {
 	}
 	box := &memory{}
 	h := &host{}
-	exp, err := New(t.Context(), Config{Protocol: "none", Source: h, Outbox: box})
+	exp, err := New(t.Context(), Config{Source: h, Outbox: box})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,12 +3,16 @@ package exporter
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 )
 
 const (
@@ -20,8 +24,11 @@ const (
 	minCall = 64 << 10
 	// maxBackoff is the longest delay between two tries.
 	maxBackoff = time.Minute
-	// maxDoubts is how often the tries of a request are doubled: up to some hours.
-	maxDoubts = 6
+	// minRefusals is how often a request is refused before another one is tried in
+	// its place.
+	minRefusals = 3
+	// maxRefused bounds the other requests that are refused in its place at a time.
+	maxRefused = 16
 	// drainBackoff is the same during shutdown, where time is short.
 	drainBackoff = time.Second
 )
@@ -30,9 +37,9 @@ const (
 // started by New and ended by Shutdown; the fields below "run only" belong to it.
 type sender struct {
 	outbox Outbox
-	tally  *tally
+	counts *counts
 	log    *slog.Logger
-	call   func(ctx context.Context, request []byte) answer
+	call   func(ctx context.Context, request []byte) otlp.Answer
 
 	wake  chan struct{} // has an element: there may be a new entry
 	drain chan struct{} // closed: end when the outbox is empty
@@ -45,11 +52,12 @@ type sender struct {
 	held    error         // why entries are held; nil when they are not
 
 	// run only
-	limit    int   // the most that one call may carry now
-	alone    int64 // entries up to this ID go one by one
-	failures int   // failed calls in a row
-	refusals int   // of the first entry or its first part, in a row
-	doubts   int   // requests given up in doubt since the last accepted one
+	limit    int                         // the most that one call may carry now
+	alone    int64                       // entries up to this ID go one by one
+	failures int                         // failed calls in a row
+	refusals int                         // of the first entry or its first part, in a row
+	proven   bool                        // since its last refusal another entry was accepted
+	ahead    map[int64][sha256.Size]byte // entries that were delivered before older ones
 	part     parts
 	acked    []Outcome // ended deliveries that the outbox does not know yet
 	trouble  episode   // the outbox could not be read or written
@@ -64,9 +72,9 @@ type parts struct {
 	poison string
 }
 
-func newSender(outbox Outbox, t *tally, log *slog.Logger, call func(context.Context, []byte) answer) *sender {
+func newSender(outbox Outbox, c *counts, log *slog.Logger, call func(context.Context, []byte) otlp.Answer) *sender {
 	return &sender{
-		outbox: outbox, tally: t, log: log, call: call,
+		outbox: outbox, counts: c, log: log, call: call,
 		wake: make(chan struct{}, 1), drain: make(chan struct{}), done: make(chan struct{}),
 		changed: make(chan struct{}), kicks: 1,
 		limit: maxCall, trouble: episode{logger: log},
@@ -201,7 +209,19 @@ func (s *sender) step(ctx context.Context) (wait time.Duration, more bool) {
 	}
 	s.trouble.over("the outbox works again")
 	if len(batch) == 0 {
+		s.ahead = nil
 		return 0, false
+	}
+	if len(s.ahead) > 0 {
+		if s.delivered(batch[0]) {
+			delete(s.ahead, batch[0].ID)
+			s.part = parts{}
+			s.ended(batch[:1])
+			return s.record(ctx), true
+		}
+		if n := slices.IndexFunc(batch, s.delivered); n > 0 {
+			batch = batch[:n]
+		}
 	}
 	if batch[0].ID <= s.alone {
 		batch = batch[:1]
@@ -231,11 +251,11 @@ func (s *sender) stuck(what string, err error) time.Duration {
 	s.failures++
 	s.trouble.failed(slog.LevelError, what, "cannot "+what+"; delivery waits for it", err,
 		"next", "check the space, the rights and the health of the disk under the state directory")
-	return s.hold(err, answer{verdict: transient})
+	return s.hold(err, otlp.Answer{Verdict: otlp.Transient})
 }
 
 // hold notes why entries are held and returns the delay before the next try.
-func (s *sender) hold(err error, a answer) time.Duration {
+func (s *sender) hold(err error, a otlp.Answer) time.Duration {
 	s.mu.Lock()
 	s.set(false, err)
 	s.mu.Unlock()
@@ -243,84 +263,136 @@ func (s *sender) hold(err error, a answer) time.Duration {
 	if s.draining() {
 		most = drainBackoff
 	}
-	return a.backoff(s.failures, most)
+	return a.Backoff(s.failures, most)
 }
 
 // deliver makes one call for a batch of at least one entry and returns how long
 // to wait before the next one.
 func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration) {
 	first, last := batch[0], batch[len(batch)-1]
-	request, points := concat(batch), 0
-	for _, e := range batch {
+	requests, points := make([][]byte, len(batch)), 0
+	for i, e := range batch {
+		requests[i] = e.Request
 		points += e.Points
 	}
+	request := otlp.Join(requests...)
 	// The outbox may have merged the entry with another one since it was
 	// split; then the parts are of no use.
 	inParts := len(s.part.left) > 0 && s.part.entry.ID == first.ID && bytes.Equal(s.part.entry.Request, first.Request)
 	if inParts {
 		batch, request = batch[:1], s.part.left[0]
-		points = countRequest(request)
+		points = otlp.Count(request)
 	} else {
 		s.part = parts{}
 	}
 	a := s.call(ctx, request)
-	if a.verdict != accepted && ctx.Err() != nil {
+	if a.Verdict != otlp.Accepted && ctx.Err() != nil {
 		return 0 // our own end, not the receiver's answer
 	}
 	switch {
-	case a.verdict == accepted:
-		s.failures, s.doubts = 0, 0
+	case a.Verdict == otlp.Accepted:
+		s.failures = 0
 		// The limit may have been halved for a reason that is over.
 		s.limit = min(s.limit+maxCall/32, maxCall)
-		s.tally.accepted(points, a)
+		s.counts.accepted(points, a)
 		s.ended(batch)
 		return 0
-	case len(batch) > 1 && a.verdict == tooLarge:
+	case len(batch) > 1 && a.Verdict == otlp.TooLarge:
 		if s.limit = max(len(request)/2, minCall); s.limit == minCall {
 			s.alone = last.ID
 		}
 		return 0
-	case len(batch) > 1 && a.verdict == suspect:
+	case len(batch) > 1 && (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful):
 		s.alone = last.ID // find out which of them it is
 		return 0
-	case len(batch) > 1 && a.slow:
+	case len(batch) > 1 && a.Slow:
 		s.limit = max(len(request)/2, minCall) // as much as the line carries in time
-	case a.slow && len(request) > minCall:
+	case a.Slow && len(request) > minCall:
 		s.split(first, request, inParts)
-	case a.verdict == tooLarge:
+	case a.Verdict == otlp.TooLarge:
 		if s.split(first, request, inParts) {
 			return 0
 		}
-		a.verdict, a.tries = suspect, doubtTries // a single point too large
+		a.Verdict = otlp.Suspect // a single point too large
 	}
-	if a.verdict == suspect {
-		s.refusals++
-		tries := a.tries
-		if tries == doubtTries {
-			// With nothing accepted since the last one was given up, it is rather
-			// the receiver that is broken, and all others would follow.
-			tries <<= min(s.doubts, maxDoubts)
-		}
-		if s.refusals >= tries {
-			if tries >= doubtTries {
-				s.doubts++
-			}
-			s.failures = 0
-			s.tally.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", first.ID))
-			s.part.poison = a.err.Error()
-			s.ended(batch)
-			return 0
-		}
+	if (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful) && !s.draining() && s.refused(ctx, batch, points, a) {
+		return 0
 	}
 	s.failures++
-	s.tally.failed(a, "the requests stay in the outbox and are sent later")
-	return s.hold(a.err, a)
+	s.counts.failed(a, "the requests stay in the outbox and are sent later")
+	return s.hold(a.Err, a)
+}
+
+// refused deals with a first entry that may be refused for its data. It returns
+// false if that is to be held.
+func (s *sender) refused(ctx context.Context, batch []Entry, points int, a otlp.Answer) (done bool) {
+	s.refusals++
+	if a.Verdict == otlp.Suspect && s.proven {
+		s.failures = 0
+		s.counts.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", batch[0].ID))
+		s.part.poison = a.Err.Error()
+		s.ended(batch)
+		return true
+	}
+	if s.refusals >= minRefusals {
+		s.proven = s.acceptsAnother(ctx, a.Verdict == otlp.Doubtful)
+		if ctx.Err() != nil || s.proven && a.Verdict == otlp.Suspect {
+			return true // the first one again: the receiver may have recovered in between
+		}
+	}
+	return false
+}
+
+// acceptsAnother says whether the receiver accepts another entry than the first:
+// the one behind it, one further on with each refusal, or the newest. If it does
+// not, it is rather the receiver that is broken, and would refuse all others too.
+// With all, the others follow if it does.
+func (s *sender) acceptsAnother(ctx context.Context, all bool) bool {
+	entries, err := s.outbox.Next(ctx, maxCall)
+	if err != nil || len(entries) < 2 {
+		return false
+	}
+	others := slices.DeleteFunc(entries[1:], s.delivered)
+	if len(others) == 0 {
+		return false
+	}
+	at := (s.refusals - minRefusals) % len(others)
+	if !s.pass(ctx, others[at]) && !s.pass(ctx, others[len(others)-1]) {
+		return false
+	}
+	for refused := 0; all && at+1 < len(others) && refused < maxRefused; at++ {
+		if !s.delivered(others[at+1]) && !s.pass(ctx, others[at+1]) {
+			refused++
+		}
+	}
+	return true
+}
+
+// pass tries to deliver an entry before older ones.
+func (s *sender) pass(ctx context.Context, e Entry) bool {
+	a := s.call(ctx, e.Request)
+	if a.Verdict != otlp.Accepted {
+		return false
+	}
+	s.counts.accepted(e.Points, a)
+	if s.ahead == nil {
+		s.ahead = map[int64][sha256.Size]byte{}
+	}
+	s.ahead[e.ID] = sha256.Sum256(e.Request)
+	return true
+}
+
+// delivered says that an entry was delivered before older ones, and has not been
+// merged with another one since.
+func (s *sender) delivered(e Entry) bool {
+	sum, ok := s.ahead[e.ID]
+	return ok && sum == sha256.Sum256(e.Request)
 }
 
 // split replaces the request, an entry or the first of its parts, by its halves.
 // It returns false if there is nothing to cut.
 func (s *sender) split(entry Entry, request []byte, inParts bool) bool {
-	head, tail, err := split(request)
+	head, tail, err := otlp.Split(request)
 	if err != nil || tail == nil {
 		return false
 	}
@@ -334,7 +406,7 @@ func (s *sender) split(entry Entry, request []byte, inParts bool) bool {
 // ended notes that the delivery of the entries, or of the first part of an
 // entry, is over.
 func (s *sender) ended(batch []Entry) {
-	s.refusals = 0
+	s.refusals, s.proven = 0, false
 	if len(s.part.left) > 1 {
 		s.part.left = s.part.left[1:]
 		return

@@ -13,6 +13,8 @@ import (
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
 	metricpb "go.opentelemetry.io/proto/otlp/metrics/v1"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 )
 
 // requestOf serializes a gauge with the given values; pad bytes make it larger.
@@ -53,23 +55,23 @@ func valuesOf(t testing.TB, request []byte) (values []int64) {
 // line is a receiver at the other end of a sender.
 type line struct {
 	t      *testing.T
-	answer func(values []int64, size int) answer
+	answer func(values []int64, size int) otlp.Answer
 
 	mu    sync.Mutex
 	calls []time.Time
 	got   []int64 // accepted, in order
 }
 
-func (l *line) call(ctx context.Context, request []byte) answer {
+func (l *line) call(ctx context.Context, request []byte) otlp.Answer {
 	if ctx.Err() != nil {
-		return answer{verdict: transient, kind: "Canceled", err: ctx.Err()}
+		return otlp.Answer{Verdict: otlp.Transient, Kind: "Canceled", Err: ctx.Err()}
 	}
 	values := valuesOf(l.t, request)
 	a := l.answer(values, len(request))
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.calls = append(l.calls, time.Now())
-	if a.verdict == accepted {
+	if a.Verdict == otlp.Accepted {
 		l.got = append(l.got, values...)
 	}
 	return a
@@ -78,7 +80,7 @@ func (l *line) call(ctx context.Context, request []byte) answer {
 // start runs a sender in the synctest bubble of the test.
 func (l *line) start(box Outbox, log *logged) *sender {
 	ctx, cancel := context.WithCancel(l.t.Context())
-	s := newSender(box, newTally(log.logger()), log.logger(), l.call)
+	s := newSender(box, newCounts(log.logger()), log.logger(), l.call)
 	go s.run(ctx)
 	l.t.Cleanup(func() { cancel(); <-s.done })
 	return s
@@ -97,15 +99,12 @@ func settle(d time.Duration) {
 	synctest.Wait()
 }
 
-func refuse(v verdict, kind string) answer {
-	a := answer{verdict: v, kind: kind, err: errors.New(kind)}
-	if v == suspect {
-		a.tries = dataTries
-	}
+func refuse(v otlp.Verdict, kind string) otlp.Answer {
+	a := otlp.Answer{Verdict: v, Kind: kind, Err: errors.New(kind)}
 	return a
 }
 
-func fill(t testing.TB, box *memory, pad int, n int64) (all []int64) {
+func fillBox(t testing.TB, box *memory, pad int, n int64) (all []int64) {
 	for i := range n {
 		box.add(1, requestOf(t, pad, i))
 		all = append(all, i)
@@ -114,19 +113,19 @@ func fill(t testing.TB, box *memory, pad int, n int64) (all []int64) {
 }
 
 func TestSenderHoldsInOrderUntilTheReceiverIsBack(t *testing.T) {
-	for _, v := range []verdict{transient, unreachable, misconfigured} {
+	for _, v := range []otlp.Verdict{otlp.Transient, otlp.Unreachable, otlp.Misconfigured} {
 		t.Run(v.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var box memory
 				var log logged
 				back := time.Now().Add(30 * time.Minute)
-				l := &line{t: t, answer: func([]int64, int) answer {
+				l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 					if time.Now().Before(back) {
 						return refuse(v, "Away")
 					}
-					return answer{}
+					return otlp.Answer{}
 				}}
-				all := fill(t, &box, 0, 3)
+				all := fillBox(t, &box, 0, 3)
 				s := l.start(&box, &log)
 				for i := int64(3); i < 180; i++ { // a cycle every 10 s, whatever the receiver does
 					settle(10 * time.Second)
@@ -150,7 +149,7 @@ func TestSenderHoldsInOrderUntilTheReceiverIsBack(t *testing.T) {
 					t.Errorf("%d calls in 35 minutes", n)
 				}
 				longest := maxBackoff
-				if v == unreachable {
+				if v == otlp.Unreachable {
 					longest = 15 * time.Second
 				}
 				for i := 1; i < len(l.calls); i++ {
@@ -166,22 +165,22 @@ func TestSenderHoldsInOrderUntilTheReceiverIsBack(t *testing.T) {
 func TestSenderWaitsAsLongAsItIsAsked(t *testing.T) {
 	for asked, want := range map[time.Duration]time.Duration{
 		2 * time.Minute:  2 * time.Minute,
-		1000 * time.Hour: maxAsked,
+		1000 * time.Hour: otlp.MaxAsked,
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			var box memory
 			var log logged
 			first := true
-			l := &line{t: t, answer: func([]int64, int) answer {
+			l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 				if first {
 					first = false
-					a := refuse(transient, "Unavailable")
-					a.after = asked
+					a := refuse(otlp.Transient, "Unavailable")
+					a.After = asked
 					return a
 				}
-				return answer{}
+				return otlp.Answer{}
 			}}
-			fill(t, &box, 0, 1)
+			fillBox(t, &box, 0, 1)
 			l.start(&box, &log)
 			settle(time.Hour)
 			if len(l.calls) != 2 || l.calls[1].Sub(l.calls[0]) != want {
@@ -196,18 +195,18 @@ func TestSenderLogsChangesOnly(t *testing.T) {
 		var box memory
 		var log logged
 		n := 0
-		l := &line{t: t, answer: func([]int64, int) answer {
+		l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 			switch n++; {
 			case n <= 10:
-				return refuse(unreachable, "connection")
+				return refuse(otlp.Unreachable, "connection")
 			case n <= 20:
-				return refuse(misconfigured, "Unauthenticated")
+				return refuse(otlp.Misconfigured, "Unauthenticated")
 			case n <= 30: // no news: this form is logged already
-				return refuse(unreachable, "connection")
+				return refuse(otlp.Unreachable, "connection")
 			}
-			return answer{}
+			return otlp.Answer{}
 		}}
-		fill(t, &box, 0, 1)
+		fillBox(t, &box, 0, 1)
 		s := l.start(&box, &log)
 		settle(time.Hour)
 		log.want(t, "cannot deliver metrics", 2)
@@ -218,7 +217,7 @@ func TestSenderLogsChangesOnly(t *testing.T) {
 		s.kick()
 		settle(time.Hour)
 		log.want(t, "metrics are delivered again", 2)
-		log.want(t, "error=connection", 2)
+		log.want(t, "err=connection", 2)
 	})
 }
 
@@ -244,17 +243,17 @@ func TestFlushWaitsForAnEntryThatCameLate(t *testing.T) {
 		var log logged
 		var s *sender
 		idle := true
-		l := &line{t: t, answer: func([]int64, int) answer {
+		l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			idle = s.idle
-			return answer{}
+			return otlp.Answer{}
 		}}
 		box.late = func() {
 			box.set(func(m *memory) { m.add(1, requestOf(t, 0, 1)) })
 			s.kick()
 		}
-		s = newSender(&box, newTally(log.logger()), log.logger(), l.call)
+		s = newSender(&box, newCounts(log.logger()), log.logger(), l.call)
 		go s.run(t.Context())
 		synctest.Wait()
 		l.want(1)
@@ -271,11 +270,11 @@ func TestSenderJoinsSmallRequests(t *testing.T) {
 		var box memory
 		var log logged
 		largest := 0
-		l := &line{t: t, answer: func(_ []int64, size int) answer {
+		l := &line{t: t, answer: func(_ []int64, size int) otlp.Answer {
 			largest = max(largest, size)
-			return answer{}
+			return otlp.Answer{}
 		}}
-		all := fill(t, &box, 100<<10, 100) // 10 MB
+		all := fillBox(t, &box, 100<<10, 100) // 10 MB
 		l.start(&box, &log)
 		synctest.Wait()
 		l.want(all...)
@@ -290,8 +289,8 @@ func TestSenderSplitsWhatIsTooLarge(t *testing.T) {
 		limit int
 		fill  func(*testing.T, *memory) []int64
 	}{
-		"fewer entries in one call": {1 << 20, func(t *testing.T, box *memory) []int64 { return fill(t, box, 100<<10, 60) }},
-		"entries one by one":        {40 << 10, func(t *testing.T, box *memory) []int64 { return fill(t, box, 30<<10, 20) }},
+		"fewer entries in one call": {1 << 20, func(t *testing.T, box *memory) []int64 { return fillBox(t, box, 100<<10, 60) }},
+		"entries one by one":        {40 << 10, func(t *testing.T, box *memory) []int64 { return fillBox(t, box, 30<<10, 20) }},
 		"an entry by its points": {2000, func(t *testing.T, box *memory) (all []int64) {
 			for i := range int64(1000) {
 				all = append(all, i)
@@ -305,11 +304,11 @@ func TestSenderSplitsWhatIsTooLarge(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var box memory
 				var log logged
-				l := &line{t: t, answer: func(_ []int64, size int) answer {
+				l := &line{t: t, answer: func(_ []int64, size int) otlp.Answer {
 					if size > test.limit {
-						return refuse(tooLarge, "ResourceExhausted")
+						return refuse(otlp.TooLarge, "ResourceExhausted")
 					}
-					return answer{}
+					return otlp.Answer{}
 				}}
 				all := test.fill(t, &box)
 				s := l.start(&box, &log)
@@ -318,7 +317,7 @@ func TestSenderSplitsWhatIsTooLarge(t *testing.T) {
 				if box.pending() > 0 || len(box.poison) > 0 {
 					t.Errorf("%d entries are left, %d set aside", box.pending(), len(box.poison))
 				}
-				if sent := s.tally.sent.Load(); sent != int64(len(all)) {
+				if sent := s.counts.sent.Load(); sent != int64(len(all)) {
 					t.Errorf("counted %d points, want %d", sent, len(all))
 				}
 			})
@@ -332,14 +331,14 @@ func TestSenderRemembersPieces(t *testing.T) {
 		var box memory
 		var log logged
 		n := 0
-		l := &line{t: t, answer: func(values []int64, _ int) answer {
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
 			switch n++; {
 			case len(values) > 2:
-				return refuse(tooLarge, "HTTP 413")
+				return refuse(otlp.TooLarge, "HTTP 413")
 			case n%3 == 0:
-				return refuse(transient, "HTTP 503")
+				return refuse(otlp.Transient, "HTTP 503")
 			}
-			return answer{}
+			return otlp.Answer{}
 		}}
 		box.add(8, requestOf(t, 0, 1, 2, 3, 4, 5, 6, 7, 8))
 		l.start(&box, &log)
@@ -350,41 +349,38 @@ func TestSenderRemembersPieces(t *testing.T) {
 
 func TestSenderSetsPoisonAside(t *testing.T) {
 	for name, test := range map[string]struct {
-		bad   func(values []int64) bool
-		a     answer
-		tries int
+		bad  []int64
+		a    otlp.Answer
+		want []int64
 	}{
-		"bad data":        {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, answer{verdict: suspect, kind: "InvalidArgument", tries: dataTries}, dataTries},
-		"maybe a server":  {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, answer{verdict: suspect, kind: "Internal", tries: doubtTries}, doubtTries},
-		"one large point": {func(v []int64) bool { return slices.Contains(v, 2) || slices.Contains(v, 5) }, answer{verdict: tooLarge, kind: "HTTP 413"}, doubtTries},
+		"bad data":        {[]int64{2, 5}, otlp.Answer{Verdict: otlp.Suspect, Kind: "InvalidArgument"}, []int64{0, 1, 3, 4, 6, 7}},
+		"one large point": {[]int64{2, 5}, otlp.Answer{Verdict: otlp.TooLarge, Kind: "HTTP 413"}, []int64{0, 1, 3, 4, 6, 7}},
+		"two in a row":    {[]int64{2, 3}, otlp.Answer{Verdict: otlp.Suspect, Kind: "HTTP 400"}, []int64{0, 1, 5, 4, 6, 7}},
+		"the first ones":  {[]int64{0, 1}, otlp.Answer{Verdict: otlp.Suspect, Kind: "HTTP 400"}, []int64{3, 2, 4, 5, 6, 7}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var box memory
 				var log logged
-				tried := map[int64]int{} // of entries that went alone
-				test.a.err = errors.New("no")
-				l := &line{t: t, answer: func(values []int64, _ int) answer {
-					if test.bad(values) {
-						if len(values) == 1 {
-							tried[values[0]]++
-						}
+				test.a.Err = errors.New("no")
+				l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+					if slices.ContainsFunc(values, func(v int64) bool { return slices.Contains(test.bad, v) }) {
 						return test.a
 					}
-					return answer{}
+					return otlp.Answer{}
 				}}
-				fill(t, &box, 0, 8)
+				fillBox(t, &box, 0, 8)
 				s := l.start(&box, &log)
 				settle(time.Hour)
-				l.want(0, 1, 3, 4, 6, 7)
-				if tried[2] != test.tries || tried[5] != test.tries {
-					t.Errorf("tried %v times, want %d", tried, test.tries)
+				sorted := slices.Sorted(slices.Values(l.got))
+				if want := slices.Sorted(slices.Values(test.want)); !slices.Equal(sorted, want) {
+					t.Errorf("the receiver has %v, want %v once each", l.got, want)
 				}
-				if len(box.poison) != 2 || box.poison[3] == "" || box.poison[6] == "" || box.pending() > 0 {
-					t.Errorf("set aside %v, %d left; want entries 3 and 6", box.poison, box.pending())
+				if len(box.poison) != 2 || box.poison[test.bad[0]+1] == "" || box.poison[test.bad[1]+1] == "" || box.pending() > 0 {
+					t.Errorf("set aside %v, %d left; want %v", box.poison, box.pending(), test.bad)
 				}
-				if s.tally.sent.Load() != 6 || s.tally.rejected.Load() != 2 {
-					t.Errorf("counted %d sent, %d rejected", s.tally.sent.Load(), s.tally.rejected.Load())
+				if s.counts.sent.Load() != 6 || s.counts.rejected.Load() != 2 {
+					t.Errorf("counted %d sent, %d rejected", s.counts.sent.Load(), s.counts.rejected.Load())
 				}
 				log.want(t, "set aside in quarantine", 2)
 				if err := s.flush(t.Context()); err != nil {
@@ -395,6 +391,83 @@ func TestSenderSetsPoisonAside(t *testing.T) {
 	}
 }
 
+// The receiver recovers while another request is tried: the first one is good.
+func TestSenderAsksAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		recovered := false
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if recovered = recovered || slices.Equal(values, []int64{1}); recovered {
+				return otlp.Answer{}
+			}
+			return refuse(otlp.Suspect, "HTTP 400")
+		}}
+		fillBox(t, &box, 0, 3)
+		l.start(&box, &log)
+		settle(time.Hour)
+		l.want(1, 0, 2)
+		if len(box.poison) > 0 || box.pending() > 0 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+	})
+}
+
+// What a receiver in trouble does not take is held, and does not hold up the others.
+func TestSenderPassesWhatIsDoubtful(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		fixed := time.Now().Add(6 * time.Minute)
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if time.Now().Before(fixed) && slices.ContainsFunc(values, func(v int64) bool { return v < 2 }) {
+				return refuse(otlp.Doubtful, "HTTP 500")
+			}
+			return otlp.Answer{}
+		}}
+		fillBox(t, &box, 0, 6)
+		l.start(&box, &log)
+		settle(5 * time.Minute)
+		if sorted := slices.Sorted(slices.Values(l.got)); !slices.Equal(sorted, []int64{2, 3, 4, 5}) {
+			t.Errorf("the receiver has %v, want all but the first two", l.got)
+		}
+		if len(box.poison) > 0 || box.pending() != 6 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+		settle(5 * time.Minute)
+		if len(l.got) != 6 || len(box.poison) > 0 || box.pending() != 0 {
+			t.Errorf("the receiver has %v; set aside %v, %d left", l.got, box.poison, box.pending())
+		}
+	})
+}
+
+// Nothing is set aside before the receiver has accepted something else.
+func TestSenderHoldsTheOnlyRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if slices.Contains(values, 0) {
+				return refuse(otlp.Suspect, "HTTP 400")
+			}
+			return otlp.Answer{}
+		}}
+		fillBox(t, &box, 0, 1)
+		s := l.start(&box, &log)
+		settle(time.Hour)
+		if len(box.poison) > 0 || box.pending() != 1 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+		box.set(func(m *memory) { m.add(1, requestOf(t, 0, 1)) })
+		s.kick()
+		settle(2 * time.Minute)
+		l.want(1)
+		if len(box.poison) != 1 || box.pending() != 0 {
+			t.Errorf("set aside %v, %d left", box.poison, box.pending())
+		}
+	})
+}
+
 // A receiver that is broken for hours refuses all that it is sent. That is no
 // reason to set all of it aside.
 func TestSenderHoldsWhatABrokenReceiverRefuses(t *testing.T) {
@@ -402,20 +475,17 @@ func TestSenderHoldsWhatABrokenReceiverRefuses(t *testing.T) {
 		var box memory
 		var log logged
 		mended := time.Now().Add(6 * time.Hour)
-		l := &line{t: t, answer: func([]int64, int) answer {
+		l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 			if time.Now().Before(mended) {
-				return answer{verdict: suspect, kind: "HTTP 500", tries: doubtTries, err: errors.New("no")}
+				return otlp.Answer{Verdict: otlp.Suspect, Kind: "HTTP 400", Err: errors.New("no")}
 			}
-			return answer{}
+			return otlp.Answer{}
 		}}
-		fill(t, &box, 0, 360)
+		all := fillBox(t, &box, 0, 360)
 		l.start(&box, &log)
-		settle(7 * time.Hour)
-		if n := len(box.poison); n == 0 || n > 7 {
-			t.Errorf("%d of 360 requests are set aside", n)
-		}
-		if box.pending() > 0 {
-			t.Errorf("%d requests are left", box.pending())
+		settle(6*time.Hour + 2*time.Minute)
+		if len(box.poison) > 0 || box.pending() > 0 || len(l.got) != len(all) {
+			t.Errorf("%d of 360 requests are set aside, %d left, %d arrived", len(box.poison), box.pending(), len(l.got))
 		}
 	})
 }
@@ -425,21 +495,22 @@ func TestSenderDeliversTheGoodPieces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var box memory
 		var log logged
-		l := &line{t: t, answer: func(values []int64, _ int) answer {
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
 			if len(values) > 2 {
-				return refuse(tooLarge, "ResourceExhausted")
+				return refuse(otlp.TooLarge, "ResourceExhausted")
 			}
 			if slices.Contains(values, 3) {
-				return refuse(suspect, "InvalidArgument")
+				return refuse(otlp.Suspect, "InvalidArgument")
 			}
-			return answer{}
+			return otlp.Answer{}
 		}}
 		box.add(8, requestOf(t, 0, 1, 2, 3, 4, 5, 6, 7, 8))
+		box.add(1, requestOf(t, 0, 9))
 		s := l.start(&box, &log)
 		settle(time.Hour)
-		l.want(1, 2, 5, 6, 7, 8)
-		if s.tally.sent.Load() != 6 || s.tally.rejected.Load() != 2 || box.poison[1] == "" {
-			t.Errorf("counted %d sent, %d rejected; set aside %v", s.tally.sent.Load(), s.tally.rejected.Load(), box.poison)
+		l.want(1, 2, 9, 5, 6, 7, 8)
+		if s.counts.sent.Load() != 7 || s.counts.rejected.Load() != 2 || box.poison[1] == "" {
+			t.Errorf("counted %d sent, %d rejected; set aside %v", s.counts.sent.Load(), s.counts.rejected.Load(), box.poison)
 		}
 	})
 }
@@ -448,15 +519,15 @@ func TestSenderCountsPartialSuccessAndGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var box memory
 		var log logged
-		l := &line{t: t, answer: func(values []int64, _ int) answer { return answer{rejected: 1, message: "too old"} }}
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer { return otlp.Answer{Rejected: 1, Message: "too old"} }}
 		s := l.start(&box, &log)
 		for i := range int64(5) {
 			box.set(func(m *memory) { m.add(3, requestOf(t, 0, i, i, i)) })
 			s.kick()
 			synctest.Wait()
 		}
-		if len(l.calls) != 5 || s.tally.sent.Load() != 10 || s.tally.rejected.Load() != 5 {
-			t.Errorf("%d calls, counted %d sent, %d rejected", len(l.calls), s.tally.sent.Load(), s.tally.rejected.Load())
+		if len(l.calls) != 5 || s.counts.sent.Load() != 10 || s.counts.rejected.Load() != 5 {
+			t.Errorf("%d calls, counted %d sent, %d rejected", len(l.calls), s.counts.sent.Load(), s.counts.rejected.Load())
 		}
 		log.want(t, "partial success", 1)
 	})
@@ -467,8 +538,8 @@ func TestSenderDoesNotRepeatWhatTheOutboxCannotRecord(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var box memory
 		var log logged
-		l := &line{t: t, answer: func([]int64, int) answer { return answer{} }}
-		fill(t, &box, 0, 2)
+		l := &line{t: t, answer: func([]int64, int) otlp.Answer { return otlp.Answer{} }}
+		fillBox(t, &box, 0, 2)
 		box.failDone = errors.New("disk I/O error")
 		s := l.start(&box, &log)
 		settle(10 * time.Minute)
@@ -489,15 +560,15 @@ func TestSenderSendsLessOverASlowLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var box memory
 		var log logged
-		l := &line{t: t, answer: func(_ []int64, size int) answer {
+		l := &line{t: t, answer: func(_ []int64, size int) otlp.Answer {
 			if size > 500<<10 {
-				a := refuse(transient, "DeadlineExceeded")
-				a.slow = true
+				a := refuse(otlp.Transient, "DeadlineExceeded")
+				a.Slow = true
 				return a
 			}
-			return answer{}
+			return otlp.Answer{}
 		}}
-		all := fill(t, &box, 100<<10, 60)
+		all := fillBox(t, &box, 100<<10, 60)
 		var large []int64 // one entry that the line does not carry in time
 		for i := range int64(60_000) {
 			large = append(large, 100+i)
@@ -523,13 +594,13 @@ func TestSenderDrain(t *testing.T) {
 				var box memory
 				var log logged
 				back := time.Now().Add(30*time.Minute + test.back)
-				l := &line{t: t, answer: func([]int64, int) answer {
+				l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 					if time.Now().Before(back) {
-						return refuse(transient, "Unavailable")
+						return refuse(otlp.Transient, "Unavailable")
 					}
-					return answer{}
+					return otlp.Answer{}
 				}}
-				fill(t, &box, 0, 3)
+				fillBox(t, &box, 0, 3)
 				s := l.start(&box, &log)
 				settle(30 * time.Minute) // deep in the longest delays
 				begin := time.Now()
@@ -556,12 +627,12 @@ func TestSenderRecordsTheLastAnswer(t *testing.T) {
 		var box memory
 		var log logged
 		ctx, cancel := context.WithCancel(t.Context())
-		l := &line{t: t, answer: func([]int64, int) answer {
+		l := &line{t: t, answer: func([]int64, int) otlp.Answer {
 			cancel()
-			return answer{}
+			return otlp.Answer{}
 		}}
-		fill(t, &box, 0, 2)
-		s := newSender(&box, newTally(log.logger()), log.logger(), l.call)
+		fillBox(t, &box, 0, 2)
+		s := newSender(&box, newCounts(log.logger()), log.logger(), l.call)
 		go s.run(ctx)
 		<-s.done
 		if box.pending() != 0 {
@@ -571,15 +642,15 @@ func TestSenderRecordsTheLastAnswer(t *testing.T) {
 }
 
 func TestBackoffGrowsAndIsBounded(t *testing.T) {
-	for _, v := range []verdict{transient, unreachable, misconfigured, suspect} {
+	for _, v := range []otlp.Verdict{otlp.Transient, otlp.Unreachable, otlp.Misconfigured, otlp.Suspect} {
 		for failures := 1; failures < 200; failures++ {
-			a := answer{verdict: v}
-			d := a.backoff(failures, maxBackoff)
+			a := otlp.Answer{Verdict: v}
+			d := a.Backoff(failures, maxBackoff)
 			most := maxBackoff
-			if v == unreachable {
+			if v == otlp.Unreachable {
 				most = 15 * time.Second
 			}
-			if v != misconfigured && failures < 7 {
+			if v != otlp.Misconfigured && failures < 7 {
 				most = min(most, time.Second<<(failures-1))
 			}
 			if d < 100*time.Millisecond || d > most {

@@ -21,7 +21,7 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/unitmeter/unitmeter/config"
-	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 )
 
 // endpoint is where the requests go, as the net package has it.
@@ -320,7 +320,7 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 	}
 	// Half of the time is for finding out why it failed.
 	attempt, cancel := context.WithTimeout(ctx, checkTimeout/2)
-	err := exporter.Probe(attempt, otlpConfig(d.cfg.OTLP))
+	err := otlp.Probe(attempt, *otlpConfig(d.cfg.OTLP))
 	cancel()
 	if err == nil {
 		names := "no headers"
@@ -350,7 +350,7 @@ func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) findin
 		code = s.Code()
 	}
 	web := 0 // the status of an answer over HTTP
-	if answer := (*exporter.StatusError)(nil); errors.As(err, &answer) {
+	if answer := (*otlp.StatusError)(nil); errors.As(err, &answer) {
 		web = answer.Code
 	}
 	header := "set the header that the Collector wants in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"

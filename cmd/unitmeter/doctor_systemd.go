@@ -15,7 +15,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -397,7 +397,7 @@ func (d *doctor) speak(ctx context.Context) (what string, err error) {
 	// counted all the same, whether or not somebody takes it.
 	if d.reachable {
 		if ep, err := parseEndpoint(d.cfg.OTLP); err == nil && ep.network == "tcp" {
-			if exporter.Probe(ctx, otlpConfig(d.cfg.OTLP)) == nil {
+			if otlp.Probe(ctx, *otlpConfig(d.cfg.OTLP)) == nil {
 				return "an empty request to the Collector", nil
 			}
 		}

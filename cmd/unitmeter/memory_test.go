@@ -10,6 +10,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
 	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
@@ -30,7 +31,7 @@ func TestFrugal(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := otlptest.Start(t, otlptest.Config{})
-	exp, err := exporter.New(t.Context(), exporter.Config{Endpoint: server.Address(), Insecure: true, Outbox: durable})
+	exp, err := exporter.New(t.Context(), exporter.Config{OTLP: &otlp.Config{Endpoint: server.Address(), Insecure: true}, Outbox: durable})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -157,7 +158,7 @@ func (o outage) start(tb testing.TB) *exec.Cmd {
 // commit makes the agent's pipeline and commits all cycles.
 func (o outage) commit(t *testing.T) (*exporter.Exporter, *store.Store) {
 	t.Helper()
-	s, err := store.Open(t.Context(), store.Config{Dir: o.dir, Merge: exporter.Merge})
+	s, err := store.Open(t.Context(), store.Config{Dir: o.dir, Merge: otlp.Merge})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +168,7 @@ func (o outage) commit(t *testing.T) (*exporter.Exporter, *store.Store) {
 	}
 	source := &made{}
 	exp, err := exporter.New(t.Context(), exporter.Config{
-		Endpoint: o.endpoint, Insecure: true, Source: source, Ledger: durable.State(), Outbox: durable,
+		OTLP: &otlp.Config{Endpoint: o.endpoint, Insecure: true}, Source: source, Ledger: durable.State(), Outbox: durable,
 	})
 	if err != nil {
 		t.Fatal(err)

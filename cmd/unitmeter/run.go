@@ -20,6 +20,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -179,11 +180,11 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			err = errors.Join(err, out.close(ctx))
 		}
 	}()
-	protocol := "none"
+	var to *otlp.Config
 	for _, name := range cfg.Exporters {
 		switch name {
 		case "otlp":
-			protocol = cfg.OTLP.Protocol
+			to = otlpConfig(cfg.OTLP)
 		case "console":
 			if out.console, err = exporter.NewConsole(t.stdout, rcv); err != nil {
 				return out, err
@@ -198,18 +199,18 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			log.Info("listening for Prometheus", "address", out.prometheus.Addr().String())
 		}
 	}
-	exporterConfig := otlpConfig(cfg.OTLP)
-	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Ledger = protocol, rcv, state.restored()
-	exporterConfig.Outbox, exporterConfig.Logger = state.outbox(), log
-	out.main, err = exporter.New(ctx, exporterConfig)
+	out.main, err = exporter.New(ctx, exporter.Config{
+		OTLP: to, Temporality: cfg.OTLP.Temporality,
+		Source: rcv, Ledger: state.restored(), Outbox: state.outbox(), Logger: log,
+	})
 	return out, err
 }
 
 // otlpConfig maps the settings of the connection; the doctor tries the same.
-func otlpConfig(o config.OTLP) exporter.Config {
-	return exporter.Config{
+func otlpConfig(o config.OTLP) *otlp.Config {
+	return &otlp.Config{
 		Protocol: o.Protocol, Endpoint: o.Endpoint, Insecure: o.Insecure, TLS: o.TLS,
-		Headers: o.Headers, Gzip: o.Compression == "gzip", Timeout: o.Timeout, Temporality: o.Temporality,
+		Headers: o.Headers, Gzip: o.Compression == "gzip", Timeout: o.Timeout,
 	}
 }
 

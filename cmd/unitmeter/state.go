@@ -11,6 +11,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
 )
@@ -38,7 +39,7 @@ func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state
 	var err error
 	s.store, err = store.Open(ctx, store.Config{
 		Dir: cfg.StateDir, OutboxMaxBytes: cfg.OutboxMaxBytes, OutboxMaxAge: cfg.OutboxMaxAge,
-		History: history, Merge: exporter.Merge, Logger: log,
+		History: history, Merge: otlp.Merge, Logger: log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w; UNITMETER_STATE_DIR can name another", err)

@@ -114,7 +114,7 @@ func (r *frameReader) release() {
 	r.plain = nil
 }
 
-// size returns how long the request in body is, or 0 if body is damaged.
+// requestSize returns how long the request in body is, or 0 if body is damaged.
 func requestSize(body []byte) int {
 	var h zstd.Header
 	if h.Decode(body) != nil || !h.HasFCS || h.FrameContentSize > maxRequest {

@@ -300,7 +300,7 @@ func (s *Store) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
 			if err := s.quarantine(row, row.body, err.Error()); err != nil {
 				return nil, s.failed(op, err)
 			}
-			s.cfg.Logger.Error("request is damaged on disk and was put into quarantine", "path", s.path, "id", row.id, "error", err)
+			s.cfg.Logger.Error("request is damaged on disk and was put into quarantine", "path", s.path, "id", row.id, "err", err)
 			continue
 		}
 		if err != nil {
@@ -589,7 +589,7 @@ func (s *Store) merge(older, newer int64) (bool, error) {
 		if errors.Is(err, errUnmergeable) {
 			if !o.thinning {
 				o.thinning = true
-				s.cfg.Logger.Warn("outbox is full and cycles cannot be merged: dropping the oldest", "error", err)
+				s.cfg.Logger.Warn("outbox is full and cycles cannot be merged: dropping the oldest", "err", err)
 			}
 			return false, nil
 		}

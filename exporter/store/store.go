@@ -487,7 +487,7 @@ func (s *Store) condemn(reason error) {
 	s.leave()
 	aside, err := setAside(s.path, s.cfg.Now())
 	if err != nil {
-		s.cfg.Logger.Error("damaged store could not be set aside", "path", s.path, "reason", reason, "error", err)
+		s.cfg.Logger.Error("damaged store could not be set aside", "path", s.path, "reason", reason, "err", err)
 		return
 	}
 	s.beganAnew(reason, aside)
@@ -496,7 +496,7 @@ func (s *Store) condemn(reason error) {
 func (s *Store) noteFailure(err error) {
 	if !s.down && errors.Is(err, ErrUnavailable) {
 		s.down = true
-		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "error", err,
+		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "err", err,
 			"next", "mend the disk or free some of it, or choose another state directory")
 	}
 }

@@ -1,4 +1,4 @@
-package exporter
+package otlp
 
 import (
 	"fmt"
@@ -15,25 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
-	"github.com/unitmeter/unitmeter/receiver"
 )
-
-// encoded is the official exporter's request for rm.
-func encoded(t testing.TB, rm *metricdata.ResourceMetrics) []byte {
-	t.Helper()
-	official, err := newGRPC(t.Context(), Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := (&encoder{official: official}).encode(t.Context(), rm)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := official.Shutdown(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return c.request
-}
 
 func decoded(t testing.TB, request []byte) *colmetricpb.ExportMetricsServiceRequest {
 	t.Helper()
@@ -61,22 +43,19 @@ func everyKind(t testing.TB) []byte {
 			{Name: "sum", Data: metricdata.Sum[int64]{Temporality: metricdata.CumulativeTemporality, IsMonotonic: true, DataPoints: []metricdata.DataPoint[int64]{point, point, point}}},
 		}}},
 	}
-	if n := countPoints(rm); n != 10 {
-		t.Fatalf("counted %d points of the SDK's, want 10", n)
-	}
 	return encoded(t, rm)
 }
 
 func TestSplitKeepsEveryPoint(t *testing.T) {
 	whole := everyKind(t)
-	if n := countRequest(whole); n != 10 {
+	if n := Count(whole); n != 10 {
 		t.Fatalf("counted %d points, want 10", n)
 	}
 	// Split until nothing can be split, then lay the pieces side by side.
 	var pieces []*colmetricpb.ExportMetricsServiceRequest
 	queue := [][]byte{whole}
 	for len(queue) > 0 {
-		head, tail, err := split(queue[0])
+		head, tail, err := Split(queue[0])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -85,8 +64,8 @@ func TestSplitKeepsEveryPoint(t *testing.T) {
 			queue = queue[1:]
 			continue
 		}
-		if a, b := countRequest(head), countRequest(tail); a+b != countRequest(queue[0]) || b-a > 1 || a > b {
-			t.Errorf("halves of %d points have %d and %d", countRequest(queue[0]), a, b)
+		if a, b := Count(head), Count(tail); a+b != Count(queue[0]) || b-a > 1 || a > b {
+			t.Errorf("halves of %d points have %d and %d", Count(queue[0]), a, b)
 		}
 		queue = append([][]byte{head, tail}, queue[1:]...)
 	}
@@ -112,21 +91,21 @@ func TestSplitKeepsEveryPoint(t *testing.T) {
 }
 
 func TestSplitOfJunk(t *testing.T) {
-	if _, _, err := split([]byte("junk")); err == nil {
+	if _, _, err := Split([]byte("junk")); err == nil {
 		t.Error("no error")
 	}
-	if head, tail, err := split(nil); head != nil || tail != nil || err != nil {
+	if head, tail, err := Split(nil); head != nil || tail != nil || err != nil {
 		t.Errorf("split of nothing: %v %v %v", head, tail, err)
 	}
-	if n := countRequest([]byte("junk")); n != 0 {
+	if n := Count([]byte("junk")); n != 0 {
 		t.Errorf("junk has %d points", n)
 	}
 }
 
 func TestMergeCumulative(t *testing.T) {
 	restarted := unit("b.service", at(15), at(20), 3) // its series began anew
-	older := encoded(t, stamped(unit("a.service", at(0), at(10), 100), unit("b.service", at(0), at(10), 50), unit("gone.service", at(0), at(10), 70)))
-	newer := encoded(t, stamped(unit("a.service", at(0), at(20), 130), restarted, unit("new.service", at(12), at(20), 5)))
+	older := encoded(t, collected(unit("a.service", at(0), at(10), 100), unit("b.service", at(0), at(10), 50), unit("gone.service", at(0), at(10), 70)))
+	newer := encoded(t, collected(unit("a.service", at(0), at(20), 130), restarted, unit("new.service", at(12), at(20), 5)))
 	merged, points, err := Merge(older, newer)
 	if err != nil {
 		t.Fatal(err)
@@ -134,12 +113,12 @@ func TestMergeCumulative(t *testing.T) {
 	if len(merged) >= len(older)+len(newer) {
 		t.Error("it has not become smaller")
 	}
-	if n := countRequest(merged); points != n || n != 5*4 {
+	if n := Count(merged); points != n || n != 5*4 {
 		t.Errorf("it has %d points and says %d, want 20", n, points)
 	}
 	var got []string
 	for _, p := range otlptest.Flatten(decoded(t, merged)) {
-		if p.Metric == receiver.PacketCountName && p.Attrs["network.io.direction"] == "transmit" {
+		if p.Metric == packetsName && p.Attrs["network.io.direction"] == "transmit" {
 			got = append(got, fmt.Sprintf("%s %d (%v..%v)", p.Attrs["systemd.unit.name"], p.Value/4, p.Start.Sub(t0).Seconds(), p.Time.Sub(t0).Seconds()))
 		}
 	}
@@ -155,55 +134,6 @@ func TestMergeCumulative(t *testing.T) {
 	}
 }
 
-func stamped(series ...receiver.Series) *metricdata.ResourceMetrics {
-	rm := collected(series...)
-	stamp(rm, sweepOf(series...))
-	return rm
-}
-
-// The deltas of a merged request sum up to those of its parts, in whatever order
-// and number requests are merged.
-func TestMergeDeltas(t *testing.T) {
-	d := newDeltas(receiver.State{})
-	var requests [][]byte
-	for i := range uint64(8) {
-		now := at(float64(100 + 10*i))
-		series := []receiver.Series{unit("a.service", at(0), now, 100+10*i)}
-		if i%3 > 0 {
-			series = append(series, unit("b.service", at(0), now, 7*i))
-		}
-		rm, sweep := stamped(series...), sweepOf(series...)
-		d.advance(d.convert(rm, sweep), sweep)
-		requests = append(requests, encoded(t, rm))
-	}
-	merge := func(a, b []byte) []byte {
-		m, _, err := Merge(a, b)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return m
-	}
-	all := requests[0]
-	for _, r := range requests[1:] {
-		all = merge(all, r)
-	}
-	pairs := merge(merge(merge(requests[0], requests[1]), merge(requests[2], requests[3])), merge(merge(requests[4], requests[5]), merge(requests[6], requests[7])))
-	for name, merged := range map[string][]byte{"one by one": all, "in pairs": pairs} {
-		points := otlptest.Flatten(decoded(t, merged))
-		if len(points) != 8 {
-			t.Errorf("%s: %d points, want one for each series", name, len(points))
-		}
-		if a, b := values(points, receiver.IOName, "a.service", "receive"), values(points, receiver.IOName, "b.service", "transmit"); fmt.Sprint(a, b) != "[170] [98]" {
-			t.Errorf("%s: sums %v and %v, want 170 and 98", name, a, b)
-		}
-		for _, p := range points {
-			if !p.Delta || !p.Start.Equal(at(0)) {
-				t.Errorf("%s: %v", name, p)
-			}
-		}
-	}
-}
-
 func TestMergeKeepsWhatItCannotAdd(t *testing.T) {
 	whole := everyKind(t)
 	merged, _, err := Merge(whole, whole)
@@ -212,7 +142,7 @@ func TestMergeKeepsWhatItCannotAdd(t *testing.T) {
 	}
 	// Two gauges and three sums are in the newer one; histograms, the
 	// exponential one and the summary stay twice; the double delta is added.
-	if n := countRequest(merged); n != 10+4 {
+	if n := Count(merged); n != 10+4 {
 		t.Errorf("%d points, want 14: %v", n, decoded(t, merged))
 	}
 	huge := func(v int64) []byte {
@@ -236,28 +166,28 @@ func TestMergeKeepsWhatItCannotAdd(t *testing.T) {
 func FuzzMergeAndSplit(f *testing.F) {
 	whole := everyKind(f)
 	f.Add(whole, whole)
-	f.Add(encoded(f, stamped(unit("a.service", at(0), at(10), 100))), whole)
+	f.Add(encoded(f, collected(unit("a.service", at(0), at(10), 100))), whole)
 	f.Add([]byte("junk"), []byte{})
 	f.Fuzz(func(t *testing.T, older, newer []byte) {
 		merged, points, err := Merge(older, newer)
-		if n := countRequest(merged); err == nil && (n > countRequest(older)+countRequest(newer) || n != points) {
-			t.Errorf("%d and %d points became %d, and Merge says %d", countRequest(older), countRequest(newer), n, points)
+		if n := Count(merged); err == nil && (n > Count(older)+Count(newer) || n != points) {
+			t.Errorf("%d and %d points became %d, and Merge says %d", Count(older), Count(newer), n, points)
 		}
-		head, tail, err := split(older)
-		if err == nil && tail != nil && countRequest(head)+countRequest(tail) != countRequest(older) {
-			t.Errorf("%d points became %d and %d", countRequest(older), countRequest(head), countRequest(tail))
+		head, tail, err := Split(older)
+		if err == nil && tail != nil && Count(head)+Count(tail) != Count(older) {
+			t.Errorf("%d points became %d and %d", Count(older), Count(head), Count(tail))
 		}
 	})
 }
 
 func TestRequestIsWhatThePointsSay(t *testing.T) {
-	r := decoded(t, encoded(t, stamped(unit("a.service", at(1), at(10), 5))))
+	r := decoded(t, encoded(t, collected(unit("a.service", at(1), at(10), 5))))
 	sum := r.ResourceMetrics[0].ScopeMetrics[0].Metrics[0].GetSum()
 	if !sum.IsMonotonic || sum.AggregationTemporality != metricpb.AggregationTemporality_AGGREGATION_TEMPORALITY_CUMULATIVE {
 		t.Errorf("sum %v", sum)
 	}
 	got := otlptest.Flatten(r)[0]
-	want := otlptest.Point{Metric: receiver.IOName, Start: at(1), Time: at(10), Value: 5,
+	want := otlptest.Point{Metric: bytesName, Start: at(1), Time: at(10), Value: 5,
 		Attrs: map[string]string{"systemd.unit.name": "a.service", "network.io.direction": "receive", "host.name": "h"}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v, want %v", got, want)

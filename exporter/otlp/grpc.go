@@ -1,4 +1,4 @@
-package exporter
+package otlp
 
 import (
 	"context"
@@ -21,17 +21,17 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// grpcWire sends over the connection of an otlpmetricgrpc exporter, with the
+// grpcCaller sends over the connection of an otlpmetricgrpc exporter, with the
 // headers that it would send.
-type grpcWire struct {
+type grpcCaller struct {
 	conn    *grpc.ClientConn
 	method  string
 	headers metadata.MD
 	timeout time.Duration
 }
 
-// newGRPC makes the official gRPC exporter with a connection that stops requests
-// made under withCapture.
+// newGRPC makes the official gRPC exporter with a connection that stops the
+// requests of Client.capture.
 func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 	// gRPC's default is up to 120 s between attempts to connect: too long
 	// after an outage that ended.
@@ -41,7 +41,7 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 		otlpmetricgrpc.WithEndpoint(cfg.Endpoint),
 		otlpmetricgrpc.WithRetry(otlpmetricgrpc.RetryConfig{Enabled: false}),
 		otlpmetricgrpc.WithDialOption(
-			grpc.WithChainUnaryInterceptor(captureUnary),
+			grpc.WithChainUnaryInterceptor(captureUnary(cfg.Timeout)),
 			grpc.WithConnectParams(grpc.ConnectParams{Backoff: dial, MinConnectTimeout: 20 * time.Second}),
 			// Timeout is TCP_USER_TIMEOUT: a connection on which nothing comes
 			// through is made anew. Otherwise TCP would try again after up to
@@ -65,88 +65,87 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 }
 
 // captureUnary is the interceptor on the official exporter's connection.
-func captureUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	c := captureFrom(ctx)
-	if c == nil {
-		return invoke(ctx, method, req, reply, cc, opts...)
+func captureUnary(timeout time.Duration) grpc.UnaryClientInterceptor {
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		c := captureFrom(ctx)
+		if c == nil {
+			return invoke(ctx, method, req, reply, cc, opts...)
+		}
+		m, ok := req.(*colmetricpb.ExportMetricsServiceRequest)
+		if !ok {
+			return fmt.Errorf("capture request: %T is no metrics", req)
+		}
+		if err := c.complete(m); err != nil {
+			return fmt.Errorf("capture request: %w", err)
+		}
+		md, _ := metadata.FromOutgoingContext(ctx)
+		c.target = cc.CanonicalTarget()
+		c.caller = &grpcCaller{conn: cc, method: method, headers: md.Copy(), timeout: timeout}
+		return nil // the empty reply is a full success
 	}
-	m, ok := req.(*colmetricpb.ExportMetricsServiceRequest)
-	if !ok {
-		return fmt.Errorf("capture request: %T is no metrics", req)
-	}
-	body, err := c.bulk.complete(m)
-	if err != nil {
-		return fmt.Errorf("capture request: %w", err)
-	}
-	md, _ := metadata.FromOutgoingContext(ctx)
-	c.request = body
-	c.wire = func(timeout time.Duration) wire {
-		return &grpcWire{conn: cc, method: method, headers: md.Copy(), timeout: timeout}
-	}
-	c.target = cc.CanonicalTarget()
-	return nil // the empty reply is a full success
 }
 
-func (w *grpcWire) send(ctx context.Context, request []byte) answer {
+func (c *grpcCaller) send(ctx context.Context, request []byte) Answer {
 	begin := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, w.timeout)
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	ctx = metadata.NewOutgoingContext(ctx, w.headers)
+	ctx = metadata.NewOutgoingContext(ctx, c.headers)
 	var reply colmetricpb.ExportMetricsServiceResponse
 	var trailer metadata.MD
-	err := w.conn.Invoke(ctx, w.method, request, &reply, grpc.ForceCodecV2(rawCodec{}), grpc.Trailer(&trailer))
+	err := c.conn.Invoke(ctx, c.method, request, &reply, grpc.ForceCodecV2(rawCodec{}), grpc.Trailer(&trailer))
 	if err != nil {
 		a := grpcAnswer(status.Convert(err))
 		// What came with a trailer is the server's own answer. The state alone does
 		// not tell: gRPC may set it to ready after the first call has come back.
-		if a.verdict == transient && len(trailer) == 0 && w.conn.GetState() != connectivity.Ready {
-			a.verdict, a.kind = unreachable, "connection"
+		if a.Verdict == Transient && len(trailer) == 0 && c.conn.GetState() != connectivity.Ready {
+			a.Verdict, a.Kind = Unreachable, "connection"
 		}
 		// The server knows our deadline too and may be the first to end the
 		// call, so that ctx does not tell.
-		if status.Code(err) == codes.DeadlineExceeded && time.Since(begin) > w.timeout*9/10 {
-			a.slow = true
-			a.err = fmt.Errorf("%w (%w)", err, errRequestTimeout)
+		if status.Code(err) == codes.DeadlineExceeded && time.Since(begin) > c.timeout*9/10 {
+			a.Slow = true
+			a.Err = fmt.Errorf("%w (%w)", err, ErrTimeout)
 		}
 		return a
 	}
 	partial := reply.GetPartialSuccess()
-	return answer{verdict: accepted, rejected: partial.GetRejectedDataPoints(), message: partial.GetErrorMessage()}
+	return Answer{Verdict: Accepted, Rejected: partial.GetRejectedDataPoints(), Message: partial.GetErrorMessage()}
 }
 
-// grpcAnswer sorts the status codes. Where the specification says only "not
-// retryable" the data is not thrown away at once: a collector answers
-// Unauthenticated for a wrong token and Internal for a backend's hiccup.
-func grpcAnswer(s *status.Status) answer {
-	a := answer{kind: s.Code().String(), err: s.Err()}
-	asked := false
+// grpcAnswer sorts the status codes. InvalidArgument alone can blame the data. All
+// other codes also come from what stands before the receiver, and from a receiver
+// whose backend has a hiccup (Internal), or that knows no such token
+// (Unauthenticated). grpc-go makes Unknown of a proxy's answer in HTML.
+func grpcAnswer(s *status.Status) Answer {
+	a := Answer{Kind: s.Code().String(), Err: s.Err(), Verdict: Misconfigured}
 	for _, detail := range s.Details() {
 		if info, ok := detail.(*errdetails.RetryInfo); ok {
-			asked = true
-			a.after = max(info.GetRetryDelay().AsDuration(), 0)
+			a.After = max(info.GetRetryDelay().AsDuration(), 0)
 		}
 	}
 	switch s.Code() {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Aborted, codes.OutOfRange, codes.DataLoss:
-		a.verdict = transient
-	case codes.ResourceExhausted:
-		// With RetryInfo it is a throttle, without it is the message limit of
-		// the server (grpc-go answers so itself).
-		a.verdict = tooLarge
-		if asked {
-			a.verdict = transient
+		a.Verdict = Transient
+	case codes.Internal, codes.Unknown:
+		a.Verdict = Doubtful
+	case codes.ResourceExhausted: // throttling, or the message limit of the server
+		a.Verdict = Transient
+		if a.aboutSize() {
+			a.Verdict = TooLarge
 		}
-	case codes.Unauthenticated, codes.PermissionDenied, codes.Unimplemented, codes.NotFound:
-		a.verdict = misconfigured
 	case codes.InvalidArgument:
-		a.verdict, a.tries = suspect, dataTries
-	default: // Internal, Unknown, FailedPrecondition, AlreadyExists
-		a.verdict, a.tries = suspect, doubtTries
-		// A proxy in front has a limit of its own, nginx of 1 MiB. grpc-go has
-		// only a text for that.
-		if a.says("HTTP status code received from server: 413") {
-			a.verdict, a.tries = tooLarge, 0
+		a.Verdict = Suspect
+		if a.aboutSize() {
+			a.Verdict = TooLarge
 		}
+	}
+	// A proxy in front has a limit of its own, nginx of 1 MiB. grpc-go has only a
+	// text for that.
+	switch {
+	case a.says("HTTP status code received from server: 413"):
+		a.Verdict = TooLarge
+	case a.says("HTTP status code received from server"):
+		a.Verdict = Misconfigured
 	}
 	return a
 }

@@ -1,8 +1,7 @@
-package exporter
+package otlp
 
 import (
 	"bytes"
-	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -11,7 +10,6 @@ import (
 	"mime"
 	"net"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -20,27 +18,27 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 )
 
-// httpWire posts to the URL of an otlpmetrichttp exporter, with the headers that
+// httpCaller posts to the URL of an otlpmetrichttp exporter, with the headers that
 // it would send.
-type httpWire struct {
+type httpCaller struct {
 	client  *http.Client
-	url     *url.URL
+	url     string
 	header  http.Header
 	gzip    bool
 	timeout time.Duration
 }
 
-// newHTTP makes the official HTTP exporter with a client that stops requests
-// made under withCapture. An exporter that is given a client leaves TLS, proxy
-// and time limits to it, so they are set here. Compression is left to the wire:
-// the outbox wants the plain bytes.
+// newHTTP makes the official HTTP exporter with a client that stops the
+// requests of Client.capture. An exporter that is given a client leaves TLS, proxy
+// and time limits to it, so they are set here. Compression is left to send:
+// the caller wants the plain bytes.
 func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transport, error) {
 	// As in otlpmetrichttp, which does not use the changeable
 	// http.DefaultTransport either.
-	timeout := cmp.Or(cfg.Timeout, defaultTimeout)
 	transport := &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,
 		DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
@@ -53,7 +51,7 @@ func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transpo
 		// HTTP/1 makes a new connection after a call that took too long. HTTP/2
 		// would go on with one on which nothing comes through, for as long as TCP
 		// tries, which is a quarter of an hour; so it asks now and then.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * timeout, PingTimeout: timeout, WriteByteTimeout: timeout},
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * cfg.Timeout, PingTimeout: cfg.Timeout, WriteByteTimeout: cfg.Timeout},
 	}
 	client := &http.Client{
 		Transport: transport,
@@ -65,7 +63,7 @@ func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transpo
 		otlpmetrichttp.WithEndpointURL(cfg.Endpoint),
 		otlpmetrichttp.WithRetry(otlpmetrichttp.RetryConfig{Enabled: false}),
 		otlpmetrichttp.WithCompression(otlpmetrichttp.NoCompression),
-		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, gzip: cfg.Gzip}}),
+		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, gzip: cfg.Gzip, timeout: cfg.Timeout}}),
 	}
 	if cfg.Headers != nil {
 		opts = append(opts, otlpmetrichttp.WithHeaders(cfg.Headers))
@@ -75,10 +73,11 @@ func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transpo
 }
 
 // captureTripper stands where the official exporter has its transport. It never
-// reaches the network: all sending is done by httpWire.
+// reaches the network: all sending is done by httpCaller.
 type captureTripper struct {
-	client *http.Client
-	gzip   bool
+	client  *http.Client
+	gzip    bool
+	timeout time.Duration
 }
 
 func (t captureTripper) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -95,45 +94,41 @@ func (t captureTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err := proto.Unmarshal(body, &m); err != nil {
 		return nil, fmt.Errorf("capture request: %w", err)
 	}
-	if body, err = c.bulk.complete(&m); err != nil {
+	if err := c.complete(&m); err != nil {
 		return nil, fmt.Errorf("capture request: %w", err)
 	}
-	target, header := *req.URL, req.Header.Clone()
-	c.request = body
-	c.target = target.Redacted()
-	c.wire = func(timeout time.Duration) wire {
-		return &httpWire{client: t.client, url: &target, header: header, gzip: t.gzip, timeout: timeout}
-	}
+	c.target = req.URL.Redacted()
+	c.caller = &httpCaller{client: t.client, url: req.URL.String(), header: req.Header.Clone(), gzip: t.gzip, timeout: t.timeout}
 	return &http.Response{
 		StatusCode: http.StatusOK, Status: "200 OK", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		Header: http.Header{}, Body: http.NoBody, Request: req,
 	}, nil
 }
 
-func (w *httpWire) send(ctx context.Context, request []byte) answer {
-	ctx, cancel := context.WithTimeoutCause(ctx, w.timeout, errRequestTimeout)
+func (c *httpCaller) send(ctx context.Context, request []byte) Answer {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, ErrTimeout)
 	defer cancel()
 	body := request
-	if w.gzip {
+	if c.gzip {
 		var buf bytes.Buffer
 		zw := gzip.NewWriter(&buf)
 		zw.Write(request) // a bytes.Buffer does not fail
 		zw.Close()
 		body = buf.Bytes()
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.url.String(), bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url, bytes.NewReader(body))
 	if err != nil {
-		return answer{verdict: misconfigured, kind: "request", err: fmt.Errorf("make request: %w", err)}
+		return Answer{Verdict: Misconfigured, Kind: "request", Err: fmt.Errorf("make request: %w", err)}
 	}
-	req.Header = w.header.Clone()
-	if w.gzip {
+	req.Header = c.header.Clone()
+	if c.gzip {
 		req.Header.Set("Content-Encoding", "gzip")
 	}
-	resp, err := w.client.Do(req)
+	resp, err := c.client.Do(req)
 	if err != nil {
-		a := answer{verdict: unreachable, kind: "connection", err: err}
-		if a.slow = errors.Is(context.Cause(ctx), errRequestTimeout); a.slow {
-			a.err = fmt.Errorf("%w (%w)", err, errRequestTimeout)
+		a := Answer{Verdict: Unreachable, Kind: "connection", Err: err}
+		if a.Slow = errors.Is(context.Cause(ctx), ErrTimeout); a.Slow {
+			a.Err = fmt.Errorf("%w (%w)", err, ErrTimeout)
 		}
 		return a
 	}
@@ -153,17 +148,22 @@ type StatusError struct {
 // Error implements error.
 func (e *StatusError) Error() string { return e.text }
 
-// httpAnswer sorts the status codes of a response whose body is text.
-func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
+// httpAnswer sorts the status codes of a response whose body is text. Only 400 and
+// 422 can blame the data, and not when a proxy says so in HTML: all other codes
+// come from what stands before the receiver, or from a receiver in trouble.
+func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	isProto := mediaType == "application/x-protobuf"
+	isPage := mediaType == "text/html" || bytes.HasPrefix(bytes.TrimSpace(text), []byte("<"))
 	code := resp.StatusCode
-	if code >= 200 && code <= 299 {
-		a := answer{verdict: accepted}
+	success := code >= 200 && code <= 299
+	if success && !isPage {
+		a := Answer{Verdict: Accepted}
 		var reply colmetricpb.ExportMetricsServiceResponse
-		if isProto && proto.Unmarshal(text, &reply) == nil {
-			a.rejected = reply.GetPartialSuccess().GetRejectedDataPoints()
-			a.message = reply.GetPartialSuccess().GetErrorMessage()
+		if isProto && proto.Unmarshal(text, &reply) == nil ||
+			mediaType == "application/json" && (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, &reply) == nil {
+			a.Rejected = reply.GetPartialSuccess().GetRejectedDataPoints()
+			a.Message = reply.GetPartialSuccess().GetErrorMessage()
 		}
 		return a
 	}
@@ -172,39 +172,38 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) answer {
 	if isProto && proto.Unmarshal(text, &detail) == nil {
 		message = detail.GetMessage()
 	}
-	a := answer{kind: "HTTP " + strconv.Itoa(code), after: retryAfter(resp.Header.Get("Retry-After"), now)}
-	a.err = &StatusError{Code: code, text: fmt.Sprintf("receiver answered %s: %q", resp.Status, message)}
+	a := Answer{Kind: "HTTP " + strconv.Itoa(code), After: retryAfter(resp.Header.Get("Retry-After"), now), Verdict: Misconfigured}
+	a.Err = &StatusError{Code: code, text: fmt.Sprintf("receiver answered %s: %q", resp.Status, message)}
 	switch {
-	case code == http.StatusTooManyRequests, code == http.StatusBadGateway, code == http.StatusServiceUnavailable,
-		code == http.StatusGatewayTimeout, code == http.StatusRequestTimeout:
-		a.verdict = transient
-	case code == http.StatusRequestEntityTooLarge, code == http.StatusBadRequest && strings.Contains(message, "request body too large"):
-		a.verdict = tooLarge // the second is how a Collector says it
-	case code < 400, code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound,
-		code == http.StatusMethodNotAllowed, code == http.StatusProxyAuthRequired, code == http.StatusNotImplemented,
-		code == http.StatusUnsupportedMediaType, // all requests are of one type
-		code == http.StatusBadRequest && wantsTLS(message):
-		// 1xx to 3xx never come from an OTLP receiver.
-		a.verdict = misconfigured
-	case code < 500:
-		a.verdict, a.tries = suspect, dataTries
-	default:
-		a.verdict, a.tries = suspect, doubtTries
+	case success: // a login portal, or a web application that answers every path
+		a.Kind = "web page"
+	case code == http.StatusRequestEntityTooLarge:
+		a.Verdict = TooLarge
+	case code == http.StatusBadRequest, code == http.StatusUnprocessableEntity:
+		switch {
+		case a.aboutSize():
+			a.Verdict = TooLarge
+		case !isPage && !wantsTLS(message):
+			a.Verdict = Suspect
+		}
+	case code == http.StatusInternalServerError:
+		a.Verdict = Doubtful
+	case code == http.StatusTooManyRequests, code == http.StatusRequestTimeout, code == http.StatusTooEarly,
+		code >= 500 && code != http.StatusNotImplemented:
+		a.Verdict = Transient
 	}
 	return a
 }
 
-// wantsTLS says that a TLS server was spoken to without: in the words of Go's
-// server and of nginx.
-func wantsTLS(message string) bool {
-	return strings.Contains(message, "to an HTTPS server") || strings.Contains(message, "to HTTPS port")
-}
+// wantsTLS says that a TLS server was spoken to without, in the words of Go's
+// server.
+func wantsTLS(message string) bool { return strings.Contains(message, "to an HTTPS server") }
 
 // retryAfter reads the Retry-After header (RFC 9110, section 10.2.3): seconds or
 // a date. It is 0 for anything else, and for a date in the past.
 func retryAfter(value string, now time.Time) time.Duration {
 	if s, err := strconv.ParseUint(value, 10, 63); err == nil {
-		return time.Duration(min(s, uint64(maxAsked/time.Second))) * time.Second
+		return time.Duration(min(s, uint64(MaxAsked/time.Second))) * time.Second
 	}
 	if date, err := http.ParseTime(value); err == nil {
 		return max(date.Sub(now), 0)

@@ -1,35 +1,29 @@
-package exporter
+package otlp
 
 import (
+	"bytes"
 	"fmt"
 
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
 	commonpb "go.opentelemetry.io/proto/otlp/common/v1"
 	metricpb "go.opentelemetry.io/proto/otlp/metrics/v1"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// concat joins serialized requests into one. Resource metrics are a repeated
+// Join makes one request of several. Resource metrics are a repeated
 // field, so that the bytes of several messages one after the other are the
 // message that has all of them (Protocol Buffers encoding, "Last One Wins").
-func concat(entries []Entry) []byte {
-	if len(entries) == 1 {
-		return entries[0].Request
+func Join(requests ...[]byte) []byte {
+	if len(requests) == 1 {
+		return requests[0]
 	}
-	size := 0
-	for _, e := range entries {
-		size += len(e.Request)
-	}
-	joined := make([]byte, 0, size)
-	for _, e := range entries {
-		joined = append(joined, e.Request...)
-	}
-	return joined
+	return bytes.Join(requests, nil)
 }
 
-// split cuts a serialized request into two with half of the points each, in
+// Split cuts a serialized request into two with half of the points each, in
 // order. Both are nil if there are fewer than two points.
-func split(request []byte) (head, tail []byte, err error) {
+func Split(request []byte) (head, tail []byte, err error) {
 	var whole colmetricpb.ExportMetricsServiceRequest
 	if err := proto.Unmarshal(request, &whole); err != nil {
 		return nil, nil, fmt.Errorf("split request: %w", err)
@@ -47,8 +41,8 @@ func split(request []byte) (head, tail []byte, err error) {
 	return head, tail, nil
 }
 
-// countRequest counts the data points of a serialized request; 0 if it is none.
-func countRequest(request []byte) int {
+// Count counts the data points of a serialized request; 0 if it is none.
+func Count(request []byte) int {
 	var r colmetricpb.ExportMetricsServiceRequest
 	if proto.Unmarshal(request, &r) != nil {
 		return 0
@@ -85,39 +79,45 @@ func window(r *colmetricpb.ExportMetricsServiceRequest, lo, hi int) *colmetricpb
 
 // slicePoints returns m with only its points from index from up to to.
 func slicePoints(m *metricpb.Metric, from, to int) *metricpb.Metric {
-	out := &metricpb.Metric{Name: m.Name, Description: m.Description, Unit: m.Unit, Metadata: m.Metadata}
-	switch d := m.Data.(type) {
-	case *metricpb.Metric_Sum:
-		out.Data = &metricpb.Metric_Sum{Sum: &metricpb.Sum{
-			DataPoints: d.Sum.DataPoints[from:to], AggregationTemporality: d.Sum.AggregationTemporality, IsMonotonic: d.Sum.IsMonotonic}}
-	case *metricpb.Metric_Gauge:
-		out.Data = &metricpb.Metric_Gauge{Gauge: &metricpb.Gauge{DataPoints: d.Gauge.DataPoints[from:to]}}
-	case *metricpb.Metric_Histogram:
-		out.Data = &metricpb.Metric_Histogram{Histogram: &metricpb.Histogram{
-			DataPoints: d.Histogram.DataPoints[from:to], AggregationTemporality: d.Histogram.AggregationTemporality}}
-	case *metricpb.Metric_ExponentialHistogram:
-		out.Data = &metricpb.Metric_ExponentialHistogram{ExponentialHistogram: &metricpb.ExponentialHistogram{
-			DataPoints: d.ExponentialHistogram.DataPoints[from:to], AggregationTemporality: d.ExponentialHistogram.AggregationTemporality}}
-	case *metricpb.Metric_Summary:
-		out.Data = &metricpb.Metric_Summary{Summary: &metricpb.Summary{DataPoints: d.Summary.DataPoints[from:to]}}
+	kind, data, field := dataOf(m)
+	part, all := data.New(), data.Get(field).List()
+	points := part.NewField(field).List()
+	for i := from; i < to; i++ {
+		points.Append(all.Get(i))
 	}
+	copyFields(part, data)
+	part.Set(field, protoreflect.ValueOfList(points))
+	out := &metricpb.Metric{}
+	copyFields(out.ProtoReflect(), m.ProtoReflect())
+	out.ProtoReflect().Set(kind, protoreflect.ValueOfMessage(part))
 	return out
 }
 
-func pointsOf(m *metricpb.Metric) int {
-	switch d := m.Data.(type) {
-	case *metricpb.Metric_Sum:
-		return len(d.Sum.GetDataPoints())
-	case *metricpb.Metric_Gauge:
-		return len(d.Gauge.GetDataPoints())
-	case *metricpb.Metric_Histogram:
-		return len(d.Histogram.GetDataPoints())
-	case *metricpb.Metric_ExponentialHistogram:
-		return len(d.ExponentialHistogram.GetDataPoints())
-	case *metricpb.Metric_Summary:
-		return len(d.Summary.GetDataPoints())
+// copyFields makes to share the fields of from.
+func copyFields(to, from protoreflect.Message) {
+	from.Range(func(field protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		to.Set(field, v)
+		return true
+	})
+}
+
+// dataOf returns the data of m, which of its fields that is, and which field of
+// the data has the points. Without data the kind is nil.
+func dataOf(m *metricpb.Metric) (kind protoreflect.FieldDescriptor, data protoreflect.Message, points protoreflect.FieldDescriptor) {
+	r := m.ProtoReflect()
+	if kind = r.WhichOneof(r.Descriptor().Oneofs().ByName("data")); kind == nil {
+		return nil, nil, nil
 	}
-	return 0
+	data = r.Get(kind).Message()
+	return kind, data, data.Descriptor().Fields().ByName("data_points")
+}
+
+func pointsOf(m *metricpb.Metric) int {
+	kind, data, points := dataOf(m)
+	if kind == nil {
+		return 0
+	}
+	return data.Get(points).List().Len()
 }
 
 func pointsIn(r *colmetricpb.ExportMetricsServiceRequest) (n int) {

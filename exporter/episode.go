@@ -32,7 +32,7 @@ func (e *episode) failed(level slog.Level, kind, msg string, err error, args ...
 	e.kinds[kind] = true
 	e.mu.Unlock()
 	if first {
-		e.logger.Log(context.Background(), level, msg, append([]any{"error", err}, args...)...)
+		e.logger.Log(context.Background(), level, msg, append([]any{"err", err}, args...)...)
 	}
 }
 

@@ -1,0 +1,134 @@
+package otlp
+
+import (
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Verdict is what an answer means for the request (OTLP specification, "OTLP/gRPC
+// response" and "OTLP/HTTP response"; the specification leaves open what to do
+// with data that is refused, see the comments).
+type Verdict int
+
+const (
+	// Accepted: the receiver has it, though it may have rejected some points.
+	Accepted Verdict = iota
+	// Transient: try again later.
+	Transient
+	// Unreachable: nobody answered. Like Transient, but tried more often, since
+	// a try costs the receiver nothing.
+	Unreachable
+	// Misconfigured: the receiver, or its door, refuses us rather than the
+	// data. The data is good, so it is held until somebody corrects the setting.
+	Misconfigured
+	// TooLarge: the request must be split.
+	TooLarge
+	// Doubtful: the receiver is in trouble, perhaps over this very data. It is held,
+	// and others are tried meanwhile.
+	Doubtful
+	// Suspect: the receiver may refuse this very data. It does if, since then, it
+	// has accepted other data.
+	Suspect
+)
+
+// Answer is the outcome of one call.
+type Answer struct {
+	Verdict Verdict
+	// Kind names the answer in logs ("Unavailable", "HTTP 503", "connection").
+	Kind string
+	// Err is nil when accepted.
+	Err error
+	// After is the delay that the receiver asked for; 0 when it did not.
+	After time.Duration
+	// Rejected and Message are a partial success's.
+	Rejected int64
+	Message  string
+	// Slow says that our own deadline ended the call.
+	Slow bool
+}
+
+// MaxAsked caps the delay that a receiver may ask for, so that a bad value cannot
+// silence the agent.
+const MaxAsked = 5 * time.Minute
+
+// ErrTimeout is the cause of a call that our own deadline ended.
+var ErrTimeout = errors.New("no answer within the time of OTEL_EXPORTER_OTLP_TIMEOUT")
+
+// aboutTLS says that the two sides do not agree on their certificates. gRPC has
+// only the text of that error.
+func (a Answer) aboutTLS() bool { return a.says("x509:", "tls:", "certificate") }
+
+// tooOld says that Prometheus refuses points from before what it has. There is
+// only the text of that error (storage.ErrOutOfBounds and others).
+func (a Answer) tooOld() bool {
+	return a.says("out of bounds", "out of order sample", "too old sample")
+}
+
+// says reports whether the text of the error has any of the parts.
+func (a Answer) says(parts ...string) bool {
+	return a.Err != nil && slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(strings.ToLower(a.Err.Error()), strings.ToLower(part)) })
+}
+
+// aboutSize says that the request is too large, however the receiver puts it. The
+// words of a rate or a quota are not among them.
+func (a Answer) aboutSize() bool {
+	return a.says("too large", "too big", "larger than", "max size", "maximum size", "size limit", "message size", "body size")
+}
+
+// Cause names what the log tells from what it said last.
+func (a Answer) Cause() string {
+	if a.aboutTLS() {
+		return "TLS"
+	}
+	return a.Kind
+}
+
+// Hint is the next step for a person who reads the log.
+func (a Answer) Hint() string {
+	switch {
+	case a.says("does not look like a TLS handshake", "HTTP response to HTTPS client"):
+		return "the receiver has no TLS: write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT"
+	case a.aboutTLS():
+		return "check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY against the receiver's certificate"
+	case a.says("temporality", "delta"):
+		return "the receiver may take no deltas: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"
+	case a.Verdict == Unreachable:
+		return "check OTEL_EXPORTER_OTLP_ENDPOINT and that the receiver runs there"
+	case a.Verdict == Misconfigured:
+		return "check OTEL_EXPORTER_OTLP_ENDPOINT (protocol and path) and the credentials in OTEL_EXPORTER_OTLP_HEADERS"
+	case a.tooOld():
+		return "the receiver takes no points that are as old as the outage was long: in Prometheus, set storage.tsdb.out_of_order_time_window to more than that"
+	case a.Verdict == Suspect, a.Verdict == TooLarge:
+		return "look at the receiver's log for why it refuses the request"
+	}
+	return "no action needed if the receiver recovers; otherwise look at its log"
+}
+
+// Backoff is the delay before the next try after the given number of failures in
+// a row (1 or more): a random part of 1 s, 2 s, 4 s ... ("full jitter"), so that
+// many agents do not come back in step, and never less than the receiver asked
+// for.
+func (a Answer) Backoff(failures int, most time.Duration) time.Duration {
+	const floor = 100 * time.Millisecond // a draw near 0 would be a busy loop
+	if a.Verdict == Unreachable {
+		most = min(most, 15*time.Second)
+	}
+	ceiling := most
+	if shift := failures - 1; shift < 6 {
+		ceiling = min(most, time.Second<<shift)
+	}
+	wait := floor + rand.N(max(ceiling-floor, 1))
+	if a.Verdict == Misconfigured {
+		// Nothing recovers by itself here: do not knock more than needed.
+		wait = max(wait, most/4)
+	}
+	return max(wait, min(a.After, MaxAsked))
+}
+
+// String returns the verdict in words.
+func (v Verdict) String() string {
+	return [...]string{"accepted", "transient", "unreachable", "misconfigured", "too large", "doubtful", "suspect"}[v]
+}

@@ -1,0 +1,20 @@
+// Package otlp is the official exporters' client: it encodes requests, delivers
+// them, and classifies the answers.
+//
+// The official exporters (otlpmetricgrpc, otlpmetrichttp) build each request and
+// own the connection, with endpoint, headers, TLS and compression. The package
+// stops the finished request on its way out, so that the caller can make it
+// durable first and send it again, byte for byte, for as long as it takes. Only
+// the points of large metrics, thousands in each request, it encodes itself.
+//
+// # Glossary
+//
+//   - Client: one official exporter and the connection that its requests go over.
+//   - Request: a serialized ExportMetricsServiceRequest.
+//   - Capture: the request that an official exporter was about to send.
+//   - Points: the data points of one integer sum, encoded without the official
+//     exporter.
+//   - Call: one attempt to deliver one request.
+//   - Answer: the outcome of a call. Its verdict decides: go on, wait, split, or
+//     give the request up.
+package otlp
