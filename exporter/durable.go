@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/store"
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // Durable is the Outbox in a store.Store. With each cycle it commits the ledger
@@ -16,13 +17,13 @@ import (
 // Outbox allows: one Commit at a time.
 type Durable struct {
 	store *store.Store
-	state receiver.State // as it was at the start
+	state ledger.State // as it was at the start
 
 	// Of the last commit, for the next one. Only Commit uses them.
-	now   receiver.State
+	now   ledger.State
 	whole time.Time // when the last sweep that reached all units began
 	cycle int       // counts commits of a sweep
-	last  map[string]sampled
+	last  map[ledger.ID]sampled
 }
 
 // sampled is the end of the last history sample of a series.
@@ -38,27 +39,13 @@ type sampled struct {
 // anew and overwrite the old ones. The caller closes s after the Exporter's
 // Shutdown.
 func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
-	ledger, err := s.Ledger(ctx)
+	saved, err := s.Ledger(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("restore the totals of all units: %w", err)
 	}
-	d := &Durable{
-		store: s, state: receiver.State{Time: ledger.Time}, whole: ledger.Time,
-		last: make(map[string]sampled, len(ledger.Series)),
-	}
-	for _, row := range ledger.Series {
-		d.state.Series = append(d.state.Series, receiver.Series{Name: row.Key, Total: amounts(row.Total).counters(), Start: row.Start, Time: row.Seen})
-		d.last[row.Key] = sampled{row.Total, row.Start, row.Seen, -1}
-	}
-	for _, row := range ledger.Runs {
-		if row.Key == journalKey {
-			d.state.Journal = receiver.Position{Cursor: row.Epoch, Boot: row.Boot}
-			continue
-		}
-		d.state.Runs = append(d.state.Runs, receiver.Run{
-			Unit: strings.TrimSuffix(row.Key, " "+row.Epoch), Series: row.Series, Epoch: row.Epoch, Boot: row.Boot,
-			Last: amounts(row.Last).counters(), Time: row.Seen,
-		})
+	d := &Durable{store: s, state: stateOf(saved), whole: saved.Time, last: make(map[ledger.ID]sampled, len(saved.Series))}
+	for s := range d.state.All() {
+		d.last[s.ID] = sampled{amountsOf(s.Total), s.Start, s.Time, -1}
 	}
 	d.now = d.state
 	return d, nil
@@ -66,7 +53,7 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 
 // State returns the ledger as it was at the start: for receiver.Config.State and
 // Config.Ledger.
-func (d *Durable) State() receiver.State { return d.state }
+func (d *Durable) State() ledger.State { return d.state }
 
 // Commit implements Outbox.
 func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
@@ -87,12 +74,12 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 	if d.cycle++; !cycle.Sweep.Partial {
 		d.whole = c.Time.Add(-cycle.Sweep.Duration)
 	}
-	for _, s := range cycle.Sweep.State.Series {
+	for s := range cycle.Sweep.State.All() {
 		if s.Observed {
-			d.last[s.Name] = sampled{amountsOf(s.Total), s.Start, s.Time, d.cycle}
+			d.last[s.ID] = sampled{amountsOf(s.Total), s.Start, s.Time, d.cycle}
 		}
 	}
-	forget(d.last, cycle.Sweep.State.Series)
+	forget(d.last, &cycle.Sweep.State)
 	return nil
 }
 
@@ -102,14 +89,14 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 // knows when it transferred what its total says. The same goes for a series that
 // was given up over the limit of series and began anew under its name: its start
 // tells.
-func (d *Durable) samples(state receiver.State) []store.Sample {
+func (d *Durable) samples(state ledger.State) []store.Sample {
 	samples := make([]store.Sample, 0, len(state.Series))
-	var began map[string]bool // made when it is needed
-	for _, s := range state.Series {
-		if !s.Observed || unattributed(s.Name) {
+	var began map[ledger.ID]bool // made when it is needed
+	for s := range state.All() {
+		if !s.Observed || s.Kind == ledger.Unattributed {
 			continue
 		}
-		prev, known := d.last[s.Name]
+		prev, known := d.last[s.ID]
 		switch {
 		case !known || !prev.start.Equal(s.Start):
 			if d.whole.IsZero() || s.Start.Before(d.whole) {
@@ -120,7 +107,7 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 			if began == nil {
 				began = d.began(state.Runs)
 			}
-			if began[s.Name] && prev.time.Before(d.whole) {
+			if began[s.ID] && prev.time.Before(d.whole) {
 				prev.time = d.whole
 			}
 		}
@@ -128,7 +115,7 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 			continue // no new reading
 		}
 		name := s.Name
-		if name == "" {
+		if s.Kind == ledger.Overflow {
 			name = "(overflow)"
 		}
 		samples = append(samples, store.Sample{
@@ -142,19 +129,19 @@ func (d *Durable) samples(state receiver.State) []store.Sample {
 // began returns the series of units that were away at the last cycle: all that
 // they transferred since their last sample is that of runs which began after it.
 // Otherwise a backup that runs once a night would seem to take all day.
-func (d *Durable) began(runs []receiver.Run) map[string]bool {
-	type key struct{ unit, epoch string }
-	old := make(map[key]bool, len(d.now.Runs))
+func (d *Durable) began(runs []ledger.Run) map[ledger.ID]bool {
+	old := make(map[string]bool, len(d.now.Runs))
 	for _, r := range d.now.Runs {
-		old[key{r.Unit, r.Epoch}] = true
+		old[r.Epoch] = true
 	}
-	began := map[string]bool{}
+	began := map[ledger.ID]bool{}
 	for _, r := range runs {
-		if !r.Time.After(d.last[r.Series].time) {
+		id, ok := r.SeriesID()
+		if !ok || !r.Time.After(d.last[id].time) {
 			continue // it is over, and was read before
 		}
-		if before, some := began[r.Series]; !some || before {
-			began[r.Series] = !old[key{r.Unit, r.Epoch}]
+		if before, some := began[id]; !some || before {
+			began[id] = !old[r.Epoch]
 		}
 	}
 	return began
@@ -201,26 +188,78 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 	return nil
 }
 
-// journalKey is the row of the position in the journal. No run has it: theirs
-// have a space.
-const journalKey = "journal"
+// The kinds of series in the store.
+const (
+	kindNone = iota // of no series: a run that has none
+	kindUnit
+	kindOverflow
+	kindUnattributed
+	kindAhead   // Balance.Ahead, by the slice's name
+	kindWaiting // Balance.Waiting, by the slice's name
+)
 
-func ledgerOf(state receiver.State) store.Ledger {
-	ledger := store.Ledger{
-		Time:   state.Time,
-		Series: make([]store.Series, len(state.Series)),
-		Runs:   make([]store.Run, len(state.Runs), len(state.Runs)+1),
+// ledgerOf is what the store keeps of a state.
+func ledgerOf(state ledger.State) store.Ledger {
+	kept := store.Ledger{
+		Time:     state.Time,
+		Series:   make([]store.Series, 0, len(state.Series)+1+3*len(state.Balances)),
+		Runs:     make([]store.Run, len(state.Runs)),
+		Position: [2]string{state.Journal.Cursor, state.Journal.Boot},
 	}
-	for i, s := range state.Series {
-		ledger.Series[i] = store.Series{Key: s.Name, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time}
+	kind := [...]uint8{ledger.Unit: kindUnit, ledger.Overflow: kindOverflow, ledger.Unattributed: kindUnattributed}
+	for s := range state.All() {
+		kept.Series = append(kept.Series, store.Series{Kind: kind[s.Kind], Key: s.Name, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time})
+	}
+	for _, b := range state.Balances {
+		kept.Series = append(kept.Series,
+			store.Series{Kind: kindAhead, Key: b.Slice, Total: amountsOf(b.Ahead), Seen: state.Time},
+			store.Series{Kind: kindWaiting, Key: b.Slice, Total: amountsOf(b.Waiting), Seen: state.Time})
 	}
 	for i, r := range state.Runs {
-		// Units without an invocation id share an epoch, the boot; and two runs
-		// of one unit may be in the ledger at the same time.
-		ledger.Runs[i] = store.Run{Key: r.Unit + " " + r.Epoch, Series: r.Series, Epoch: r.Epoch, Boot: r.Boot, Last: amountsOf(r.Last), Seen: r.Time}
+		run := store.Run{Key: r.Epoch, Unit: r.Unit, Boot: r.Boot, Last: amountsOf(r.Last), Seen: r.Time}
+		if id, ok := r.SeriesID(); ok {
+			run.SeriesKind, run.Series = kind[id.Kind], id.Name
+		}
+		kept.Runs[i] = run
 	}
-	if at := state.Journal; at != (receiver.Position{}) {
-		ledger.Runs = append(ledger.Runs, store.Run{Key: journalKey, Epoch: at.Cursor, Boot: at.Boot})
+	return kept
+}
+
+// stateOf undoes ledgerOf.
+func stateOf(kept store.Ledger) ledger.State {
+	state := ledger.State{Time: kept.Time, Journal: ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}}
+	balances := map[string]*ledger.Balance{}
+	for _, row := range kept.Series {
+		s := ledger.Series{ID: ledger.ID{Name: row.Key}, Total: amounts(row.Total).counters(), Start: row.Start, Time: row.Seen}
+		b := balances[row.Key]
+		if b == nil && row.Kind >= kindUnattributed {
+			b = &ledger.Balance{Slice: row.Key}
+			balances[row.Key] = b
+		}
+		switch row.Kind {
+		case kindUnit:
+			state.Series = append(state.Series, s)
+		case kindOverflow:
+			s.Kind = ledger.Overflow
+			state.Overflow = &s
+		case kindUnattributed:
+			s.Kind = ledger.Unattributed
+			b.Unattributed = s
+		case kindAhead:
+			b.Ahead = s.Total
+		case kindWaiting:
+			b.Waiting = s.Total
+		}
 	}
-	return ledger
+	for _, slice := range slices.Sorted(maps.Keys(balances)) {
+		state.Balances = append(state.Balances, *balances[slice])
+	}
+	for _, row := range kept.Runs {
+		r := ledger.Run{Unit: row.Unit, Epoch: row.Key, Boot: row.Boot, Last: amounts(row.Last).counters(), Time: row.Seen, Overflow: row.SeriesKind == kindOverflow}
+		if row.SeriesKind == kindUnit {
+			r.Series = row.Series
+		}
+		state.Runs = append(state.Runs, r)
+	}
+	return state
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // Source knows the sweep behind the metrics that are being exported.
@@ -34,7 +35,7 @@ type Config struct {
 	Source Source
 	// Ledger is the state that the Source started from. Deltas go on from its
 	// totals.
-	Ledger receiver.State
+	Ledger ledger.State
 	// Outbox makes cycles durable. Default: none, requests are sent directly.
 	Outbox Outbox
 	// Logger gets changes of state: a failure when it begins and when it is

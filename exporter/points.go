@@ -4,13 +4,13 @@ import (
 	"maps"
 	"math"
 	"slices"
-	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // unitMetric is the metric of a unit instrument. Its points are made from the
@@ -60,7 +60,7 @@ type span struct {
 }
 
 // cumulative returns the totals of a series.
-func cumulative(s *receiver.Series) span {
+func cumulative(s *ledger.Series) span {
 	r := span{start: s.Start.UnixNano(), end: s.Time.UnixNano(), values: amountsOf(s.Total)}
 	for i := range r.valid {
 		r.valid[i] = true
@@ -73,19 +73,18 @@ type dropped struct{ unknown, huge, early int }
 
 // eachPoint calls f with each point of the metrics, in the order of the sweep,
 // which is nil before the first one.
-func eachPoint(metrics []unitMetric, sweep *receiver.Sweep, read func(*receiver.Series) span, f func(m *unitMetric, attributes attribute.Set, start, end, value int64)) (d dropped) {
+func eachPoint(metrics []unitMetric, sweep *receiver.Sweep, read func(*ledger.Series) span, f func(m *unitMetric, attributes attribute.Set, start, end, value int64)) (d dropped) {
 	if sweep == nil {
 		for _, m := range metrics {
 			d.unknown += m.collected
 		}
 		return d
 	}
-	for i := range sweep.State.Series {
-		s := &sweep.State.Series[i]
+	for s, attrs := range sweep.All() {
 		if !s.Observed {
 			continue
 		}
-		r, ofSlice := read(s), unattributed(s.Name)
+		r, ofSlice := read(s), s.Kind == ledger.Unattributed
 		for i := range metrics {
 			m := &metrics[i]
 			if m.unattributed != ofSlice {
@@ -95,7 +94,7 @@ func eachPoint(metrics []unitMetric, sweep *receiver.Sweep, read func(*receiver.
 			if m.packets {
 				at = 1
 			}
-			for _, attributes := range [...]attribute.Set{s.Receive, s.Transmit} {
+			for _, attributes := range [...]attribute.Set{attrs.Receive, attrs.Transmit} {
 				switch {
 				case !r.valid[at]:
 				case r.values[at] > math.MaxInt64: // OTLP cannot carry it
@@ -118,7 +117,7 @@ func eachPoint(metrics []unitMetric, sweep *receiver.Sweep, read func(*receiver.
 
 // fill puts the points of the metrics into rm, as the SDK would have them, and
 // removes sums without points.
-func fill(rm *metricdata.ResourceMetrics, metrics []unitMetric, sweep *receiver.Sweep, read func(*receiver.Series) span) dropped {
+func fill(rm *metricdata.ResourceMetrics, metrics []unitMetric, sweep *receiver.Sweep, read func(*ledger.Series) span) dropped {
 	points := map[string][]metricdata.DataPoint[int64]{}
 	d := eachPoint(metrics, sweep, read, func(m *unitMetric, attributes attribute.Set, start, end, value int64) {
 		points[m.name] = append(points[m.name], metricdata.DataPoint[int64]{
@@ -167,10 +166,10 @@ func eachSum(rm *metricdata.ResourceMetrics, f func(name string, sum *metricdata
 // deltas turns totals into deltas from those that were last handed over. It is
 // not safe for concurrent use.
 type deltas struct {
-	series map[string]mark // by name: the ledger keeps that over restarts
-	own    map[ownKey]mark // the agent's own counters
-	next   struct {        // what becomes of both once the cycle is handed over
-		series map[string]mark
+	series map[ledger.ID]mark // the ledger keeps these over restarts
+	own    map[ownKey]mark    // the agent's own counters
+	next   struct {           // what becomes of both once the cycle is handed over
+		series map[ledger.ID]mark
 		own    map[ownKey]mark
 	}
 }
@@ -187,10 +186,10 @@ type mark struct {
 	values     amounts
 }
 
-func newDeltas(ledger receiver.State) *deltas {
-	d := &deltas{series: make(map[string]mark, len(ledger.Series)), own: map[ownKey]mark{}}
-	for _, s := range ledger.Series {
-		d.series[s.Name] = mark{s.Start.UnixNano(), s.Time.UnixNano(), amountsOf(s.Total)}
+func newDeltas(state ledger.State) *deltas {
+	d := &deltas{series: make(map[ledger.ID]mark, len(state.Series)), own: map[ownKey]mark{}}
+	for s := range state.All() {
+		d.series[s.ID] = mark{s.Start.UnixNano(), s.Time.UnixNano(), amountsOf(s.Total)}
 	}
 	d.begin()
 	return d
@@ -198,14 +197,14 @@ func newDeltas(ledger receiver.State) *deltas {
 
 // begin begins a cycle.
 func (d *deltas) begin() {
-	d.next.series, d.next.own = make(map[string]mark, len(d.series)), map[ownKey]mark{}
+	d.next.series, d.next.own = make(map[ledger.ID]mark, len(d.series)), map[ownKey]mark{}
 }
 
 // read returns the deltas of a series.
-func (d *deltas) read(s *receiver.Series) span {
+func (d *deltas) read(s *ledger.Series) span {
 	r := cumulative(s)
-	prev, known := d.series[s.Name]
-	d.next.series[s.Name] = since(prev, known, &r)
+	prev, known := d.series[s.ID]
+	d.next.series[s.ID] = since(prev, known, &r)
 	return r
 }
 
@@ -262,32 +261,29 @@ func (d *deltas) advance(sweep *receiver.Sweep) {
 	maps.Copy(d.series, d.next.series)
 	maps.Copy(d.own, d.next.own)
 	if sweep != nil {
-		forget(d.series, sweep.State.Series)
+		forget(d.series, &sweep.State)
 	}
 }
 
 // forget keeps a map in step with the ledger, now and then: a series that it does
 // not have any more can only come back as a new one.
-func forget[V any](byName map[string]V, series []receiver.Series) {
-	if len(byName) <= 2*len(series)+256 {
+func forget[V any](byID map[ledger.ID]V, state *ledger.State) {
+	if len(byID) <= 2*len(state.Series)+256 {
 		return
 	}
-	alive := make(map[string]bool, len(series))
-	for _, s := range series {
-		alive[s.Name] = true
+	alive := make(map[ledger.ID]bool, len(state.Series))
+	for s := range state.All() {
+		alive[s.ID] = true
 	}
-	maps.DeleteFunc(byName, func(name string, _ V) bool { return !alive[name] })
+	maps.DeleteFunc(byID, func(id ledger.ID, _ V) bool { return !alive[id] })
 }
-
-// unattributed says that a series of the ledger is of a top-level slice.
-func unattributed(series string) bool { return strings.Contains(series, "/") }
 
 // amounts are counters as the store has them: bytes and packets received, then
 // sent.
 type amounts [4]uint64
 
-func amountsOf(c receiver.Counters) amounts {
-	return amounts{c.IngressBytes, c.IngressPackets, c.EgressBytes, c.EgressPackets}
+func amountsOf(c ledger.Counters) amounts {
+	return amounts{c.Received.Bytes, c.Received.Packets, c.Sent.Bytes, c.Sent.Packets}
 }
 
 func (v amounts) minus(w amounts) amounts {
@@ -297,6 +293,6 @@ func (v amounts) minus(w amounts) amounts {
 	return v
 }
 
-func (v amounts) counters() receiver.Counters {
-	return receiver.Counters{IngressBytes: v[0], IngressPackets: v[1], EgressBytes: v[2], EgressPackets: v[3]}
+func (v amounts) counters() ledger.Counters {
+	return ledger.Counters{Received: ledger.Traffic{Bytes: v[0], Packets: v[1]}, Sent: ledger.Traffic{Bytes: v[2], Packets: v[3]}}
 }

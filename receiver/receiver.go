@@ -114,7 +114,10 @@ func New(cfg Config) (*Receiver, error) {
 		Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
 		Known: r.known, BootID: cfg.BootID, Sink: ledgerSink{r}, Logger: cfg.Logger,
 	})
-	if cfg.StopRecords != "off" {
+	if cfg.StopRecords == "off" {
+		// Whoever reads the journal again must not take what is counted meanwhile.
+		r.ledger.SetJournal(ledger.Position{})
+	} else {
 		r.journal = systemd.NewJournal(systemd.JournalConfig{
 			At: systemd.Position(r.ledger.Journal()), BootID: cfg.BootID, Take: r.takeRecord,
 			Logger: cfg.Logger, Command: cfg.journalctl,

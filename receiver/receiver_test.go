@@ -904,7 +904,7 @@ func TestStateContinues(t *testing.T) {
 // the overflow under "".
 func totals(s ledger.State) map[string]Counters {
 	m := map[string]Counters{}
-	for one := range eachSeries(&s) {
+	for one := range s.All() {
 		if one.Kind != ledger.Unattributed {
 			m[one.Name] = systemdCounters(one.Total)
 		}

@@ -54,29 +54,11 @@ func NewSweep(at time.Time, cfg Config, state ledger.State) *Sweep {
 func (s *Sweep) All() iter.Seq2[*ledger.Series, *Attributes] {
 	return func(yield func(*ledger.Series, *Attributes) bool) {
 		i := 0
-		for series := range eachSeries(&s.State) {
+		for series := range s.State.All() {
 			if !yield(series, s.attributes[i]) {
 				return
 			}
 			i++
-		}
-	}
-}
-
-func eachSeries(state *ledger.State) iter.Seq[*ledger.Series] {
-	return func(yield func(*ledger.Series) bool) {
-		for i := range state.Series {
-			if !yield(&state.Series[i]) {
-				return
-			}
-		}
-		if state.Overflow != nil && !yield(state.Overflow) {
-			return
-		}
-		for i := range state.Balances {
-			if !yield(&state.Balances[i].Unattributed) {
-				return
-			}
 		}
 	}
 }
@@ -138,7 +120,7 @@ func (r *Receiver) finish(began time.Time, partial bool) *Sweep {
 // each series once. The caller holds mu.
 func (r *Receiver) attributesOf(state *ledger.State) []*Attributes {
 	list := make([]*Attributes, 0, len(state.Series)+1+len(state.Balances))
-	for s := range eachSeries(state) {
+	for s := range state.All() {
 		a, ok := r.attributes[s.ID]
 		if !ok || r.cfg.UnitSlice && a.slice != s.Slice {
 			a = r.describe(s)

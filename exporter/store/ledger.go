@@ -12,7 +12,8 @@ import (
 
 // Series is the ledger's row for one exported series.
 type Series struct {
-	Key   string    // unique in the ledger
+	Kind  uint8     // tells apart series with the same key
+	Key   string    // unique in the ledger among its kind
 	Total [4]uint64 // any values, including those above 1<<63
 	Start time.Time // from when Total counts; years 1678 to 2262, or zero
 	Seen  time.Time // when Total was last read
@@ -20,12 +21,15 @@ type Series struct {
 
 // Run is the ledger's row for one live run of one unit.
 type Run struct {
-	Key    string // unique in the ledger
-	Series string // Key of the series it is added to
-	Epoch  string // identifies the run
-	Boot   string // identifies the boot under which Last was read
-	Last   [4]uint64
-	Seen   time.Time // when Last was read
+	Key  string // identifies the run; unique in the ledger
+	Unit string
+	Boot string // identifies the boot under which Last was read
+	// SeriesKind and Series are those of the series that the run is added to. They
+	// may name none.
+	SeriesKind uint8
+	Series     string
+	Last       [4]uint64
+	Seen       time.Time // when Last was read
 }
 
 // Ledger is the state that continues over restarts. Times come back in UTC, to
@@ -34,6 +38,9 @@ type Ledger struct {
 	Time   time.Time // of the cycle that wrote it; zero on the first day
 	Series []Series
 	Runs   []Run
+	// Position is how far another source has been taken into the totals, in words
+	// of that.
+	Position [2]string
 }
 
 // ledgerState is the ledger in memory. On disk it is a chain of records: one
@@ -41,18 +48,28 @@ type Ledger struct {
 // Replaying the chain gives the ledger. Rows as rows of SQLite would cost several
 // times the CPU and twenty times the bytes, since nearly all change each cycle.
 type ledgerState struct {
-	time   time.Time
-	series map[string]*seriesRow
-	runs   map[string]*runRow
-	nextID uint64 // rows are named by small numbers in the records
-	base   int    // bytes of the record with every row; 0 = none yet
-	chain  int    // bytes of the records after it
-	gen    uint64 // counts records, to tell which rows a record has touched
+	time     time.Time
+	position [2]string
+	series   map[seriesKey]*seriesRow
+	runs     map[string]*runRow
+	nextID   uint64 // rows are named by small numbers in the records
+	base     int    // bytes of the record with every row; 0 = none yet
+	chain    int    // bytes of the records after it
+	gen      uint64 // counts records, to tell which rows a record has touched
 
 	// Only while replaying.
 	seriesByID map[uint64]*seriesRow
 	runsByID   map[uint64]*runRow
 }
+
+type seriesKey struct {
+	kind uint8
+	key  string
+}
+
+func (s Series) ref() seriesKey { return seriesKey{s.Kind, s.Key} }
+
+func (r Run) ref() seriesKey { return seriesKey{r.SeriesKind, r.Series} }
 
 type seriesRow struct {
 	Series
@@ -74,7 +91,8 @@ type rowChange struct {
 	start int64     // nanoseconds minus the row's former ones; unused for runs
 	seen  int64     // nanoseconds; for runs minus those of its series
 	add   [4]uint64 // to Total or Last; for runs minus what the series got
-	texts [4]string // of new rows: Key and, for runs, Series, Epoch, Boot
+	of    uint64    // of new rows: Kind or SeriesKind
+	texts [4]string // of new rows: Key and, for runs, Series, Unit, Boot
 }
 
 const (
@@ -84,12 +102,12 @@ const (
 )
 
 func newLedgerState() *ledgerState {
-	return &ledgerState{series: map[string]*seriesRow{}, runs: map[string]*runRow{}}
+	return &ledgerState{series: map[seriesKey]*seriesRow{}, runs: map[string]*runRow{}}
 }
 
 // ledger returns the rows in the order in which they came.
 func (l *ledgerState) ledger() Ledger {
-	out := Ledger{Time: l.time}
+	out := Ledger{Time: l.time, Position: l.position}
 	for _, row := range sortedByID(l.series, func(r *seriesRow) uint64 { return r.id }) {
 		out.Series = append(out.Series, row.Series)
 	}
@@ -99,7 +117,7 @@ func (l *ledgerState) ledger() Ledger {
 	return out
 }
 
-func sortedByID[R any](rows map[string]R, id func(R) uint64) []R {
+func sortedByID[K comparable, R any](rows map[K]R, id func(R) uint64) []R {
 	out := slices.Collect(maps.Values(rows))
 	slices.SortFunc(out, func(a, b R) int { return cmp.Compare(id(a), id(b)) })
 	return out
@@ -114,16 +132,21 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		clear(l.runs)
 		l.nextID = 0
 	}
+	var position *[2]string // nil: as it was
+	if base || next.Position != l.position {
+		position = &next.Position
+	}
 	l.gen++
+	l.position = next.Position
 	l.time = next.Time
 
 	series := make([]rowChange, 0, len(next.Series))
 	for _, s := range next.Series {
-		row, known := l.series[s.Key]
+		row, known := l.series[s.ref()]
 		if !known {
 			row = &seriesRow{id: l.nextID}
 			l.nextID++
-			l.series[s.Key] = row
+			l.series[s.ref()] = row
 		} else if row.gen == l.gen {
 			return nil, false, fmt.Errorf("write ledger: series %q is given twice", s.Key)
 		}
@@ -139,7 +162,7 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		if known {
 			c.start -= nanos(row.Start)
 		} else {
-			c.kind, c.texts[0] = rowNew, s.Key
+			c.kind, c.of, c.texts[0] = rowNew, uint64(s.Kind), s.Key
 		}
 		row.Series = s
 		series = append(series, c)
@@ -170,11 +193,11 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		}
 		c := rowChange{id: row.id}
 		if !known || !sameTexts(r, row.Run) {
-			c.kind, c.texts = rowNew, [4]string{r.Key, r.Series, r.Epoch, r.Boot}
+			c.kind, c.of, c.texts = rowNew, uint64(r.SeriesKind), [4]string{r.Key, r.Series, r.Unit, r.Boot}
 			row.Last = [4]uint64{}
 		}
 		// In most cases the run adds to its series just what it grew itself.
-		delta, seen := l.expect(r.Series)
+		delta, seen := l.expect(r.ref())
 		c.add = sub(sub(r.Last, row.Last), delta)
 		c.seen = nanos(r.Seen) - seen
 		if known {
@@ -190,7 +213,7 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		}
 	}
 
-	record = encodeRecord(l.time, series, runs)
+	record = encodeRecord(l.time, position, series, runs)
 	l.grew(len(record), base)
 	return record, base, nil
 }
@@ -205,7 +228,7 @@ func (l *ledgerState) grew(size int, base bool) {
 
 // expect returns what the current record added to the series, and when it was
 // seen: the same at writing and at replaying, since series come before runs.
-func (l *ledgerState) expect(series string) (delta [4]uint64, seen int64) {
+func (l *ledgerState) expect(series seriesKey) (delta [4]uint64, seen int64) {
 	row := l.series[series]
 	if row == nil {
 		return delta, 0
@@ -218,7 +241,7 @@ func (l *ledgerState) expect(series string) (delta [4]uint64, seen int64) {
 
 // replay takes over one record of the chain; base says that it is the first.
 func (l *ledgerState) replay(record []byte, base bool) error {
-	at, series, runs, err := decodeRecord(record)
+	at, position, series, runs, err := decodeRecord(record)
 	if err != nil {
 		return err
 	}
@@ -227,16 +250,19 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 	}
 	l.gen++
 	l.time = at
+	if position != nil {
+		l.position = *position
+	}
 	for _, c := range series {
 		row := l.seriesByID[c.id]
 		switch {
 		case c.kind == rowNew:
-			row = &seriesRow{Series: Series{Key: c.texts[0]}, id: c.id}
-			l.series[row.Key], l.seriesByID[c.id] = row, row
+			row = &seriesRow{Series: Series{Kind: uint8(c.of), Key: c.texts[0]}, id: c.id}
+			l.series[row.ref()], l.seriesByID[c.id] = row, row
 		case row == nil:
 			return fmt.Errorf("series %d is not known: %w", c.id, errDamaged)
 		case c.kind == rowGone:
-			delete(l.series, row.Key)
+			delete(l.series, row.ref())
 			delete(l.seriesByID, c.id)
 			continue
 		default:
@@ -251,7 +277,7 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 		row := l.runsByID[c.id]
 		switch {
 		case c.kind == rowNew:
-			row = &runRow{Run: Run{Key: c.texts[0], Series: c.texts[1], Epoch: c.texts[2], Boot: c.texts[3]}, id: c.id}
+			row = &runRow{Run: Run{Key: c.texts[0], SeriesKind: uint8(c.of), Series: c.texts[1], Unit: c.texts[2], Boot: c.texts[3]}, id: c.id}
 			l.runs[row.Key], l.runsByID[c.id] = row, row
 		case row == nil:
 			return fmt.Errorf("run %d is not known: %w", c.id, errDamaged)
@@ -260,7 +286,7 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 			delete(l.runsByID, c.id)
 			continue
 		}
-		delta, seen := l.expect(row.Series)
+		delta, seen := l.expect(row.ref())
 		row.gen = l.gen
 		row.Last = add(add(row.Last, c.add), delta)
 		row.Seen = fromNanos(c.seen + seen)
@@ -274,7 +300,7 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 func (l *ledgerState) endReplay() { l.seriesByID, l.runsByID = nil, nil }
 
 func sameTexts(a, b Run) bool {
-	return a.Series == b.Series && a.Epoch == b.Epoch && a.Boot == b.Boot
+	return a.ref() == b.ref() && a.Unit == b.Unit && a.Boot == b.Boot
 }
 
 // Sums and differences wrap, so that every pair of values has a difference.
@@ -307,11 +333,17 @@ func inRange(t time.Time) bool {
 	return t.IsZero() || t.Year() > 1677 && t.Year() < 2262
 }
 
-// A record is: the time, then a table of series and one of runs, then CRC-32C of
+// A record is: the time, the position (0 for as it was, or 1 and two texts), then a
+// table of series and one of runs, then CRC-32C of
 // all that. A table is: the number of changes, the columns, and the texts of the
 // new rows, compressed if that helps.
-func encodeRecord(at time.Time, series, runs []rowChange) []byte {
+func encodeRecord(at time.Time, position *[2]string, series, runs []rowChange) []byte {
 	b := binary.BigEndian.AppendUint64(nil, uint64(nanos(at)))
+	if position == nil {
+		b = append(b, 0)
+	} else {
+		b = appendBytes(appendBytes(append(b, 1), []byte(position[0])), []byte(position[1]))
+	}
 	var column []uint64
 	for _, table := range [][]rowChange{series, runs} {
 		b = binary.AppendUvarint(b, uint64(len(table)))
@@ -335,7 +367,7 @@ func encodeRecord(at time.Time, series, runs []rowChange) []byte {
 	return appendSum(b)
 }
 
-const changeColumns = 8
+const changeColumns = 9
 
 func (c *rowChange) get(column int) uint64 {
 	switch column {
@@ -347,8 +379,10 @@ func (c *rowChange) get(column int) uint64 {
 		return zigzag(c.start)
 	case 3:
 		return zigzag(c.seen)
+	case 4:
+		return c.of
 	default:
-		return zigzag(int64(c.add[column-4]))
+		return zigzag(int64(c.add[column-5]))
 	}
 }
 
@@ -362,27 +396,40 @@ func (c *rowChange) set(column int, v uint64) {
 		c.start = unzigzag(v)
 	case 3:
 		c.seen = unzigzag(v)
+	case 4:
+		c.of = v
 	default:
-		c.add[column-4] = uint64(unzigzag(v))
+		c.add[column-5] = uint64(unzigzag(v))
 	}
 }
 
-func decodeRecord(b []byte) (at time.Time, series, runs []rowChange, err error) {
+func decodeRecord(b []byte) (at time.Time, position *[2]string, series, runs []rowChange, err error) {
 	b, err = checkSum(b)
-	if err == nil && len(b) < 8 {
+	if err == nil && (len(b) < 9 || b[8] > 1) {
 		err = errDamaged
 	}
 	if err != nil {
-		return at, nil, nil, err
+		return at, nil, nil, nil, err
 	}
 	at = fromNanos(int64(binary.BigEndian.Uint64(b)))
-	b = b[8:]
-	for _, table := range []*[]rowChange{&series, &runs} {
-		if *table, b, err = decodeTable(b); err != nil {
-			return at, nil, nil, err
+	given := b[8] == 1
+	b = b[9:]
+	if given {
+		position = new([2]string)
+		for i := range position {
+			var text []byte
+			if text, b, err = takeBytes(b); err != nil {
+				return at, nil, nil, nil, err
+			}
+			position[i] = string(text)
 		}
 	}
-	return at, series, runs, nil
+	for _, table := range []*[]rowChange{&series, &runs} {
+		if *table, b, err = decodeTable(b); err != nil {
+			return at, nil, nil, nil, err
+		}
+	}
+	return at, position, series, runs, nil
 }
 
 func decodeTable(b []byte) (table []rowChange, rest []byte, err error) {

@@ -1,6 +1,9 @@
 package ledger
 
-import "time"
+import (
+	"iter"
+	"time"
+)
 
 // State is everything that a Ledger must be given back to go on where it stood.
 // It is immutable.
@@ -14,6 +17,26 @@ type State struct {
 	Runs     []Run     // those that were read
 	// Journal is the position up to which stop records are in Series and Runs.
 	Journal Position
+}
+
+// All yields each series: those of units and folds, of the overflow, and of what is
+// unattributed.
+func (s *State) All() iter.Seq[*Series] {
+	return func(yield func(*Series) bool) {
+		for i := range s.Series {
+			if !yield(&s.Series[i]) {
+				return
+			}
+		}
+		if s.Overflow != nil && !yield(s.Overflow) {
+			return
+		}
+		for i := range s.Balances {
+			if !yield(&s.Balances[i].Unattributed) {
+				return
+			}
+		}
+	}
 }
 
 // Kind says what a series is of.
@@ -73,6 +96,14 @@ type Run struct {
 	Overflow bool      // the run adds to the overflow series
 	Last     Counters  // last reading
 	Time     time.Time // of Last
+}
+
+// SeriesID returns the series that the run adds to, if it has one.
+func (r *Run) SeriesID() (id ID, ok bool) {
+	if r.Overflow {
+		return ID{Kind: Overflow}, true
+	}
+	return ID{Unit, r.Series}, r.Series != ""
 }
 
 // Position is a place in the journal: after the last stop record that is in the
