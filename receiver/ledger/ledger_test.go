@@ -93,6 +93,7 @@ func TestTotals(t *testing.T) {
 		"restart unseen":           {[]func(*Ledger){read("1", 1, all(5)), restart("1", 2), read("1", 3, all(6))}, all(11), 0},
 		"restart before a reading": {[]func(*Ledger){restart("1", 1), read("1", 2, all(6))}, all(6), 0},
 		"restart, late reading":    {[]func(*Ledger){read("1", 1, all(5)), restart("1", 3), read("1", 2, all(5)), read("1", 4, all(1))}, all(6), 0},
+		"late restart":             {[]func(*Ledger){read("1", 1, all(5)), read("1", 3, all(7)), restart("1", 2), read("1", 4, all(8))}, all(8), 0},
 		"record after":             {[]func(*Ledger){read("1", 1, all(5)), stop("1", 2, all(8))}, all(8), 0},
 		"record first":             {[]func(*Ledger){stop("1", 2, all(8)), read("1", 1, all(5)), read("1", 3, all(8))}, all(8), 0},
 		"record instead":           {[]func(*Ledger){stop("1", 2, all(8)), stop("2", 3, all(1))}, all(9), 0},
