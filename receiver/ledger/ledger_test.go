@@ -315,3 +315,80 @@ func TestOutage(t *testing.T) {
 		t.Errorf("max is %v", c)
 	}
 }
+
+// TestAhead: what a unit shows before its slice does is not unattributed later. A
+// run of an earlier boot is no part of what the slices of this one count.
+func TestAhead(t *testing.T) {
+	for name, test := range map[string]struct {
+		slice, boot string
+		want        uint64
+	}{"known slice": {"system.slice", "", 0}, "unknown slice": {"", "", 0}, "earlier boot": {"", "earlier", 5}} {
+		l := New(config())
+		top := func(second int, n uint64) State {
+			r := reading("system.slice", "s", second, all(n))
+			r.Unmetered = true
+			return sweep(l, second, r)
+		}
+		top(1, 1000)
+		if test.slice != "" {
+			l.Place("a.service", "1", test.slice)
+		}
+		r := record("a.service", "1", 2, all(5))
+		r.Boot = test.boot
+		l.Take(r, at(2))
+		top(3, 1005)
+		top(40, 1005)
+		if got := top(80, 1005).Balances[0].Unattributed.Total; got != all(test.want) {
+			t.Errorf("%s: unattributed are %v, want %d", name, got, test.want)
+		}
+	}
+}
+
+func TestOverflowIsRestored(t *testing.T) {
+	cfg := config()
+	cfg.MaxSeries = 1
+	a, b := reading("a.service", "1", 1, all(5)), reading("b.service", "2", 1, all(3))
+	cfg.State = sweep(New(cfg), 2, a, b)
+	cfg.Began, cfg.MaxSeries = at(3), 2 // there would be room now
+	a, b = reading("a.service", "1", 4, all(6)), reading("b.service", "2", 4, all(7))
+	s := sweep(New(cfg), 5, a, b)
+	if want(t, s, "a.service", all(6)); s.Overflow == nil || s.Overflow.Total != all(7) || len(s.Series) != 1 {
+		t.Errorf("the state is %+v", s)
+	}
+}
+
+// TestEvictionSparesTheLoaded: a loaded unit has its series before the first
+// reading of its new run.
+func TestEvictionSparesTheLoaded(t *testing.T) {
+	cfg := config()
+	cfg.MaxSeries = 1
+	l := New(cfg)
+	sweep(l, 1, reading("a.service", "1", 1, all(5)))
+	sweep(l, 2)
+	sweep(l, 200)
+	l.Begin()
+	l.Mark("a.service", "2", true)
+	l.Credit(reading("b.service", "3", 201, all(1)))
+	if s := l.Finish(at(201), true, true); s.Overflow == nil {
+		t.Errorf("no overflow: %+v", s)
+	} else {
+		want(t, s, "a.service", all(5))
+	}
+}
+
+// TestRecordIsShown: what a record adds has a point for as long as others, and
+// never one that backends refuse as old.
+func TestRecordIsShown(t *testing.T) {
+	l := New(config())
+	sweep(l, 1, reading("a.service", "1", 1, all(5)))
+	sweep(l, 2)
+	l.Take(record("a.service", "1", 2, all(7)), at(110))
+	sweep(l, 111)
+	if s := want(t, sweep(l, 200), "a.service", all(7)); !s.Observed {
+		t.Error("the point is gone before KeepEnded")
+	}
+	l.Take(record("b.service", "2", 201, all(7)), at(900))
+	if s := want(t, sweep(l, 901), "b.service", all(7)); !s.Time.Equal(at(901)) {
+		t.Errorf("its point is of %v", s.Time)
+	}
+}
