@@ -79,7 +79,8 @@ type fuzzHost struct {
 	boot    int
 	epochs  int
 	units   []*fuzzUnit
-	slice   Counters
+	slice   Counters // of this boot
+	counted Counters // by the slices of all boots
 	journal []Record
 	flying  []Reading // on the way to the ledger
 	limit   int
@@ -241,8 +242,8 @@ func (h *fuzzHost) check(state State) {
 		h.t.Fatalf("%d series, limit %d", len(state.Series), h.limit)
 	}
 	for _, b := range state.Balances {
-		if _, more := h.slice.Minus(b.Unattributed.Total); more {
-			h.t.Fatalf("%+v is more than its slice counted, %v", b, h.slice)
+		if _, more := h.counted.Minus(b.Unattributed.Total); more {
+			h.t.Fatalf("%+v is more than its slice counted, %v", b, h.counted)
 		}
 	}
 	h.states, h.models = append(h.states, state), append(h.models, h.model.clone())
@@ -318,7 +319,7 @@ func (h *fuzzHost) do(op, arg byte) {
 	switch op % 13 {
 	case 0, 12: // traffic
 		if u.epoch != "" {
-			u.raw, h.slice = u.raw.Plus(growth), h.slice.Plus(growth)
+			u.raw, h.slice, h.counted = u.raw.Plus(growth), h.slice.Plus(growth), h.counted.Plus(growth)
 		}
 	case 1: // the counters fall, unless the ledger has seen less
 		if u.epoch != "" {
@@ -346,15 +347,14 @@ func (h *fuzzHost) do(op, arg byte) {
 		}
 		h.boot++
 		h.slice = Counters{}
-		for i := range h.states {
-			for j := range h.states[i].Balances { // of the slices of another boot
-				h.states[i].Balances[j].Unattributed.Total = Counters{}
-			}
-		}
 		h.restart(int(arg / 2 % 2))
 	case 9: // time passes
 		h.now = h.now.Add(time.Duration(arg) * time.Second)
-	case 10: // accounting is switched off and on
+	case 10: // accounting is switched off and on, or was before the last reading
+		if last, ok := h.model.last(u.epoch); ok && arg&32 != 0 {
+			h.ledger.Restart(u.epoch, last.at.Add(-time.Microsecond))
+			return
+		}
 		if u.epoch != "" {
 			u.raw = Counters{}
 			h.ledger.Restart(u.epoch, h.now)
