@@ -267,9 +267,9 @@ func (l *Ledger) Place(unit, epoch, slice string) {
 }
 
 // Restart says that the counters of a run begin again at 0 at a moment, though
-// they may not be seen to fall.
+// they may not be seen to fall. A reading since then has them already.
 func (l *Ledger) Restart(epoch string, at time.Time) {
-	if r, ok := l.runs[epoch]; ok && !r.time.IsZero() {
+	if r, ok := l.runs[epoch]; ok && !r.time.IsZero() && !r.time.After(at) {
 		r.last, r.time = Counters{}, at
 	}
 }
