@@ -167,14 +167,11 @@ func (h *fuzzHost) take(n int) {
 
 func (h *fuzzHost) sweep(skip byte) {
 	h.ledger.Begin()
-	mark := func() {
-		for _, u := range h.units {
-			if u.epoch != "" {
-				h.ledger.Mark(u.name, u.epoch, true)
-			}
+	for _, u := range h.units {
+		if u.epoch != "" {
+			h.ledger.Load(u.name)
 		}
 	}
-	mark()
 	h.now = h.now.Add(time.Millisecond)
 	h.ledger.Credit(Reading{
 		Unit: "system.slice", Epoch: fmt.Sprint("boot", h.boot), Counters: h.slice, Start: h.began,
@@ -185,7 +182,11 @@ func (h *fuzzHost) sweep(skip byte) {
 			h.credit(h.reading(u))
 		}
 	}
-	mark()
+	for _, u := range h.units {
+		if u.epoch != "" {
+			h.ledger.Mark(u.epoch, true)
+		}
+	}
 	h.now = h.now.Add(time.Millisecond)
 	h.check(h.ledger.Finish(h.now, true, skip != 0))
 }
