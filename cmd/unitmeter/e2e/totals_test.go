@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"bufio"
@@ -27,21 +27,6 @@ import (
 // These tests run the real binary beside a real systemd, and read what a real
 // Collector received.
 
-// agentBinary builds the agent once, into the directory of the test binary,
-// which every rig shows inside.
-var agentBinary = sync.OnceValues(func() (string, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(filepath.Dir(self), "unitmeter")
-	build := exec.Command("make", "-C", "../..", "--no-print-directory", "build", "BINARY="+path) // as it is shipped
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the agent: %w\n%s", err, out)
-	}
-	return path, nil
-})
-
 // host is a rig with a Collector and an agent in it.
 type host struct {
 	*systemdtest.Rig
@@ -67,7 +52,7 @@ const collectorFile = "/run/otelcol/metrics.json"
 func newHost(t *testing.T, config string, env ...string) *host {
 	t.Helper()
 	rig := systemdtest.Start(t)
-	text, err := os.ReadFile("../../examples/otel-collector/" + config)
+	text, err := os.ReadFile("../../../examples/otel-collector/" + config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,23 +60,10 @@ func newHost(t *testing.T, config string, env ...string) *host {
 	rig.Run(t, "mkdir", "-p", filepath.Dir(collectorFile))
 	h := &host{Rig: rig, t: t, records: rig.Path(collectorFile)}
 	h.start("otelcol", append([]string{"OTELCOL_FILE=" + collectorFile}, env...), tool(t, "otelcol"), "--config=/etc/otelcol/config.yaml")
-	h.eventually("the Collector listens", func() bool {
+	eventually(h.t, "the Collector listens", func() bool {
 		return rig.Command(context.Background(), "bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/4317").Run() == nil
 	})
 	return h
-}
-
-// tool returns the path of a program that .ci/tools has built.
-func tool(t testing.TB, name string) string {
-	t.Helper()
-	path, err := filepath.Abs("../../.tools/bin/" + name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if path, err = filepath.EvalSymlinks(path); err != nil {
-		t.Fatalf("find %s: %v; run \"make tools\"", name, err)
-	}
-	return path
 }
 
 // start runs a command as a transient service of the rig.
@@ -122,15 +94,6 @@ func (h *host) startAgent(env ...string) {
 			h.t.Logf("the agent's log:\n%s", log)
 		}
 	})
-}
-
-// eventually waits for a condition, for as long as a loaded machine may need.
-func (h *host) eventually(what string, condition func() bool) {
-	h.t.Helper()
-	if within(patience, condition) {
-		return
-	}
-	h.t.Fatalf("this never happened: %s", what)
 }
 
 // points returns all points that the Collector received so far, in order.
@@ -278,10 +241,10 @@ func TestTotalsEqualSystemd(t *testing.T) {
 	pgbench := func(args ...string) *exec.Cmd {
 		return h.Command(ctx, postgres+"/pgbench", append([]string{"-h", "127.0.0.1", "-U", "postgres"}, append(args, "postgres")...)...)
 	}
-	h.eventually("PostgreSQL is initialised", func() bool { return pgbench("-i", "-q").Run() == nil })
+	eventually(h.t, "PostgreSQL is initialised", func() bool { return pgbench("-i", "-q").Run() == nil })
 
 	inNamespace := []string{"--quiet", "--wait", "--collect", "-p", "PrivateNetwork=yes", "-p", "JoinsNamespaceOf=e2e-nats.service"}
-	h.eventually("NATS answers", func() bool {
+	eventually(h.t, "NATS answers", func() bool {
 		return h.Command(ctx, "systemd-run", append(inNamespace, nats, "rtt")...).Run() == nil
 	})
 	var load sync.WaitGroup
@@ -311,12 +274,16 @@ func TestTotalsEqualSystemd(t *testing.T) {
 
 	// The third way of the article: one call, one object.
 	binary, _ := agentBinary()
-	var units []unitJSON
+	var units []struct {
+		State          string
+		EgressBytes    uint64 `json:"egress_bytes"`
+		IngressPackets uint64 `json:"ingress_packets"`
+	}
 	if err := json.Unmarshal([]byte(h.Run(t, binary, "once", "e2e-nats", "--json")), &units); err != nil {
 		t.Fatal(err)
 	}
 	want := h.shown("e2e-nats.service")
-	if len(units) != 1 || units[0].State != "on" || *units[0].EgressBytes != want.EgressBytes || *units[0].IngressPackets != want.IngressPackets {
+	if len(units) != 1 || units[0].State != "on" || units[0].EgressBytes != want.EgressBytes || units[0].IngressPackets != want.IngressPackets {
 		t.Errorf("once --json says %+v, systemctl show says %+v", units, want)
 	}
 }
@@ -348,10 +315,10 @@ func newTalker(h *host, properties ...string) *talker {
 // attaches its new counters a moment after it has said that it is done.
 func (k *talker) send(n int) {
 	k.t.Helper()
-	k.eventually("the talker listens", func() bool { _, err := os.Stat(k.Path("/run/talk")); return err == nil })
+	eventually(k.t, "the talker listens", func() bool { _, err := os.Stat(k.Path("/run/talk")); return err == nil })
 	counted, before := k.shown(k.unit).EgressPackets, k.talked()
 	k.Run(k.t, "bash", "-c", "echo "+strconv.Itoa(n)+" > /run/talk")
-	k.eventually("the talker has sent", func() bool { return len(k.talked()) > len(before) })
+	eventually(k.t, "the talker has sent", func() bool { return len(k.talked()) > len(before) })
 	k.sent += k.shown(k.unit).EgressPackets - counted
 }
 
@@ -399,7 +366,7 @@ func (k *talker) disturb() {
 		k.arrive(step.name)
 	}
 	k.Run(k.t, "systemctl", "set-property", "--runtime", k.unit, "IPAccounting=no")
-	k.eventually("accounting is off", func() bool { return !k.Show(k.t, k.unit).OK })
+	eventually(k.t, "accounting is off", func() bool { return !k.Show(k.t, k.unit).OK })
 	k.send(10) // nobody counts them
 	k.Run(k.t, "systemctl", "set-property", "--runtime", k.unit, "IPAccounting=yes")
 	k.send(200) // more than before, so that the counter does not fall
@@ -419,7 +386,7 @@ func TestDisturbances(t *testing.T) {
 			k := newTalker(h, "IPAccounting=yes")
 			k.disturb()
 			checkSteps(t, h.points())
-			h.eventually("the Collector's deltas add up to what was sent", func() bool {
+			eventually(h.t, "the Collector's deltas add up to what was sent", func() bool {
 				deltas, _, err := readPoints(h.Path(deltaFile), 0)
 				if err != nil {
 					t.Fatal(err)
@@ -450,7 +417,7 @@ func TestDeltaTemporality(t *testing.T) {
 	k.Run(t, "systemctl", "restart", k.unit)
 	k.send(30)
 	var sum receiver.Counters
-	h.eventually("the deltas add up to what was sent", func() bool {
+	eventually(h.t, "the deltas add up to what was sent", func() bool {
 		sum = receiver.Counters{}
 		for _, p := range h.points() {
 			if p.unit == k.unit {
@@ -470,7 +437,7 @@ func TestPrometheus(t *testing.T) {
 	t.Parallel()
 	prometheus := "http://127.0.0.1:9090"
 	h := newHost(t, "test-prometheus.yaml", "OTELCOL_PROMETHEUS_URL="+prometheus)
-	config, err := os.ReadFile("../../examples/otel-collector/prometheus.yaml")
+	config, err := os.ReadFile("../../../examples/otel-collector/prometheus.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -504,7 +471,7 @@ func TestPrometheus(t *testing.T) {
 	expect := func(what, expression string, want float64) {
 		t.Helper()
 		var got float64
-		h.eventually(fmt.Sprintf("%s: %s is %g (last: %g)", what, expression, want, got), func() bool {
+		eventually(h.t, fmt.Sprintf("%s: %s is %g (last: %g)", what, expression, want, got), func() bool {
 			value, ok := query(expression)
 			got = value
 			return ok && value == want

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"encoding/json"
@@ -268,17 +268,17 @@ func toggled(id, title string, alone bool) scenario {
 			for range 3 {
 				before, _ := s.lab.counted(unit)
 				// Where they begin again, what no sweep has read is gone with them.
-				s.eventually("what was sent has arrived", func() bool {
+				eventually(s.t, "what was sent has arrived", func() bool {
 					return s.receivedNow().EgressPackets == carried.EgressPackets+before.EgressPackets
 				})
 				// What systemd drops between two readings is gone: the time
 				// without data, and the new beginning, must be seen.
 				on := s.inState("on")
 				s.in("systemctl set-property --runtime {id}.service IPAccounting=no")
-				s.eventually("the agent has seen that accounting is off", func() bool { return s.inState("on") == on-1 })
+				eventually(s.t, "the agent has seen that accounting is off", func() bool { return s.inState("on") == on-1 })
 				s.say(10)
 				s.in("systemctl set-property --runtime {id}.service IPAccounting=yes")
-				s.eventually("the agent has seen that accounting is on", func() bool { return s.inState("on") == on })
+				eventually(s.t, "the agent has seen that accounting is on", func() bool { return s.inState("on") == on })
 				if now, _ := s.lab.counted(unit); now.EgressPackets < before.EgressPackets {
 					carried.EgressBytes += before.EgressBytes
 					carried.EgressPackets += before.EgressPackets
@@ -321,13 +321,13 @@ var orphans = scenario{
 	units: map[string]string{"orphan.service": unitHead + "ExecStart={traffic} tcp-send " + slowSink + " -bytes 50000000\n"},
 	run: func(s *scene) {
 		s.in("systemctl start orphan")
-		s.eventually("it sends", func() bool { return s.sliceCounted().EgressBytes > 1_000_000 })
+		eventually(s.t, "it sends", func() bool { return s.sliceCounted().EgressBytes > 1_000_000 })
 		s.in("systemctl kill -s KILL orphan; until systemctl is-failed orphan; do sleep .01; done")
 		atEnd := s.sliceCounted()
 		// A socket that listens (0A) or waits for late packets (06) sends nothing.
 		sink := netip.MustParseAddrPort(slowSink)
 		open := fmt.Sprintf(`awk '$2 $3 ~ /:%04X/ && $4 != "06" && $4 != "0A"' /proc/net/tcp`, sink.Port())
-		s.eventually("the socket is drained", func() bool { return s.in(open) == "" })
+		eventually(s.t, "the socket is drained", func() bool { return s.in(open) == "" })
 		s.sent("TCP until killed")
 		s.exact(receiver.Counters{})
 		late := s.row.accounted.EgressBytes - atEnd.EgressBytes
@@ -406,7 +406,7 @@ func burst(id, title string, check func(*scene)) scenario {
 					s.t.Fatal(err)
 				}
 			}
-			s.eventually("all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
+			eventually(s.t, "all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
 			s.sent("%d × 100 kB of payload", units)
 			check(s)
 			if sent := s.row.accounted.EgressBytes; sent < units*100_000 || sent > units*120_000 {
@@ -489,7 +489,7 @@ var churn = scenario{
 				s.t.Fatal(err)
 			}
 		}
-		s.eventually("all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
+		eventually(s.t, "all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
 		if ran := strings.TrimSpace(s.in("wc -l </run/{id}.runs")); ran != strconv.Itoa(n) {
 			s.t.Errorf("%s of %d have sent all", ran, n)
 		}

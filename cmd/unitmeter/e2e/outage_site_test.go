@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"context"
@@ -116,16 +116,7 @@ func (s *site) startAgent(env ...string) {
 			s.t.Logf("the logs:\n%s", log)
 		}
 	})
-	s.wait("the first points have arrived", func() bool { return s.cycles() > 0 })
-}
-
-// wait waits for a condition, for as long as the longest backoff and a loaded
-// machine may need.
-func (s *site) wait(what string, condition func() bool) {
-	s.t.Helper()
-	if !within(patience, condition) {
-		s.t.Fatalf("this never happened: %s", what)
-	}
+	eventually(s.t, "the first points have arrived", func() bool { return s.cycles() > 0 })
 }
 
 // backlog is how many requests wait in the agent's outbox.
@@ -151,7 +142,7 @@ func (s *site) query(sql string) int {
 func (s *site) caughtUp() {
 	s.t.Helper()
 	now := time.Now()
-	s.wait("the agent has caught up", func() bool { return s.newest().After(now) })
+	eventually(s.t, "the agent has caught up", func() bool { return s.newest().After(now) })
 }
 
 // exact ends the traffic, and checks that the totals are systemd's and that

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"strings"
@@ -34,13 +34,13 @@ func TestDiskFaults(t *testing.T) {
 		anew := log("store began anew")
 		s.in(f.begin)
 		if f.anew {
-			s.wait(f.name+": the store begins anew", func() bool { return log("store began anew") > anew })
+			eventually(s.t, f.name+": the store begins anew", func() bool { return log("store began anew") > anew })
 		} else {
-			s.wait(f.name+": commits fail", func() bool { return log(failing) > failed })
+			eventually(s.t, f.name+": commits fail", func() bool { return log(failing) > failed })
 			s.caughtUp() // by sending directly
 			s.in(f.mend)
 			committed := s.committed()
-			s.wait(f.name+": commits work", func() bool { return s.committed() > committed })
+			eventually(s.t, f.name+": commits work", func() bool { return s.committed() > committed })
 		}
 		s.caughtUp()
 		t.Logf("%s: %v", f.name, time.Since(began).Round(100*time.Millisecond))

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"bytes"
@@ -15,6 +15,9 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
+
+// finding is one check in the report of the doctor.
+type finding struct{ Name, Status, Found, Mend string }
 
 // ward is a rig with the program installed in it.
 type ward struct {
@@ -57,7 +60,10 @@ func (w *ward) report(command string) map[string]finding {
 	cmd := w.Command(w.t.Context(), "sh", "-c", command)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run() // a fault is an exit code too
-	var report struct{ Checks []finding }
+	var report struct {
+		Worst  string
+		Checks []finding
+	}
 	if bad := json.Unmarshal(stdout.Bytes(), &report); bad != nil {
 		w.t.Fatalf("%s: %v, %v\n%s%s", command, err, bad, &stdout, &stderr)
 	}
@@ -65,17 +71,18 @@ func (w *ward) report(command string) map[string]finding {
 	for _, f := range report.Checks {
 		findings[f.Name] = f
 	}
-	if failed := worst(report.Checks) == statusFail; failed != (cmd.ProcessState.ExitCode() == exitFailure) {
-		w.t.Errorf("%s: exit code %d with the worst %s", command, cmd.ProcessState.ExitCode(), worst(report.Checks))
+	if failed := report.Worst == "fail"; failed != (cmd.ProcessState.ExitCode() == 1) {
+		w.t.Errorf("%s: exit code %d with the worst %s", command, cmd.ProcessState.ExitCode(), report.Worst)
 	}
 	return findings
 }
 
-// eventually waits for what others do in their own time.
-func (w *ward) eventually(what string, done func() bool) {
-	w.t.Helper()
-	if !within(patience, done) {
-		w.t.Fatalf("it does not come true that %s", what)
+// want fails unless a check has a status and its mend has a text.
+func want(t *testing.T, findings map[string]finding, name, status, mend string) {
+	t.Helper()
+	f, ok := findings[name]
+	if !ok || f.Status != status || !strings.Contains(f.Mend, mend) || (f.Mend == "") != (mend == "") {
+		t.Errorf("check %q = %+v, want status %q and a mend with %q", name, f, status, mend)
 	}
 }
 
@@ -137,43 +144,43 @@ func TestDoctorMends(t *testing.T) {
 		apply  string
 		mended string // the prefix after that, if it is another
 	}{
-		{name: "nothing is accounted", check: "accounting", status: statusFail, mend: "unitmeter enable --all"},
-		{name: "one service is not", plant: "unitmeter disable demo", check: "accounting", status: statusWarn, mend: "unitmeter enable demo.service"},
-		{name: "default off", check: "accounting-default", status: statusWarn, mend: "unitmeter enable --default"},
-		{name: "own unit not accounted", prefix: "systemd-run --quiet --pipe --wait -p IPAccounting=no", check: "own-traffic", status: statusSkip,
+		{name: "nothing is accounted", check: "accounting", status: "fail", mend: "unitmeter enable --all"},
+		{name: "one service is not", plant: "unitmeter disable demo", check: "accounting", status: "warn", mend: "unitmeter enable demo.service"},
+		{name: "default off", check: "accounting-default", status: "warn", mend: "unitmeter enable --default"},
+		{name: "own unit not accounted", prefix: "systemd-run --quiet --pipe --wait -p IPAccounting=no", check: "own-traffic", status: "skip",
 			mend: "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here", apply: ":", mended: "systemd-run --quiet --pipe --wait -p IPAccounting=yes"},
-		{name: "dbus is stopped", plant: "systemctl stop dbus.socket dbus.service", prefix: system, check: "bus", status: statusFail,
+		{name: "dbus is stopped", plant: "systemctl stop dbus.socket dbus.service", prefix: system, check: "bus", status: "fail",
 			mend: "systemctl start dbus.socket dbus.service"},
-		{name: "socket for root only", plant: "chmod 0600 /run/dbus/system_bus_socket", prefix: nowhere + asNobody, check: "bus", status: statusFail,
+		{name: "socket for root only", plant: "chmod 0600 /run/dbus/system_bus_socket", prefix: nowhere + asNobody, check: "bus", status: "fail",
 			mend: "chmod 0666 /run/dbus/system_bus_socket"},
-		{name: "private socket as nobody", prefix: "UNITMETER_BUS=private " + nowhere + asNobody, check: "bus", status: statusFail,
+		{name: "private socket as nobody", prefix: "UNITMETER_BUS=private " + nowhere + asNobody, check: "bus", status: "fail",
 			mend: "set UNITMETER_BUS=system", apply: ":", mended: system + nowhere + asNobody},
-		{name: "wrong bus address", prefix: "UNITMETER_BUS=unix:path=/run/dbus/wrong", check: "bus", status: statusFail,
+		{name: "wrong bus address", prefix: "UNITMETER_BUS=unix:path=/run/dbus/wrong", check: "bus", status: "fail",
 			mend: "unset UNITMETER_BUS", apply: ":", mended: "env"},
-		{name: "no socket in a container", prefix: "unshare -m sh -c 'mount -t tmpfs none /run; touch /.dockerenv; unitmeter doctor --here --json'", check: "bus", status: statusFail,
+		{name: "no socket in a container", prefix: "unshare -m sh -c 'mount -t tmpfs none /run; touch /.dockerenv; unitmeter doctor --here --json'", check: "bus", status: "fail",
 			mend: "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket", apply: ":",
 			mended: "unshare -m sh -c 'mkdir -p /tmp/keep; mount --bind /run /tmp/keep; mount -t tmpfs none /run; mkdir /run/dbus; touch /run/dbus/system_bus_socket;" +
 				"mount --bind /tmp/keep/dbus/system_bus_socket /run/dbus/system_bus_socket; unitmeter doctor --here --json'"},
 		{name: "machine id of the container", prefix: "unshare -m sh -c 'echo 0123456789abcdef0123456789abcdef >/tmp/id; mount --bind /tmp/id /etc/machine-id; unitmeter doctor --here --json'",
-			check: "machine", status: statusWarn, mend: "/etc/machine-id", apply: ":", mended: "env"},
+			check: "machine", status: "warn", mend: "/etc/machine-id", apply: ":", mended: "env"},
 		{name: "cgroup v1", prefix: "unshare -m sh -c 'mount -t tmpfs none /sys/fs/cgroup; mkdir /sys/fs/cgroup/systemd; mount -t cgroup -o none,name=systemd none /sys/fs/cgroup/systemd; unitmeter doctor --here --json'",
-			check: "cgroup", status: statusFail, mend: "systemd.unified_cgroup_hierarchy=1", apply: ":", mended: "env"},
-		{name: "no right to the journal that is asked for", prefix: "UNITMETER_STOP_RECORDS=on " + nowhere + asNobody, check: "stop-records", status: statusFail,
+			check: "cgroup", status: "fail", mend: "systemd.unified_cgroup_hierarchy=1", apply: ":", mended: "env"},
+		{name: "no right to the journal that is asked for", prefix: "UNITMETER_STOP_RECORDS=on " + nowhere + asNobody, check: "stop-records", status: "fail",
 			mend: "usermod -aG systemd-journal nobody", apply: ":", mended: nowhere},
-		{name: "no right to the journal", prefix: nowhere + asNobody, check: "stop-records", status: statusWarn, mend: "usermod -aG systemd-journal nobody"},
-		{name: "stop records off", prefix: "UNITMETER_STOP_RECORDS=off", check: "stop-records", status: statusWarn, mend: "unset UNITMETER_STOP_RECORDS", apply: ":", mended: "env"},
-		{name: "state directory of another user", plant: "install -d -m 0700 -o daemon /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: statusFail,
+		{name: "no right to the journal", prefix: nowhere + asNobody, check: "stop-records", status: "warn", mend: "usermod -aG systemd-journal nobody"},
+		{name: "stop records off", prefix: "UNITMETER_STOP_RECORDS=off", check: "stop-records", status: "warn", mend: "unset UNITMETER_STOP_RECORDS", apply: ":", mended: "env"},
+		{name: "state directory of another user", plant: "install -d -m 0700 -o daemon /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: "fail",
 			mend: "chown -R 0 /var/lib/state"},
-		{name: "state directory writable by all", plant: "chmod 0777 /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: statusFail,
+		{name: "state directory writable by all", plant: "chmod 0777 /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: "fail",
 			mend: "chmod 0700 /var/lib/state"},
-		{name: "state directory that cannot be made", prefix: "UNITMETER_STATE_DIR=/var/lib/theirs " + asNobody, check: "state-directory", status: statusFail,
+		{name: "state directory that cannot be made", prefix: "UNITMETER_STATE_DIR=/var/lib/theirs " + asNobody, check: "state-directory", status: "fail",
 			mend: "install -d -m 0700 -o 65534 /var/lib/theirs", apply: "install -d -m 0700 -o 65534 /var/lib/theirs"},
-		{name: "state on a read-only disk", prefix: "systemd-run --quiet --pipe --wait -E UNITMETER_STATE_DIR=/var/lib/state -p ReadOnlyPaths=/var/lib/state", check: "state-directory", status: statusFail,
+		{name: "state on a read-only disk", prefix: "systemd-run --quiet --pipe --wait -E UNITMETER_STATE_DIR=/var/lib/state -p ReadOnlyPaths=/var/lib/state", check: "state-directory", status: "fail",
 			mend: "StateDirectory=unitmeter", apply: ":", mended: "systemd-run --quiet --pipe --wait -p StateDirectory=unitmeter"},
 		{name: "state on a full disk", plant: "mkdir -p /full; mount -t tmpfs -o size=64k,mode=0700 none /full; dd if=/dev/zero of=/full/x bs=1k count=128 2>/dev/null || :", prefix: "UNITMETER_STATE_DIR=/full",
-			check: "state-directory", status: statusFail, mend: "df -h /full", apply: "umount /full; chmod 0700 /full"},
-		{name: "only mounts are chosen", prefix: "UNITMETER_INCLUDE='nothing*'", check: "accounting", status: statusFail, mend: "unset UNITMETER_INCLUDE", apply: ":", mended: "env"},
-		{name: "endpoint down", prefix: "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9", check: "endpoint-connection", status: statusFail,
+			check: "state-directory", status: "fail", mend: "df -h /full", apply: "umount /full; chmod 0700 /full"},
+		{name: "only mounts are chosen", prefix: "UNITMETER_INCLUDE='nothing*'", check: "accounting", status: "fail", mend: "unset UNITMETER_INCLUDE", apply: ":", mended: "env"},
+		{name: "endpoint down", prefix: "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9", check: "endpoint-connection", status: "fail",
 			mend: "set OTEL_EXPORTER_OTLP_ENDPOINT", apply: ":", mended: "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -198,7 +205,7 @@ func TestDoctorMends(t *testing.T) {
 			if test.mended != "" {
 				mended = test.mended
 			}
-			want(t, w.report(command(mended)), test.check, statusOK, "")
+			want(t, w.report(command(mended)), test.check, "ok", "")
 		})
 	}
 
@@ -206,11 +213,11 @@ func TestDoctorMends(t *testing.T) {
 	findings := w.doctor("systemd-run --quiet --pipe --wait -p IPAccounting=yes -p StateDirectory=unitmeter")
 	delete(findings, "clock")
 	for name, f := range findings {
-		if f.Status == statusWarn || f.Status == statusFail {
+		if f.Status == "warn" || f.Status == "fail" {
 			t.Errorf("after all mends: %s: %+v", name, f)
 		}
 	}
-	if f := findings["own-traffic"]; f.Status != statusOK || !strings.Contains(f.Found, "an empty request to the Collector") {
+	if f := findings["own-traffic"]; f.Status != "ok" || !strings.Contains(f.Found, "an empty request to the Collector") {
 		t.Errorf("the proof: %+v", f)
 	}
 }
@@ -219,7 +226,7 @@ func TestDoctorMends(t *testing.T) {
 func TestDoctorAsAgent(t *testing.T) {
 	t.Parallel()
 	w := newWard(t)
-	unit, err := os.ReadFile(filepath.Join("..", "..", "packaging", "unitmeter.service"))
+	unit, err := os.ReadFile(filepath.Join("..", "..", "..", "packaging", "unitmeter.service"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,9 +244,9 @@ func TestDoctorAsAgent(t *testing.T) {
 
 	const settings = "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\nOTEL_METRIC_EXPORT_INTERVAL=200\nOTEL_EXPORTER_OTLP_TIMEOUT=5000\n"
 	findings := w.report("unitmeter doctor --json 2>/dev/null")
-	want(t, findings, "collector", statusFail, "UNITMETER_OTLP_HEADERS_FILE")
-	want(t, findings, "agent", statusWarn, "systemctl enable --now unitmeter.service")
-	want(t, findings, "own-traffic", statusOK, "")
+	want(t, findings, "collector", "fail", "UNITMETER_OTLP_HEADERS_FILE")
+	want(t, findings, "agent", "warn", "systemctl enable --now unitmeter.service")
+	want(t, findings, "own-traffic", "ok", "")
 	if found := findings["user"].Found; !strings.Contains(found, "(unitmeter)") {
 		t.Errorf("user: %s", found)
 	}
@@ -249,14 +256,14 @@ func TestDoctorAsAgent(t *testing.T) {
 	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", settings)
 	w.sh(findings["agent"].Mend)
 	// The requests that cannot be delivered wait, and the agent says why.
-	w.eventually("the doctor sees the backlog and its reason", func() bool {
+	eventually(w.t, "the doctor sees the backlog and its reason", func() bool {
 		findings = w.report("unitmeter doctor --json 2>/dev/null")
 		return strings.Contains(findings["outbox"].Found, "Unauthenticated")
 	})
-	want(t, findings, "outbox", statusWarn, findings["collector"].Mend)
+	want(t, findings, "outbox", "warn", findings["collector"].Mend)
 	// The secret as docs/install.md has it, in a credential. systemd mounts those in
 	// a namespace of its own, from where they reach a shared tree only.
-	example, err := os.ReadFile(filepath.Join("..", "..", "packaging", "examples", "credentials.conf"))
+	example, err := os.ReadFile(filepath.Join("..", "..", "..", "packaging", "examples", "credentials.conf"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -264,13 +271,13 @@ func TestDoctorAsAgent(t *testing.T) {
 	w.WriteFile(t, "/etc/unitmeter/otlp-headers", "x-token=sesame\n")
 	w.sh("chmod 0600 /etc/unitmeter/otlp-headers; mount --make-rshared /; systemctl daemon-reload")
 	w.sh("usermod -aG systemd-journal unitmeter; unitmeter enable --default; systemctl restart unitmeter.service")
-	w.eventually("the backlog is sent", func() bool {
+	eventually(w.t, "the backlog is sent", func() bool {
 		findings = w.report("unitmeter doctor --json 2>/dev/null")
-		return findings["outbox"].Status == statusOK
+		return findings["outbox"].Status == "ok"
 	})
 	delete(findings, "clock")
 	for name, f := range findings {
-		if f.Status != statusOK {
+		if f.Status != "ok" {
 			t.Errorf("after the mends: %s: %+v", name, f)
 		}
 	}
@@ -291,7 +298,7 @@ func TestDoctorAsAgent(t *testing.T) {
 	}
 	// Variables in the shell are there to be checked, with the shell's user.
 	findings = w.report("OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9 unitmeter doctor --json")
-	want(t, findings, "endpoint-connection", statusFail, "set OTEL_EXPORTER_OTLP_ENDPOINT")
+	want(t, findings, "endpoint-connection", "fail", "set OTEL_EXPORTER_OTLP_ENDPOINT")
 }
 
 // TestEnableDisable changes a real systemd and reads what became of it with
@@ -329,15 +336,15 @@ func TestEnableDisable(t *testing.T) {
 	if accounting("one.service") != "no" || files() != "" {
 		t.Errorf("the dry run changed something: %s", files())
 	}
-	fails(exitFailure, `find unit "nosuch.service"`, "unitmeter enable one nosuch")
+	fails(1, `find unit "nosuch.service"`, "unitmeter enable one nosuch")
 	if accounting("one.service") != "no" {
 		t.Error("one.service was changed although another name was wrong")
 	}
-	fails(exitFailure, `"basic.target"`, "unitmeter enable basic.target")
-	fails(exitFailure, `no loaded unit`, "unitmeter enable 'nosuch*'")
-	fails(exitFailure, "sudo unitmeter enable one.service", asNobody+"unitmeter enable one")
-	fails(exitFailure, "sudo unitmeter enable --all", asNobody+"unitmeter enable --all")
-	fails(exitFailure, "sudo unitmeter enable --default", asNobody+"unitmeter enable --default")
+	fails(1, `"basic.target"`, "unitmeter enable basic.target")
+	fails(1, `no loaded unit`, "unitmeter enable 'nosuch*'")
+	fails(1, "sudo unitmeter enable one.service", asNobody+"unitmeter enable one")
+	fails(1, "sudo unitmeter enable --all", asNobody+"unitmeter enable --all")
+	fails(1, "sudo unitmeter enable --default", asNobody+"unitmeter enable --default")
 
 	// Under an alias, persistent, and at once.
 	if out := w.sh("unitmeter enable uno"); out != "one.service: IP accounting is on from now on; counting from 0\n" {
@@ -365,7 +372,7 @@ func TestEnableDisable(t *testing.T) {
 	}
 	// systemd would forget the one for the other at the next reload.
 	w.sh("unitmeter disable two")
-	fails(exitFailure, "two.service.d/50-IPAccounting.conf says no, and would win at the next daemon-reload; use \"unitmeter enable two.service\"", "unitmeter enable --runtime two")
+	fails(1, "two.service.d/50-IPAccounting.conf says no, and would win at the next daemon-reload; use \"unitmeter enable two.service\"", "unitmeter enable --runtime two")
 	w.sh("unitmeter enable two")
 	// A unit that does not run counts when it starts.
 	if out := w.sh("unitmeter enable idle"); !strings.Contains(out, "it counts when the unit starts") {
@@ -401,7 +408,7 @@ func TestEnableDisable(t *testing.T) {
 	}
 	// A file that systemd cannot write is no error to it.
 	w.sh("systemctl revert two.service; mount --bind /etc /etc; mount -o remount,bind,ro /etc")
-	fails(exitFailure, "systemd could not write /etc/systemd/system.control/two.service.d/50-IPAccounting.conf, so it is on until the next boot only", "unitmeter enable two")
+	fails(1, "systemd could not write /etc/systemd/system.control/two.service.d/50-IPAccounting.conf, so it is on until the next boot only", "unitmeter enable two")
 	w.sh("umount /etc; systemctl daemon-reload")
 	if accounting("two.service") != "yes" {
 		t.Error("two.service is not on until the next boot")
@@ -427,12 +434,12 @@ func TestEnableDisable(t *testing.T) {
 		t.Errorf("a second time: %q", out)
 	}
 	w.sh("unitmeter enable --default --runtime")
-	fails(exitFailure, "still has yes; another file decides it", "unitmeter disable --default")
+	fails(1, "still has yes; another file decides it", "unitmeter disable --default")
 	w.sh("unitmeter disable --default --runtime")
 	// What another file overrides is told, and another's file is not removed.
 	w.WriteFile(t, "/etc/systemd/system.conf.d/90-local.conf", "[Manager]\nDefaultIPAccounting=no\n")
-	fails(exitFailure, "another file decides it", "unitmeter disable --all >/dev/null; unitmeter enable --default")
+	fails(1, "another file decides it", "unitmeter disable --all >/dev/null; unitmeter enable --default")
 	w.WriteFile(t, "/etc/systemd/system.conf.d/50-unitmeter.conf", "# mine\n")
-	fails(exitFailure, "was not written by unitmeter", "unitmeter disable --default")
-	fails(exitFailure, "was not written by unitmeter", "unitmeter enable --default")
+	fails(1, "was not written by unitmeter", "unitmeter disable --default")
+	fails(1, "was not written by unitmeter", "unitmeter enable --default")
 }

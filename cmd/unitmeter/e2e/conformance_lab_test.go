@@ -1,15 +1,11 @@
-package main
+package e2e
 
 import (
 	"context"
 	"errors"
-	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -27,25 +23,6 @@ const (
 	sendCommand = "/usr/local/bin/traffic udp-send " + udpSink + " -bytes 100 -count"
 )
 
-// underTest returns the agent to test, and puts it beside the test binary, which
-// every rig shows inside: UNITMETER_BINARY, or one built from this tree.
-var underTest = sync.OnceValues(func() (string, error) {
-	given := os.Getenv("UNITMETER_BINARY")
-	if given == "" {
-		return agentBinary()
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return "", err
-	}
-	program, err := os.ReadFile(given)
-	if err != nil {
-		return "", fmt.Errorf("read UNITMETER_BINARY: %w; set it to the agent to test", err)
-	}
-	path := filepath.Join(filepath.Dir(self), "unitmeter-under-test")
-	return path, os.WriteFile(path, program, 0o755)
-})
-
 // lab is a rig with an agent in it that exports to a recorder outside.
 type lab struct {
 	*systemdtest.Rig
@@ -60,7 +37,7 @@ type lab struct {
 // starts all of it but the agent. An OTLP receiver is made if none is given.
 func newLab(t *testing.T, r *recorder) *lab {
 	t.Helper()
-	binary, err := underTest()
+	binary, err := agentBinary()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +100,7 @@ func (l *lab) startAgent(a agent) {
 			l.t.Logf("the agent's log:\n%s", l.log())
 		}
 	})
-	l.eventually("the agent exports", l.exports)
+	eventually(l.t, "the agent exports", l.exports)
 }
 
 // restartAgent starts the agent again after "systemctl stop", which has unloaded
@@ -149,18 +126,6 @@ func (l *lab) log() string {
 	return string(log)
 }
 
-// patience is how long tests wait for what must come. It is what no machine
-// needs, however loaded: tests are about what comes, and not about when.
-const patience = 3 * time.Minute
-
-// eventually waits for a condition, for as long as a loaded machine may need.
-func (l *lab) eventually(what string, condition func() bool) {
-	l.t.Helper()
-	if !within(patience, condition) {
-		l.t.Fatalf("this never happened: %s", what)
-	}
-}
-
 // arrives waits for a condition on what has been received, until what the agent
 // measured in d from now is here too: on a loaded machine, the receiver can be
 // behind by more than that.
@@ -174,17 +139,6 @@ func (l *lab) arrives(d time.Duration, condition func() bool) bool {
 		return reached.After(end) && reached.Before(time.Now().Add(time.Second)) || condition()
 	})
 	return condition()
-}
-
-func within(d time.Duration, condition func() bool) bool {
-	for end := time.Now().Add(d); ; time.Sleep(20 * time.Millisecond) {
-		if condition() {
-			return true
-		}
-		if time.Now().After(end) {
-			return false
-		}
-	}
 }
 
 // counted returns what systemctl show says of a unit, and whether it has data.

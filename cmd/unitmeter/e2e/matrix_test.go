@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"strings"
@@ -24,7 +24,7 @@ var reloaded = scenario{
 			s.t.Helper()
 			s.say(n)
 			known += n
-			s.eventually("what was sent has arrived", func() bool {
+			eventually(s.t, "what was sent has arrived", func() bool {
 				return s.receivedNow() == receiver.Counters{EgressBytes: uint64(known) * packetBytes, EgressPackets: uint64(known)}
 			})
 		}
@@ -35,7 +35,7 @@ var reloaded = scenario{
 				s.t.Fatalf("after %s, systemd %d has data: %v; what is known of its versions is wrong", reloads, version, ok)
 			}
 			if loses {
-				s.eventually("the agent says that the unit is lost", func() bool { return s.inState("lost") == 1 })
+				eventually(s.t, "the agent says that the unit is lost", func() bool { return s.inState("lost") == 1 })
 				at := s.last("rearm.service")
 				s.say(10) // nobody counts them
 				time.Sleep(1500 * time.Millisecond)
@@ -44,7 +44,7 @@ var reloaded = scenario{
 				}
 				s.in("systemctl set-property --runtime {id}.service IPAccounting=yes")
 			}
-			s.eventually("the agent says that no unit is lost", func() bool { return s.inState("lost") == 0 && s.inState("on") == 1 })
+			eventually(s.t, "the agent says that no unit is lost", func() bool { return s.inState("lost") == 0 && s.inState("on") == 1 })
 			// Unlike any value before: a counter that has begun again below the
 			// last reading cannot be taken for one that has not.
 			counts(50 - 20*i)

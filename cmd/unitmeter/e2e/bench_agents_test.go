@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"context"
@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -69,9 +68,9 @@ func contenders(b *testing.B, units int, interval time.Duration) []contender {
 			interval: interval, metric: `^systemd\.unit\.network\.packet\.count$`, label: "systemd.unit.name",
 		}
 	}
-	scraped := func(name, user, lacks, reads, metric, tool string, flags ...string) contender {
+	scraped := func(name, user, lacks, reads, metric, program string, flags ...string) contender {
 		return contender{
-			name: name, user: user, lacks: lacks, reads: reads, command: append([]string{toolPath(b, tool), "--web.disable-exporter-metrics", "--web.listen-address=127.0.0.1:9558"}, flags...),
+			name: name, user: user, lacks: lacks, reads: reads, command: append([]string{tool(b, program), "--web.disable-exporter-metrics", "--web.listen-address=127.0.0.1:9558"}, flags...),
 			scrape: "http://127.0.0.1:9558/metrics", interval: interval, metric: metric, label: "name",
 		}
 	}
@@ -83,7 +82,7 @@ func contenders(b *testing.B, units int, interval time.Duration) []contender {
 	}
 	telegraf := func(name, lacks, reads string, details bool) contender {
 		return contender{
-			name: name, user: "nobody", command: []string{toolPath(b, "telegraf"), "--config", "/etc/bench.conf"},
+			name: name, user: "nobody", command: []string{tool(b, "telegraf"), "--config", "/etc/bench.conf"},
 			lacks: lacks, reads: reads, interval: interval, metric: `^systemd_units_active_code$`, label: "name", rounds: true,
 			// A batch of as many metrics as there are units is sent when the last
 			// one is there, in one request for each second of it.
@@ -113,7 +112,7 @@ service_address = "127.0.0.1:4317"
 			"^node_systemd_unit_state$", "node_exporter",
 			"--collector.disable-defaults", "--collector.systemd", `--collector.systemd.unit-include=load-.*\.service`),
 		{
-			name: "Collector, systemdreceiver", lacks: "states and CPU time only", user: "nobody", command: []string{toolPath(b, "otelcol-systemd"), "--config", "/etc/bench.conf"},
+			name: "Collector, systemdreceiver", lacks: "states and CPU time only", user: "nobody", command: []string{tool(b, "otelcol-systemd"), "--config", "/etc/bench.conf"},
 			reads:    "state and, from the cgroup's files, CPU time: 1 call, one unit after the other",
 			interval: interval, metric: `^systemd\.unit\.state$`, label: "systemd.unit.name",
 			config: fmt.Sprintf(`receivers: {systemd: {collection_interval: %s, units: ["load-*.service"]}}
@@ -124,17 +123,6 @@ service: {telemetry: {metrics: {level: none}}, pipelines: {metrics: {receivers: 
 		telegraf("telegraf", statesOnly, "state: one ListUnits for all", false),
 		telegraf("telegraf, details", "no IP counters", "state, memory, restarts and more, picked out of all of a unit's properties: 2 GetAll, one unit after the other", true),
 	}
-}
-
-func toolPath(b *testing.B, name string) string {
-	path, err := filepath.Abs("../../.tools/bin/" + name)
-	if err == nil {
-		path, err = filepath.EvalSymlinks(path)
-	}
-	if err != nil {
-		b.Fatalf("find %s: %v; run \".ci/tools bench\"", name, err)
-	}
-	return path
 }
 
 // title is the name with what one must know to compare it.

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"slices"
@@ -13,7 +13,7 @@ import (
 // answer on the system bus, while an agent reads 1,000 busy units each second, and
 // without one.
 //
-//	make bench PKG=./cmd/unitmeter BENCH=BenchmarkBystander
+//	make bench PKG=./cmd/unitmeter/e2e BENCH=BenchmarkBystander
 func BenchmarkBystander(b *testing.B) {
 	rig := startLoad(b, 1000, 100)
 	measureCalls := func(b *testing.B) {

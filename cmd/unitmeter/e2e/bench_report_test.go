@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"cmp"
@@ -20,8 +20,8 @@ import (
 )
 
 const (
-	benchmarksFile    = "../../docs/benchmarks.md"
-	benchmarksPicture = "../../docs/pictures/benchmarks.svg"
+	benchmarksFile    = "../../../docs/benchmarks.md"
+	benchmarksPicture = "../../../docs/pictures/benchmarks.svg"
 )
 
 // A benchReport is what a benchmark has measured, in its order, for the documentation.
@@ -92,9 +92,9 @@ func watchOthers(b *testing.B, rigs ...*systemdtest.Rig) func() others {
 	}
 }
 
-// writeHost writes the results of BenchmarkHost with -update.
+// writeHost writes the results of BenchmarkHost with -update=baselines.
 func (r *benchReport) writeHost(b *testing.B) {
-	if !*update || b.Failed() || len(r.results) == 0 {
+	if *update != "baselines" || b.Failed() || len(r.results) == 0 {
 		return
 	}
 	var t strings.Builder
@@ -126,9 +126,9 @@ func (r *benchReport) writeHost(b *testing.B) {
 	}
 }
 
-// writeIdle writes the results of BenchmarkIdle with -update.
+// writeIdle writes the results of BenchmarkIdle with -update=baselines.
 func (r *benchReport) writeIdle(b *testing.B) {
-	if !*update || b.Failed() || len(r.results) == 0 {
+	if *update != "baselines" || b.Failed() || len(r.results) == 0 {
 		return
 	}
 	var t strings.Builder
@@ -165,7 +165,7 @@ func (r *benchReport) compared(one measured) string {
 // head says with which command, where and when the results were measured, and
 // what else the machine did.
 func (r *benchReport) head(b *testing.B) string {
-	args := "-update"
+	args := "-update=baselines"
 	for _, name := range []string{"collections", "idle"} {
 		if f := flag.Lookup(name); f.Value.String() != f.DefValue {
 			args += " -" + name + "=" + f.Value.String()
@@ -186,7 +186,7 @@ func (r *benchReport) head(b *testing.B) string {
 	if share > 5 {
 		noise += ": **it was not quiet, and these figures are preliminary**"
 	}
-	return fmt.Sprintf("%s, in %s, on %d cores (%s), Linux %s, systemd %s. %s.\n\n```console\n# make bench PKG=./cmd/unitmeter BENCH='%s' TESTFLAGS='%s'\n```",
+	return fmt.Sprintf("%s, in %s, on %d cores (%s), Linux %s, systemd %s. %s.\n\n```console\n# make bench PKG=./cmd/unitmeter/e2e BENCH='%s' TESTFLAGS='%s'\n```",
 		r.began.UTC().Format(time.DateOnly), time.Since(r.began).Round(time.Second), runtime.NumCPU(), processor,
 		strings.TrimSpace(string(kernel)), r.systemd, noise, flag.Lookup("test.bench").Value, args)
 }

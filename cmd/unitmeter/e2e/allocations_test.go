@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"bufio"
@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-const allocationsFile = "../../docs/benchmarks-baseline.txt"
+const allocationsFile = "../../../docs/benchmarks-baseline.txt"
 
 // TestAllocations runs the benchmarks of what is done in each cycle (the sweep,
 // the observation, the encoding and the commit) and compares their allocations
@@ -22,7 +22,7 @@ func TestAllocations(t *testing.T) {
 	cmd := exec.Command("go", "test", "-trimpath", "-buildvcs=false", "-tags", "grpcnotrace", "-p", "1", "-timeout", "10m",
 		"-run", "^$", "-bench", "^Benchmark(Sweep|Observe|Export4000Points|Commit4000Points)$", "-benchmem", "-benchtime", "20x",
 		"./receiver", "./exporter", "./exporter/store")
-	cmd.Dir = "../.."
+	cmd.Dir = "../../.."
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	var complaints bytes.Buffer
 	cmd.Stderr = &complaints
@@ -30,7 +30,7 @@ func TestAllocations(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %v\n%s%s", cmd, err, out, &complaints)
 	}
-	if *update {
+	if *update == "baselines" {
 		if err := os.WriteFile(allocationsFile, out, 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -40,7 +40,7 @@ func TestAllocations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const renew = "if that is meant: go test ./cmd/unitmeter -run TestAllocations -update"
+	const renew = "if that is meant: go test ./cmd/unitmeter/e2e -run TestAllocations -update=baselines"
 	now, baseline := allocations(t, out), allocations(t, text)
 	for name, was := range baseline {
 		// What a reply happens to meet differs a little from run to run.

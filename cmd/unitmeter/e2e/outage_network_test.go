@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"bytes"
@@ -66,7 +66,7 @@ func (s *site) toxiproxy(method, path string, body any) {
 		s.t.Fatal(err)
 	}
 	var answer *http.Response
-	s.wait("toxiproxy answers", func() bool {
+	eventually(s.t, "toxiproxy answers", func() bool {
 		answer, err = client.Do(request.Clone(s.t.Context()))
 		request.Body = io.NopCloser(bytes.NewReader(text))
 		return err == nil
@@ -116,7 +116,7 @@ func TestNetworkFaults(t *testing.T) {
 				before, began := s.tally(), time.Now()
 				f.begin(s)
 				if f.loses {
-					s.wait(f.name+": a backlog comes about", func() bool { return s.backlog() > times(10, 100) })
+					eventually(s.t, f.name+": a backlog comes about", func() bool { return s.backlog() > times(10, 100) })
 				} else {
 					time.Sleep(time.Duration(times(1, 30)) * time.Second) // time for it to do harm
 				}
@@ -159,7 +159,7 @@ func TestCollectorAnswersAndDies(t *testing.T) {
 	n := 0
 	for ; n < times(4, 50) || s.tally() == 0 && n < 100; n++ { // an answer must be lost
 		armed.Store(true)
-		s.wait("the Collector is killed", func() bool { return !armed.Load() })
+		eventually(s.t, "the Collector is killed", func() bool { return !armed.Load() })
 		s.caughtUp()
 	}
 	cycles, repeats, points := s.settle()
@@ -199,8 +199,8 @@ func TestTLSBroken(t *testing.T) {
 			s.startAgent("OTEL_EXPORTER_OTLP_PROTOCOL="+protocol, "OTEL_EXPORTER_OTLP_ENDPOINT=https://10.99.0.1:"+port,
 				"OTEL_EXPORTER_OTLP_CERTIFICATE=/etc/unitmeter/ca.pem")
 			use(wrong)
-			s.wait("a backlog comes about", func() bool { return s.backlog() > 10 })
-			s.wait("the log says what to look at", func() bool {
+			eventually(s.t, "a backlog comes about", func() bool { return s.backlog() > 10 })
+			eventually(s.t, "the log says what to look at", func() bool {
 				return strings.Contains(s.in("journalctl -o cat --no-pager -u unitmeter"), "check OTEL_EXPORTER_OTLP_CERTIFICATE")
 			})
 			use(right)

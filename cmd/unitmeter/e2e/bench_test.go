@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"flag"
@@ -27,7 +27,7 @@ var (
 // encoding, commit and sending or being scraped. With -update it writes
 // docs/benchmarks.md and its picture.
 //
-//	make bench PKG=./cmd/unitmeter BENCH=BenchmarkHost TESTFLAGS=-update
+//	make bench PKG=./cmd/unitmeter/e2e BENCH=BenchmarkHost TESTFLAGS=-update=baselines
 //
 // active says which part of the units has traffic between two collections. An
 // operation is a whole measurement, so that -benchtime makes no difference.
@@ -53,9 +53,9 @@ func BenchmarkHost(b *testing.B) {
 // BenchmarkIdle measures what each agent costs a host with 1,000 idle units at an
 // interval of 10 s, over ten minutes, or as long as -idle says: all of them at the
 // same time, each beside a systemd of its own, and about a second apart. With
-// -update it writes its part of docs/benchmarks.md.
+// -update=baselines it writes its part of docs/benchmarks.md.
 //
-//	make bench PKG=./cmd/unitmeter BENCH=BenchmarkIdle TESTFLAGS=-update
+//	make bench PKG=./cmd/unitmeter/e2e BENCH=BenchmarkIdle TESTFLAGS=-update=baselines
 func BenchmarkIdle(b *testing.B) {
 	const units, interval = 1000, 10 * time.Second
 	n := max(1, int(*idleFor/interval))
@@ -213,15 +213,7 @@ func cgroupCPU(rig *systemdtest.Rig, group string) (time.Duration, error) {
 // rss returns the resident memory of the agent's main process in MiB.
 func rss(b *testing.B, rig *systemdtest.Rig) float64 {
 	pid := strings.TrimSpace(rig.Run(b, "systemctl", "show", "--value", "-p", "MainPID", "bench"))
-	text, err := os.ReadFile(rig.Path("/proc/" + pid + "/status"))
-	if err != nil {
-		b.Fatal(err)
-	}
-	kb, err := strconv.ParseFloat(string(regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(text)[1]), 64)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return kb / 1024
+	return memory(b, rig.Path("/proc/"+pid+"/status"), "VmRSS")
 }
 
 // launch starts an agent as a unit named bench, and stops it at the end.

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"fmt"
@@ -88,7 +88,7 @@ func killed(id, title string) scenario {
 			close(stop)
 			short := <-done
 			s.in("systemctl stop {id}-steady")
-			s.eventually("all short services have ended", func() bool { return s.pending(s.id+"-short*") == 0 })
+			eventually(s.t, "all short services have ended", func() bool { return s.pending(s.id+"-short*") == 0 })
 			s.sent("1,000 datagrams a second, and %d short services", short)
 			s.exact(receiver.Counters{})
 			restarts, err := strconv.Atoi(strings.TrimSpace(s.in("systemctl show -p NRestarts --value unitmeter")))
@@ -108,7 +108,7 @@ var rebooted = scenario{
 	run: func(s *scene) {
 		s.in("systemctl start {id}")
 		s.say(500)
-		s.eventually("all so far has arrived", func() bool { return s.receivedNow().EgressPackets == 500 })
+		eventually(s.t, "all so far has arrived", func() bool { return s.receivedNow().EgressPackets == 500 })
 		before := s.began("boot.service")
 		s.in("systemctl kill -s KILL unitmeter; systemctl stop unitmeter")
 
@@ -178,13 +178,13 @@ var distinct = scenario{
 				s.t.Fatal(err)
 			}
 			if i%50 == 49 { // so that not all of them run at the same time
-				s.eventually("most have ended", func() bool { return s.running(s.id+"-*") < 20 })
+				eventually(s.t, "most have ended", func() bool { return s.running(s.id+"-*") < 20 })
 			}
 			if (i+1)%fifth == 0 {
 				memory, cpu = append(memory, s.memory()), append(cpu, s.cpu())
 			}
 		}
-		s.eventually("all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
+		eventually(s.t, "all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
 		s.sent("%d × 3 × 128 B", n)
 		// A series that made room for another has sent its last point: the sum
 		// over all series that there ever were is what the receiver has.

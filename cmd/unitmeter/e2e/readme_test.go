@@ -1,11 +1,10 @@
-package main
+package e2e
 
 import (
-	"bytes"
-	"flag"
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -16,12 +15,10 @@ import (
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
-var update = flag.Bool("update", false, "write the generated parts of the documentation")
-
 // TestReadme checks that the parts of the README that say what the code does
 // are what the code says.
 func TestReadme(t *testing.T) {
-	const name = "../../README.md"
+	const name = "../../../README.md"
 	old, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
@@ -29,15 +26,21 @@ func TestReadme(t *testing.T) {
 	all := append(receiver.Instruments(), exporter.Instruments()...)
 	text := replaceBlock(t, string(old), "metrics", metricsTable(all[:2]))
 	text = replaceBlock(t, text, "own-metrics", metricsTable(all[2:]))
-	var out bytes.Buffer
-	printHelp(&out)
-	text = replaceBlock(t, text, "help", "```text\n"+out.String()+"```\n")
+	binary, err := agentBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	help, err := exec.Command(binary, "help").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = replaceBlock(t, text, "help", "```text\n"+string(help)+"```\n")
 	text = replaceBlock(t, text, "conformance", conformanceTable(t))
 	if text == string(old) {
 		return
 	}
-	if !*update {
-		t.Fatal("README.md is not current; run: go test ./cmd/unitmeter -run TestReadme -update")
+	if *update != "readme" {
+		t.Fatal("README.md is not current; run: go test ./cmd/unitmeter/e2e -run TestReadme -update=readme")
 	}
 	if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
@@ -46,7 +49,7 @@ func TestReadme(t *testing.T) {
 
 // TestLinks follows the links between the files of the documentation.
 func TestLinks(t *testing.T) {
-	const root = "../.."
+	const root = "../../.."
 	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	links := 0
 	err := filepath.WalkDir(root, func(file string, d fs.DirEntry, err error) error {
@@ -115,7 +118,7 @@ func replaceBlock(t testing.TB, text, name, content string) string {
 // conformanceTable takes when and on what the suite ran last, and its verdicts.
 func conformanceTable(t *testing.T) string {
 	t.Helper()
-	report, err := os.ReadFile("../../docs/matrix.md")
+	report, err := os.ReadFile("../../../docs/matrix.md")
 	if err != nil {
 		t.Fatal(err)
 	}

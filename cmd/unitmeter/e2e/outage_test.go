@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"context"
@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -125,7 +124,8 @@ const outageEnv = "UNITMETER_TEST_OUTAGE"
 func (o outage) start(tb testing.TB) *exec.Cmd {
 	tb.Helper()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestOutage$")
-	cmd.Env = append(os.Environ(), outageEnv+"="+strings.Join([]string{
+	// The agent sets its memory limits itself (trimMemory); this process has them so.
+	cmd.Env = append(os.Environ(), "GOGC=50", "GOMAXPROCS=2", outageEnv+"="+strings.Join([]string{
 		o.dir, o.endpoint, strconv.Itoa(o.units), strconv.Itoa(o.cycles), strconv.FormatInt(o.begin.UnixNano(), 10), o.jump.String()}, " "))
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
@@ -206,7 +206,6 @@ func (o outage) fill(t *testing.T) {
 // run is the process: it commits all cycles, and then sends them until its
 // standard input ends.
 func (o outage) run(t *testing.T) {
-	trimMemory()
 	exp, s := o.commit(t)
 	defer s.Close()
 	if health := exp.Health(); health.Err == nil || health.Sent > 0 {
@@ -503,7 +502,7 @@ func TestOutage(t *testing.T) {
 // ten is active in each cycle, and the catching up after it: with a receiver that
 // compares each point, and with a real Collector.
 //
-//	make bench BENCH=BenchmarkOutage PKG=./cmd/unitmeter TESTFLAGS='-benchtime 1x'
+//	make bench BENCH=BenchmarkOutage PKG=./cmd/unitmeter/e2e TESTFLAGS='-benchtime 1x'
 func BenchmarkOutage(b *testing.B) {
 	b.Run("compared", func(b *testing.B) {
 		benchmarkOutage(b, func(o outage) (check func()) {
@@ -544,7 +543,7 @@ func benchmarkOutage(b *testing.B, receive func(outage) (check func())) {
 		began := time.Now()
 		cmd := o.start(b)
 		b.ReportMetric(float64(time.Since(began).Milliseconds())/float64(o.cycles), "commit-ms")
-		b.ReportMetric(peakRSS(b, cmd), "outage-rss-MiB")
+		b.ReportMetric(memory(b, fmt.Sprintf("/proc/%d/status", cmd.Process.Pid), "VmHWM"), "outage-rss-MiB")
 		size := 0.0
 		for _, suffix := range []string{"", "-wal", "-shm"} {
 			info, err := os.Stat(filepath.Join(o.dir, "unitmeter.db"+suffix))
@@ -559,21 +558,7 @@ func benchmarkOutage(b *testing.B, receive func(outage) (check func())) {
 		check := receive(o)
 		drained(b, o.dir)
 		b.ReportMetric(time.Since(began).Seconds(), "drain-s")
-		b.ReportMetric(peakRSS(b, cmd), "peak-rss-MiB")
+		b.ReportMetric(memory(b, fmt.Sprintf("/proc/%d/status", cmd.Process.Pid), "VmHWM"), "peak-rss-MiB")
 		check()
 	}
-}
-
-// peakRSS returns the most resident memory that a process ever had, in MiB.
-func peakRSS(tb testing.TB, cmd *exec.Cmd) float64 {
-	tb.Helper()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
-	if err != nil {
-		tb.Fatal(err)
-	}
-	kb, err := strconv.ParseFloat(string(regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(text)[1]), 64)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return kb / 1024
 }

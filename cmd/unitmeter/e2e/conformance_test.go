@@ -1,7 +1,6 @@
-package main
+package e2e
 
 import (
-	"flag"
 	"fmt"
 	"os"
 	"strings"
@@ -12,7 +11,7 @@ import (
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
-const conformanceDoc = "../../docs/conformance.md"
+const conformanceDoc = "../../../docs/conformance.md"
 
 // long says that the variants that take an hour are wanted.
 func long() bool { return os.Getenv("UNITMETER_CONFORMANCE_LONG") != "" }
@@ -28,7 +27,7 @@ func times(normal, longRun int) int {
 // TestConformance runs the agent (UNITMETER_BINARY, or one built from this tree)
 // beside a real systemd, sends traffic of known size through units of all kinds,
 // and compares what systemd accounted with what an OTLP receiver got. It prints
-// a verdict for each scenario; with -update it writes docs/conformance.md too.
+// a verdict for each scenario; with -update=conformance it writes docs/conformance.md too.
 func TestConformance(t *testing.T) {
 	report := &report{rows: map[string]row{}}
 	groups := conformance()
@@ -42,8 +41,7 @@ func TestConformance(t *testing.T) {
 	})
 	table := report.table(groups)
 	t.Logf("verdicts for %s, systemd %s\n%s", report.binary(), report.version, table)
-	// The flag belongs to all tests of this package.
-	if update := flag.Lookup("update"); update != nil && update.Value.String() == "true" && !t.Failed() {
+	if *update == "conformance" && !t.Failed() {
 		if err := os.WriteFile(conformanceDoc, []byte(report.document(table)), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -286,7 +284,7 @@ func (r *report) table(groups []group) string {
 
 // document is docs/conformance.md.
 func (r *report) document(table string) string {
-	return `<!-- Written by "go test ./cmd/unitmeter -run TestConformance -update"; do not edit. -->
+	return `<!-- Written by "go test ./cmd/unitmeter/e2e -run TestConformance -update=conformance"; do not edit. -->
 # Conformance
 
 Each scenario runs the agent beside a real systemd with real cgroup-BPF
