@@ -16,6 +16,8 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 )
 
@@ -58,11 +60,11 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
 	defer cancel()
-	m, err := openManager(ctx, receiverConfig(cfg).Addresses()...)
+	m, err := accounting.Connect(ctx, cfg.Receiver().Addresses()...)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
-	defer m.close()
+	defer m.Close()
 	w := &switcher{m: m, out: t.stdout, on: on, selection: s}
 	if s.byDefault {
 		return w.setDefault(ctx)
@@ -88,12 +90,14 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
 	flags.BoolVar(&s.dry, "dry-run", false, "print what would be done, and do nothing")
-	if s.names, err = parse(t, flags, -1); err != nil {
+	if s.names, err = parsePatterns(t, flags); err != nil {
 		return s, err
 	}
 	ways := 0
 	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault} {
-		ways += count(given)
+		if given {
+			ways++
+		}
 	}
 	if ways != 1 {
 		return s, usageError{fmt.Errorf("want %s; see \"unitmeter help %s\"", choices, flags.Name())}
@@ -103,7 +107,7 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 
 // switcher turns accounting on or off.
 type switcher struct {
-	m   *manager
+	m   *accounting.Manager
 	out io.Writer
 	on  bool
 	selection
@@ -117,30 +121,30 @@ func (w *switcher) verb() string {
 }
 
 // choose finds the units that the command line names.
-func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUnit, error) {
+func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accounting.Unit, error) {
 	if w.all || w.lost {
-		units, err := w.m.loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
+		units, err := w.m.Loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
 		if err != nil {
 			return nil, err
 		}
-		return slices.DeleteFunc(units, func(u accountedUnit) bool {
-			if whyExcluded(cfg, u.name) != "" || !carriesTraffic(u.name) && (!u.active || w.on && !w.m.hasProcesses(ctx, u.name)) {
+		return slices.DeleteFunc(units, func(u accounting.Unit) bool {
+			if whyExcluded(cfg, u.Name) != "" || !accounting.CarriesTraffic(u.Name) && (!u.Active || w.on && !w.m.HasProcesses(ctx, u.Name)) {
 				return true
 			}
 			if w.lost {
-				return !u.lost()
+				return !u.Lost()
 			}
-			return u.on == w.on && !(w.on && u.lost()) && !w.keeps(u)
+			return u.On == w.on && !(w.on && u.Lost()) && !w.keeps(u)
 		}), nil
 	}
-	var units []accountedUnit
+	var units []accounting.Unit
 	for _, name := range w.names {
 		found, err := w.named(ctx, name)
 		if err != nil {
 			return nil, err
 		}
 		for _, u := range found {
-			if !slices.ContainsFunc(units, func(v accountedUnit) bool { return v.name == u.name }) {
+			if !slices.ContainsFunc(units, func(v accounting.Unit) bool { return v.Name == u.Name }) {
 				units = append(units, u)
 			}
 		}
@@ -149,45 +153,40 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUn
 }
 
 // keeps reports whether a unit has what is asked for, but until the next boot only.
-func (w *switcher) keeps(u accountedUnit) bool {
-	return u.on == w.on && u.runtime && !u.persistent && !w.runtime
+func (w *switcher) keeps(u accounting.Unit) bool {
+	return u.On == w.on && u.Runtime && !u.Persistent && !w.runtime
 }
 
 // named finds the units of one argument: a name, which is loaded if it is not,
 // or a pattern of loaded units.
-func (w *switcher) named(ctx context.Context, name string) ([]accountedUnit, error) {
-	full := fullName(name)
-	if strings.ContainsAny(name, "*?[") {
-		if _, err := path.Match(strings.ReplaceAll(name, `\`, `\\`), ""); err != nil {
-			return nil, usageError{fmt.Errorf("%q is no pattern; use *, ? and [a-z], as in nginx*.service", name)}
-		}
-		units, err := w.m.loaded(ctx, []string{}, name)
+func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, error) {
+	if accounting.IsPattern(name) {
+		units, err := w.m.Loaded(ctx, []string{}, name)
 		if err == nil && len(units) == 0 {
 			err = fmt.Errorf("find units %q: no loaded unit with IP counters matches; see \"systemctl list-units --all '%s'\"", name, name)
 		}
 		return units, err
 	}
-	iface := counterInterface(full)
-	if iface == "" {
-		return nil, fmt.Errorf("find unit %q: units of this type have no IP accounting; those of the types %s have", full, strings.Join(accountable(), ", "))
+	if !accounting.Possible(name) {
+		return nil, fmt.Errorf("find unit %q: units of this type have no IP accounting; those of the types %s have", name, strings.Join(accounting.Types(), ", "))
 	}
 	var p dbus.ObjectPath
-	if err := w.m.call(ctx, "LoadUnit", full).Store(&p); err != nil {
-		return nil, fmt.Errorf("find unit %q: %w; see \"systemctl list-units\" for names", full, err)
+	if err := w.m.Call(ctx, "LoadUnit", name).Store(&p); err != nil {
+		return nil, fmt.Errorf("find unit %q: %w; see \"systemctl list-units\" for names", name, err)
 	}
 	var load string
-	if err := w.m.get(ctx, p, unitInterface, "LoadState", &load); err != nil {
-		return nil, fmt.Errorf("find unit %q: %w", full, err)
+	if err := w.m.Get(ctx, p, accounting.UnitInterface, "LoadState", &load); err != nil {
+		return nil, fmt.Errorf("find unit %q: %w", name, err)
 	}
 	if load != "loaded" {
-		return nil, fmt.Errorf("find unit %q: systemd says %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", full, load, full)
+		return nil, fmt.Errorf("find unit %q: systemd says %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", name, load, name)
 	}
-	u, err := w.m.unit(ctx, full, p)
-	return []accountedUnit{u}, err
+	u, err := w.m.Unit(ctx, name, p)
+	return []accounting.Unit{u}, err
 }
 
 // setUnits changes the units one after the other, and goes on after a failure.
-func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
+func (w *switcher) setUnits(ctx context.Context, units []accounting.Unit) error {
 	if len(units) == 0 {
 		why := "no running unit that is metered has IP accounting on"
 		if w.lost {
@@ -201,14 +200,14 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 	var errs []error
 	for _, u := range units {
 		err := w.setUnit(ctx, u)
-		if denied(err) { // as it would be for all others
-			which := u.name
+		if accounting.Denied(err) { // as it would be for all others
+			which := u.Name
 			if w.all {
 				which = "--all"
 			} else if w.lost {
 				which = "--lost"
 			}
-			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.name, os.Geteuid(), err, w.verb(), shellWord(which))
+			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.Name, os.Geteuid(), err, w.verb(), tty.ShellWord(which))
 		}
 		errs = append(errs, err)
 	}
@@ -216,19 +215,19 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 }
 
 // setUnit changes one unit, and prints what systemd shows after that.
-func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
-	rearm := w.on && u.on && u.active && !u.hasData
-	if u.on == w.on && !rearm && !w.keeps(u) {
-		fmt.Fprintf(w.out, "%s: IP accounting is %s already\n", u.name, onOff(w.on))
+func (w *switcher) setUnit(ctx context.Context, u accounting.Unit) error {
+	rearm := w.on && u.On && u.Active && !u.HasData
+	if u.On == w.on && !rearm && !w.keeps(u) {
+		fmt.Fprintf(w.out, "%s: IP accounting is %s already\n", u.Name, onOff(w.on))
 		return nil
 	}
-	if w.runtime && u.on != w.on && u.persistent {
+	if w.runtime && u.On != w.on && u.Persistent {
 		return fmt.Errorf("set IPAccounting of %s until the next boot: %s/%s.d/%s says %s, and would win at the next daemon-reload; use \"unitmeter %s %s\"",
-			u.name, persistentDir, u.name, settingFile, yesNo(u.on), w.verb(), shellWord(u.name))
+			u.Name, accounting.PersistentDir, u.Name, accounting.SettingFile, yesNo(u.On), w.verb(), tty.ShellWord(u.Name))
 	}
 	// The files of a transient unit would outlive it. And to touch the setting
 	// is all that a lost unit needs.
-	runtime := w.runtime || u.transient || rearm
+	runtime := w.runtime || u.Transient || rearm
 	if w.dry {
 		w.describe(u, runtime, rearm)
 		return nil
@@ -238,11 +237,11 @@ func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
 		Value dbus.Variant
 	}
 	change := []property{{"IPAccounting", dbus.MakeVariant(w.on)}}
-	if err := w.m.call(ctx, "SetUnitProperties", u.name, runtime, change).Err; err != nil {
-		if denied(err) {
+	if err := w.m.Call(ctx, "SetUnitProperties", u.Name, runtime, change).Err; err != nil {
+		if accounting.Denied(err) {
 			return err
 		}
-		return fmt.Errorf("set IPAccounting of %s: %w; see \"journalctl -b _PID=1 -n 20\"", u.name, err)
+		return fmt.Errorf("set IPAccounting of %s: %w; see \"journalctl -b _PID=1 -n 20\"", u.Name, err)
 	}
 	now, err := w.settled(ctx, u)
 	if err != nil {
@@ -250,25 +249,25 @@ func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
 	}
 	// systemd calls it a success that it could not write the file, and the next
 	// daemon-reload would take the change back.
-	if !runtime && !now.persistent {
-		err := w.m.call(ctx, "SetUnitProperties", u.name, true, change).Err
+	if !runtime && !now.Persistent {
+		err := w.m.Call(ctx, "SetUnitProperties", u.Name, true, change).Err
 		return errors.Join(fmt.Errorf("keep IPAccounting of %s: systemd could not write %s/%s.d/%s, so it is %s until the next boot only; make /etc writable, and run it again",
-			u.name, persistentDir, u.name, settingFile, onOff(now.on)), err)
+			u.Name, accounting.PersistentDir, u.Name, accounting.SettingFile, onOff(now.On)), err)
 	}
-	fmt.Fprintf(w.out, "%s: %s\n", u.name, outcome(u, now, runtime, rearm))
+	fmt.Fprintf(w.out, "%s: %s\n", u.Name, outcome(u, now, runtime, rearm))
 	return nil
 }
 
 // settled reads the unit until it shows the change.
-func (w *switcher) settled(ctx context.Context, u accountedUnit) (accountedUnit, error) {
+func (w *switcher) settled(ctx context.Context, u accounting.Unit) (accounting.Unit, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	for {
-		now, err := w.m.unit(ctx, u.name, u.path)
+		now, err := w.m.Unit(ctx, u.Name, u.Path)
 		// A socket without IP never has counters; anything else with a cgroup has
 		// them as soon as the programs are attached.
-		waits := w.on && now.active && path.Ext(u.name) != ".socket" && !now.hasData
-		if err == nil && now.on == w.on && !waits {
+		waits := w.on && now.Active && path.Ext(u.Name) != ".socket" && !now.HasData
+		if err == nil && now.On == w.on && !waits {
 			return now, nil
 		}
 		select {
@@ -279,58 +278,58 @@ func (w *switcher) settled(ctx context.Context, u accountedUnit) (accountedUnit,
 		switch {
 		case err != nil:
 			return now, err
-		case now.on != w.on:
-			return now, fmt.Errorf("set IPAccounting of %s: systemd took it, and still shows %s; see \"systemctl cat %s\" for what overrides it", u.name, onOff(now.on), u.name)
+		case now.On != w.on:
+			return now, fmt.Errorf("set IPAccounting of %s: systemd took it, and still shows %s; see \"systemctl cat %s\" for what overrides it", u.Name, onOff(now.On), u.Name)
 		}
-		return now, fmt.Errorf("switch on IP accounting of %s: it is set, and systemd has no counters for it: it cannot use BPF here; see \"unitmeter doctor\"", u.name)
+		return now, fmt.Errorf("switch on IP accounting of %s: it is set, and systemd has no counters for it: it cannot use BPF here; see \"unitmeter doctor\"", u.Name)
 	}
 }
 
 // outcome tells what has changed.
-func outcome(before, now accountedUnit, runtime, rearm bool) string {
+func outcome(before, now accounting.Unit, runtime, rearm bool) string {
 	until := "from now on"
 	if runtime {
 		until = "until the next boot"
 	}
-	if rearm && now.hasData {
+	if rearm && now.HasData {
 		return "counting again"
 	}
-	if before.transient {
+	if before.Transient {
 		until = "until it ends, since it is a transient unit"
 	}
 	switch {
-	case before.on == now.on:
-		return "IP accounting stays " + onOff(now.on) + ", after the next boot too"
-	case !now.on:
+	case before.On == now.On:
+		return "IP accounting stays " + onOff(now.On) + ", after the next boot too"
+	case !now.On:
 		return "IP accounting is off " + until
-	case now.hasData:
+	case now.HasData:
 		return "IP accounting is on " + until + "; counting from 0"
-	case now.active:
+	case now.Active:
 		return "IP accounting is on " + until + "; it has no IP sockets to count yet"
 	}
 	return "IP accounting is on " + until + "; it counts when the unit starts"
 }
 
 // describe is the dry run of setUnit.
-func (w *switcher) describe(u accountedUnit, runtime, rearm bool) {
-	dir, flag, why := persistentDir, "", ""
+func (w *switcher) describe(u accounting.Unit, runtime, rearm bool) {
+	dir, flag, why := accounting.PersistentDir, "", ""
 	if runtime {
-		dir, flag = runtimeDir, "--runtime "
+		dir, flag = accounting.RuntimeDir, "--runtime "
 	}
 	switch {
-	case u.transient:
+	case u.Transient:
 		dir = "/run/systemd/transient"
 		why = " (it is a transient unit)"
 	case rearm:
 		why = " (its counters are lost)"
 	}
-	fmt.Fprintf(w.out, "%s%s:\n", u.name, why)
-	fmt.Fprintf(w.out, "  would call  %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", managerInterface, u.name, runtime, w.on)
-	fmt.Fprintf(w.out, "  systemd writes  %s/%s.d/%s\n", dir, u.name, settingFile)
-	if strings.HasPrefix(u.name, "-") {
+	fmt.Fprintf(w.out, "%s%s:\n", u.Name, why)
+	fmt.Fprintf(w.out, "  would call  %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", accounting.ManagerInterface, u.Name, runtime, w.on)
+	fmt.Fprintf(w.out, "  systemd writes  %s/%s.d/%s\n", dir, u.Name, accounting.SettingFile)
+	if strings.HasPrefix(u.Name, "-") {
 		flag += "-- "
 	}
-	fmt.Fprintf(w.out, "  the same as  systemctl set-property %s%s IPAccounting=%s\n", flag, shellWord(u.name), yesNo(w.on))
+	fmt.Fprintf(w.out, "  the same as  systemctl set-property %s%s IPAccounting=%s\n", flag, tty.ShellWord(u.Name), yesNo(w.on))
 }
 
 // setDefault writes or removes the drop-in of systemd's own configuration and
@@ -355,15 +354,15 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	if w.dry {
 		return nil
 	}
-	before, err := w.m.loaded(ctx, []string{"active"}, "*")
+	before, err := w.m.Loaded(ctx, []string{"active"}, "*")
 	if err != nil {
 		return err
 	}
 	if err := w.writeDefault(file); err != nil {
 		return err
 	}
-	if err := w.m.call(ctx, "Reload").Err; err != nil {
-		if denied(err) {
+	if err := w.m.Call(ctx, "Reload").Err; err != nil {
+		if accounting.Denied(err) {
 			return fmt.Errorf("reload systemd: it refused uid %d: %w; run \"systemctl daemon-reload\" as root", os.Geteuid(), err)
 		}
 		return fmt.Errorf("reload systemd: %w; run \"systemctl daemon-reload\"", err)
@@ -389,7 +388,7 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	} else {
 		fmt.Fprintf(&b, "%sremove %s\n", would, file)
 	}
-	fmt.Fprintf(&b, "%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, managerInterface)
+	fmt.Fprintf(&b, "%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, accounting.ManagerInterface)
 	b.WriteString("No unit is restarted. A reload costs the units that are counted about 0.1 s of counting.\n")
 	if w.reloadLoses(ctx) {
 		b.WriteString("This systemd loses the counters of running units at a reload; they are made to count again at once.\n")
@@ -417,12 +416,12 @@ func (w *switcher) writeDefault(file string) error {
 // reloadLoses reports whether this systemd makes units lose their counters at a
 // reload, and leaves units without that get accounting by it (systemd#38112).
 func (w *switcher) reloadLoses(ctx context.Context) bool {
-	v, err := w.m.version(ctx)
-	return err == nil && !v.before(256, 0) && v.before(258, 0)
+	v, err := w.m.Version(ctx)
+	return err == nil && !v.Before(256, 0) && v.Before(258, 0)
 }
 
 // restoreLost makes what the reload has lost count again.
-func (w *switcher) restoreLost(ctx context.Context, units []accountedUnit) error {
+func (w *switcher) restoreLost(ctx context.Context, units []accounting.Unit) error {
 	if !w.reloadLoses(ctx) {
 		return nil
 	}
@@ -430,7 +429,7 @@ func (w *switcher) restoreLost(ctx context.Context, units []accountedUnit) error
 	arm.on = true
 	var errs []error
 	for _, u := range units {
-		if now, err := w.m.unit(ctx, u.name, u.path); err == nil && now.lost() {
+		if now, err := w.m.Unit(ctx, u.Name, u.Path); err == nil && now.Lost() {
 			errs = append(errs, arm.setUnit(ctx, now))
 		}
 	}
@@ -438,15 +437,19 @@ func (w *switcher) restoreLost(ctx context.Context, units []accountedUnit) error
 }
 
 // verifyDefault asks systemd what it has made of it.
-func (w *switcher) verifyDefault(ctx context.Context, before []accountedUnit) error {
+func (w *switcher) verifyDefault(ctx context.Context, before []accounting.Unit) error {
 	changed, on := 0, 0
 	for _, u := range before {
-		now, err := w.m.unit(ctx, u.name, u.path)
+		now, err := w.m.Unit(ctx, u.Name, u.Path)
 		if err != nil {
 			continue // it ended meanwhile
 		}
-		changed += count(now.on != u.on)
-		on += count(now.on)
+		if now.On != u.On {
+			changed++
+		}
+		if now.On {
+			on++
+		}
 	}
 	fmt.Fprintf(w.out, "%d running units have IP accounting on; it changed for %d\n", on, changed)
 	return w.checkDefault(ctx)
@@ -454,7 +457,7 @@ func (w *switcher) verifyDefault(ctx context.Context, before []accountedUnit) er
 
 // checkDefault tells if systemd's default is not what was asked for.
 func (w *switcher) checkDefault(ctx context.Context) error {
-	now, err := w.m.defaultAccounting(ctx)
+	now, err := w.m.Default(ctx)
 	if err != nil {
 		return fmt.Errorf("check systemd's default: %w", err)
 	}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/csv"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -15,9 +14,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
@@ -59,7 +59,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		}
 	}
 	for _, u := range units {
-		query.Units = append(query.Units, fullName(u))
+		query.Units = append(query.Units, accounting.FullName(u))
 	}
 	cfg, err := loadConfig(t)
 	if err != nil {
@@ -86,7 +86,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
 		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
 	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
-		return strings.ContainsAny(name, "*?[") || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
+		return accounting.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
 	})
 	switch {
 	case len(usage.Units) == 0 && len(units) > 0:
@@ -98,7 +98,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	}
 	switch {
 	case *asJSON:
-		return historyJSON(t.stdout, usage)
+		return tty.WriteJSON(t.stdout, historyRows(usage))
 	case *asCSV:
 		return historyCSV(t.stdout, usage)
 	case query.Step > 0:
@@ -124,14 +124,6 @@ func historyDir(cfg config.Config) string {
 		return service
 	}
 	return cfg.StateDir
-}
-
-// fullName completes a name without a type, as systemctl does.
-func fullName(unit string) string {
-	if strings.ContainsAny(unit, ".*?[(") { // "(overflow)" has no type
-		return unit
-	}
-	return unit + ".service"
 }
 
 // parseMoment reads a flag that is a moment, or a length of time before now.
@@ -198,19 +190,13 @@ func historyRows(usage store.Usage) []historyRow {
 	return rows
 }
 
-func historyJSON(w io.Writer, usage store.Usage) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(historyRows(usage))
-}
-
 func historyCSV(w io.Writer, usage store.Usage) error {
 	out := csv.NewWriter(w)
 	_ = out.Write([]string{"unit", "time", "ingress_bytes", "ingress_packets", "egress_bytes", "egress_packets",
 		"ingress_bytes_per_second", "ingress_packets_per_second", "egress_bytes_per_second", "egress_packets_per_second", "measured_seconds"})
 	decimal := func(v float64) string { return strconv.FormatFloat(v, 'f', 3, 64) }
 	for _, r := range historyRows(usage) {
-		_ = out.Write([]string{r.Unit, r.Time.Format(time.RFC3339),
+		_ = out.Write([]string{tty.Clean(r.Unit), r.Time.Format(time.RFC3339),
 			strconv.FormatUint(r.IngressBytes, 10), strconv.FormatUint(r.IngressPackets, 10),
 			strconv.FormatUint(r.EgressBytes, 10), strconv.FormatUint(r.EgressPackets, 10),
 			decimal(r.IngressBytesPerSec), decimal(r.IngressPacketsPerSec), decimal(r.EgressBytesPerSec), decimal(r.EgressPacketsPerSec),
@@ -226,11 +212,12 @@ func historyTable(w io.Writer, usage store.Usage) error {
 	slices.SortStableFunc(rows, func(a, b historyRow) int {
 		return cmp.Compare(b.IngressBytes+b.EgressBytes, a.IngressBytes+a.EgressBytes)
 	})
-	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tab, "\tIN BYTES\tIN PACKETS\tOUT BYTES\tOUT PACKETS\tIN B/S\tIN P/S\tOUT B/S\tOUT P/S\t UNIT")
+	tab := tty.NewTable(w, true, "IN BYTES", "IN PACKETS", "OUT BYTES", "OUT PACKETS", "IN B/S", "IN P/S", "OUT B/S", "OUT P/S", "UNIT")
 	for _, r := range rows {
-		fmt.Fprintf(tab, "\t%d\t%d\t%d\t%d\t%.0f\t%.1f\t%.0f\t%.1f\t %s\n", r.IngressBytes, r.IngressPackets, r.EgressBytes, r.EgressPackets,
-			r.IngressBytesPerSec, r.IngressPacketsPerSec, r.EgressBytesPerSec, r.EgressPacketsPerSec, r.Unit)
+		count := func(n uint64) string { return strconv.FormatUint(n, 10) }
+		rate := func(v float64, decimals int) string { return strconv.FormatFloat(v, 'f', decimals, 64) }
+		tab.Row(count(r.IngressBytes), count(r.IngressPackets), count(r.EgressBytes), count(r.EgressPackets),
+			rate(r.IngressBytesPerSec, 0), rate(r.IngressPacketsPerSec, 1), rate(r.EgressBytesPerSec, 0), rate(r.EgressPacketsPerSec, 1), r.Unit)
 	}
 	return tab.Flush()
 }
@@ -251,7 +238,7 @@ func historyCharts(w io.Writer, usage store.Usage, query store.Query) error {
 		for _, r := range rows {
 			most = max(most, r.IngressBytesPerSec+r.EgressBytesPerSec)
 		}
-		fmt.Fprintf(w, "%s, a step of %s\n", u.Unit, query.Step)
+		fmt.Fprintf(w, "%s, a step of %s\n", tty.Clean(u.Unit), query.Step)
 		fmt.Fprintf(w, "%-16s %11s %11s %9s %9s\n", "TIME", "IN B/S", "OUT B/S", "IN P/S", "OUT P/S")
 		layout, last := "2006-01-02 15:04", time.Time{}
 		if query.Step < time.Minute {
@@ -295,10 +282,9 @@ func printQuarantined(ctx context.Context, w io.Writer, reader *store.Reader) er
 		_, err := fmt.Fprintln(w, "No request is in quarantine.")
 		return err
 	}
-	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tab, "REQUEST\tOF\tPOINTS\tREASON")
+	tab := tty.NewTable(w, false, "REQUEST", "OF", "POINTS", "REASON")
 	for _, q := range all {
-		fmt.Fprintf(tab, "%d\t%s\t%d\t%s\n", q.ID, q.Time.Local().Format(time.DateTime), q.Points, oneLine(errors.New(q.Reason)))
+		tab.Row(fmt.Sprint(q.ID), q.Time.Local().Format(time.DateTime), fmt.Sprint(q.Points), tty.Line(errors.New(q.Reason)))
 	}
 	return tab.Flush()
 }

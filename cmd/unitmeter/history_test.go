@@ -11,6 +11,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
 
@@ -52,7 +53,7 @@ func someUsage() store.Usage {
 
 func TestHistoryOutputs(t *testing.T) {
 	var out bytes.Buffer
-	if err := historyJSON(&out, someUsage()); err != nil {
+	if err := tty.WriteJSON(&out, historyRows(someUsage())); err != nil {
 		t.Fatal(err)
 	}
 	var rows []historyRow

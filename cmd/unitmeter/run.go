@@ -18,6 +18,8 @@ import (
 	"go.opentelemetry.io/otel/metric"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -97,7 +99,7 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 		})
 	}
 
-	rcvConfig := receiverConfig(cfg)
+	rcvConfig := cfg.Receiver()
 	rcvConfig.Logger = log
 	rcvConfig.State = state.restored()
 	if len(cfg.Exporters) > 1 {
@@ -198,19 +200,11 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			log.Info("listening for Prometheus", "address", out.prometheus.Addr().String())
 		}
 	}
-	exporterConfig := otlpConfig(cfg.OTLP)
+	exporterConfig := cfg.OTLP.Exporter()
 	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Ledger = protocol, rcv, state.restored()
 	exporterConfig.Outbox, exporterConfig.Logger = state.outbox(), log
 	out.main, err = exporter.New(ctx, exporterConfig)
 	return out, err
-}
-
-// otlpConfig maps the settings of the connection; the doctor tries the same.
-func otlpConfig(o config.OTLP) exporter.Config {
-	return exporter.Config{
-		Protocol: o.Protocol, Endpoint: o.Endpoint, Insecure: o.Insecure, TLS: o.TLS,
-		Headers: o.Headers, Gzip: o.Compression == "gzip", Timeout: o.Timeout, Temporality: o.Temporality,
-	}
 }
 
 // readers makes one reader for each exporter.
@@ -276,13 +270,10 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func()
 	}
 }
 
-// failingSince is what stands before the reason in a status text.
-const failingSince = "; failing since "
-
 func statusText(sweep *receiver.Sweep, health exporter.Health) string {
 	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
 	if health.Err != nil {
-		text += failingSince + health.Since.UTC().Format(time.RFC3339) + ": " + oneLine(health.Err)
+		text += doctor.FailingSince + health.Since.UTC().Format(time.RFC3339) + ": " + tty.Line(health.Err)
 	}
 	return text
 }

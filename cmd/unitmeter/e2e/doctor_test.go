@@ -17,7 +17,7 @@ import (
 )
 
 // finding is one check in the report of the doctor.
-type finding struct{ Name, Status, Found, Mend string }
+type finding struct{ Name, Status, Found, Fix string }
 
 // ward is a rig with the program installed in it.
 type ward struct {
@@ -77,12 +77,12 @@ func (w *ward) report(command string) map[string]finding {
 	return findings
 }
 
-// want fails unless a check has a status and its mend has a text.
-func want(t *testing.T, findings map[string]finding, name, status, mend string) {
+// want fails unless a check has a status and its fix has a text.
+func want(t *testing.T, findings map[string]finding, name, status, fix string) {
 	t.Helper()
 	f, ok := findings[name]
-	if !ok || f.Status != status || !strings.Contains(f.Mend, mend) || (f.Mend == "") != (mend == "") {
-		t.Errorf("check %q = %+v, want status %q and a mend with %q", name, f, status, mend)
+	if !ok || f.Status != status || !strings.Contains(f.Fix, fix) || (f.Fix == "") != (fix == "") {
+		t.Errorf("check %q = %+v, want status %q and a fix with %q", name, f, status, fix)
 	}
 }
 
@@ -115,12 +115,12 @@ func (w *ward) forward(inside, server string) {
 	w.t.Cleanup(func() { l.Close(); stop(); running.Wait() })
 }
 
-// TestDoctorMends plants 23 faults in a real systemd, one after the other. The
-// doctor must name the mend; and the mend, applied as it is written, must help.
+// TestDoctorFixes plants 23 faults in a real systemd, one after the other. The
+// doctor must name the fix; and the fix, applied as it is written, must help.
 // TestDoctorEndpoint does the same with 25 faults of an endpoint, TestDoctorState
 // with 3, TestDoctorEnvironment with 5, TestDoctorLost with 1, TestDoctorAsAgent
 // with 1: 58 in all.
-func TestDoctorMends(t *testing.T) {
+func TestDoctorFixes(t *testing.T) {
 	t.Parallel()
 	w := newWard(t)
 	server := otlptest.Start(t, otlptest.Config{})
@@ -138,50 +138,50 @@ func TestDoctorMends(t *testing.T) {
 		prefix string // of the doctor
 		check  string
 		status string
-		mend   string // what the doctor must say
-		// apply is what a person does with it: "" for the mend itself, as a
+		fix    string // what the doctor must say
+		// apply is what a person does with it: "" for the fix itself, as a
 		// command; else commands or, with prefix set, nothing.
-		apply  string
-		mended string // the prefix after that, if it is another
+		apply string
+		fixed string // the prefix after that, if it is another
 	}{
-		{name: "nothing is accounted", check: "accounting", status: "fail", mend: "unitmeter enable --all"},
-		{name: "one service is not", plant: "unitmeter disable demo", check: "accounting", status: "warn", mend: "unitmeter enable demo.service"},
-		{name: "default off", check: "accounting-default", status: "warn", mend: "unitmeter enable --default"},
+		{name: "nothing is accounted", check: "accounting", status: "fail", fix: "unitmeter enable --all"},
+		{name: "one service is not", plant: "unitmeter disable demo", check: "accounting", status: "warn", fix: "unitmeter enable demo.service"},
+		{name: "default off", check: "accounting-default", status: "warn", fix: "unitmeter enable --default"},
 		{name: "own unit not accounted", prefix: "systemd-run --quiet --pipe --wait -p IPAccounting=no", check: "own-traffic", status: "skip",
-			mend: "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here", apply: ":", mended: "systemd-run --quiet --pipe --wait -p IPAccounting=yes"},
+			fix: "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here", apply: ":", fixed: "systemd-run --quiet --pipe --wait -p IPAccounting=yes"},
 		{name: "dbus is stopped", plant: "systemctl stop dbus.socket dbus.service", prefix: system, check: "bus", status: "fail",
-			mend: "systemctl start dbus.socket dbus.service"},
+			fix: "systemctl start dbus.socket dbus.service"},
 		{name: "socket for root only", plant: "chmod 0600 /run/dbus/system_bus_socket", prefix: nowhere + asNobody, check: "bus", status: "fail",
-			mend: "chmod 0666 /run/dbus/system_bus_socket"},
+			fix: "chmod 0666 /run/dbus/system_bus_socket"},
 		{name: "private socket as nobody", prefix: "UNITMETER_BUS=private " + nowhere + asNobody, check: "bus", status: "fail",
-			mend: "set UNITMETER_BUS=system", apply: ":", mended: system + nowhere + asNobody},
+			fix: "set UNITMETER_BUS=system", apply: ":", fixed: system + nowhere + asNobody},
 		{name: "wrong bus address", prefix: "UNITMETER_BUS=unix:path=/run/dbus/wrong", check: "bus", status: "fail",
-			mend: "unset UNITMETER_BUS", apply: ":", mended: "env"},
+			fix: "unset UNITMETER_BUS", apply: ":", fixed: "env"},
 		{name: "no socket in a container", prefix: "unshare -m sh -c 'mount -t tmpfs none /run; touch /.dockerenv; unitmeter doctor --here --json'", check: "bus", status: "fail",
-			mend: "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket", apply: ":",
-			mended: "unshare -m sh -c 'mkdir -p /tmp/keep; mount --bind /run /tmp/keep; mount -t tmpfs none /run; mkdir /run/dbus; touch /run/dbus/system_bus_socket;" +
+			fix: "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket", apply: ":",
+			fixed: "unshare -m sh -c 'mkdir -p /tmp/keep; mount --bind /run /tmp/keep; mount -t tmpfs none /run; mkdir /run/dbus; touch /run/dbus/system_bus_socket;" +
 				"mount --bind /tmp/keep/dbus/system_bus_socket /run/dbus/system_bus_socket; unitmeter doctor --here --json'"},
 		{name: "machine id of the container", prefix: "unshare -m sh -c 'echo 0123456789abcdef0123456789abcdef >/tmp/id; mount --bind /tmp/id /etc/machine-id; unitmeter doctor --here --json'",
-			check: "machine", status: "warn", mend: "/etc/machine-id", apply: ":", mended: "env"},
+			check: "machine", status: "warn", fix: "/etc/machine-id", apply: ":", fixed: "env"},
 		{name: "cgroup v1", prefix: "unshare -m sh -c 'mount -t tmpfs none /sys/fs/cgroup; mkdir /sys/fs/cgroup/systemd; mount -t cgroup -o none,name=systemd none /sys/fs/cgroup/systemd; unitmeter doctor --here --json'",
-			check: "cgroup", status: "fail", mend: "systemd.unified_cgroup_hierarchy=1", apply: ":", mended: "env"},
+			check: "cgroup", status: "fail", fix: "systemd.unified_cgroup_hierarchy=1", apply: ":", fixed: "env"},
 		{name: "no right to the journal that is asked for", prefix: "UNITMETER_STOP_RECORDS=on " + nowhere + asNobody, check: "stop-records", status: "fail",
-			mend: "usermod -aG systemd-journal nobody", apply: ":", mended: nowhere},
-		{name: "no right to the journal", prefix: nowhere + asNobody, check: "stop-records", status: "warn", mend: "usermod -aG systemd-journal nobody"},
-		{name: "stop records off", prefix: "UNITMETER_STOP_RECORDS=off", check: "stop-records", status: "warn", mend: "unset UNITMETER_STOP_RECORDS", apply: ":", mended: "env"},
+			fix: "usermod -aG systemd-journal nobody", apply: ":", fixed: nowhere},
+		{name: "no right to the journal", prefix: nowhere + asNobody, check: "stop-records", status: "warn", fix: "usermod -aG systemd-journal nobody"},
+		{name: "stop records off", prefix: "UNITMETER_STOP_RECORDS=off", check: "stop-records", status: "warn", fix: "unset UNITMETER_STOP_RECORDS", apply: ":", fixed: "env"},
 		{name: "state directory of another user", plant: "install -d -m 0700 -o daemon /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: "fail",
-			mend: "chown -R 0 /var/lib/state"},
+			fix: "chown -R 0 /var/lib/state"},
 		{name: "state directory writable by all", plant: "chmod 0777 /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: "fail",
-			mend: "chmod 0700 /var/lib/state"},
+			fix: "chmod 0700 /var/lib/state"},
 		{name: "state directory that cannot be made", prefix: "UNITMETER_STATE_DIR=/var/lib/theirs " + asNobody, check: "state-directory", status: "fail",
-			mend: "install -d -m 0700 -o 65534 /var/lib/theirs", apply: "install -d -m 0700 -o 65534 /var/lib/theirs"},
+			fix: "install -d -m 0700 -o 65534 /var/lib/theirs", apply: "install -d -m 0700 -o 65534 /var/lib/theirs"},
 		{name: "state on a read-only disk", prefix: "systemd-run --quiet --pipe --wait -E UNITMETER_STATE_DIR=/var/lib/state -p ReadOnlyPaths=/var/lib/state", check: "state-directory", status: "fail",
-			mend: "StateDirectory=unitmeter", apply: ":", mended: "systemd-run --quiet --pipe --wait -p StateDirectory=unitmeter"},
+			fix: "StateDirectory=unitmeter", apply: ":", fixed: "systemd-run --quiet --pipe --wait -p StateDirectory=unitmeter"},
 		{name: "state on a full disk", plant: "mkdir -p /full; mount -t tmpfs -o size=64k,mode=0700 none /full; dd if=/dev/zero of=/full/x bs=1k count=128 2>/dev/null || :", prefix: "UNITMETER_STATE_DIR=/full",
-			check: "state-directory", status: "fail", mend: "df -h /full", apply: "umount /full; chmod 0700 /full"},
-		{name: "only mounts are chosen", prefix: "UNITMETER_INCLUDE='nothing*'", check: "accounting", status: "fail", mend: "unset UNITMETER_INCLUDE", apply: ":", mended: "env"},
+			check: "state-directory", status: "fail", fix: "df -h /full", apply: "umount /full; chmod 0700 /full"},
+		{name: "only mounts are chosen", prefix: "UNITMETER_INCLUDE='nothing*'", check: "accounting", status: "fail", fix: "unset UNITMETER_INCLUDE", apply: ":", fixed: "env"},
 		{name: "endpoint down", prefix: "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9", check: "endpoint-connection", status: "fail",
-			mend: "set OTEL_EXPORTER_OTLP_ENDPOINT", apply: ":", mended: "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317"},
+			fix: "set OTEL_EXPORTER_OTLP_ENDPOINT", apply: ":", fixed: "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			w := &ward{w.Rig, t}
@@ -195,26 +195,26 @@ func TestDoctorMends(t *testing.T) {
 				return prefix + " unitmeter doctor --here --json"
 			}
 			findings := w.report(command(test.prefix))
-			want(t, findings, test.check, test.status, test.mend)
+			want(t, findings, test.check, test.status, test.fix)
 			apply := test.apply
 			if apply == "" {
-				apply = findings[test.check].Mend
+				apply = findings[test.check].Fix
 			}
 			w.sh(apply)
-			mended := test.prefix
-			if test.mended != "" {
-				mended = test.mended
+			fixed := test.prefix
+			if test.fixed != "" {
+				fixed = test.fixed
 			}
-			want(t, w.report(command(mended)), test.check, "ok", "")
+			want(t, w.report(command(fixed)), test.check, "ok", "")
 		})
 	}
 
-	// What is left is what nothing in here can mend: nobody sets this clock.
+	// What is left is what nothing in here can fix: nobody sets this clock.
 	findings := w.doctor("systemd-run --quiet --pipe --wait -p IPAccounting=yes -p StateDirectory=unitmeter")
 	delete(findings, "clock")
 	for name, f := range findings {
 		if f.Status == "warn" || f.Status == "fail" {
-			t.Errorf("after all mends: %s: %+v", name, f)
+			t.Errorf("after all fixes: %s: %+v", name, f)
 		}
 	}
 	if f := findings["own-traffic"]; f.Status != "ok" || !strings.Contains(f.Found, "an empty request to the Collector") {
@@ -254,13 +254,13 @@ func TestDoctorAsAgent(t *testing.T) {
 		t.Errorf("state-directory: %s", found)
 	}
 	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", settings)
-	w.sh(findings["agent"].Mend)
+	w.sh(findings["agent"].Fix)
 	// The requests that cannot be delivered wait, and the agent says why.
 	eventually(w.t, "the doctor sees the backlog and its reason", func() bool {
 		findings = w.report("unitmeter doctor --json 2>/dev/null")
 		return strings.Contains(findings["outbox"].Found, "Unauthenticated")
 	})
-	want(t, findings, "outbox", "warn", findings["collector"].Mend)
+	want(t, findings, "outbox", "warn", findings["collector"].Fix)
 	// The secret as docs/install.md has it, in a credential. systemd mounts those in
 	// a namespace of its own, from where they reach a shared tree only.
 	example, err := os.ReadFile(filepath.Join("..", "..", "..", "packaging", "examples", "credentials.conf"))
@@ -278,7 +278,7 @@ func TestDoctorAsAgent(t *testing.T) {
 	delete(findings, "clock")
 	for name, f := range findings {
 		if f.Status != "ok" {
-			t.Errorf("after the mends: %s: %+v", name, f)
+			t.Errorf("after the fixes: %s: %+v", name, f)
 		}
 	}
 	if found := findings["collector"].Found; !strings.Contains(found, "1 headers") {

@@ -21,12 +21,12 @@ func TestDiskFaults(t *testing.T) {
 	const failing = "store is unavailable"
 	pid := `$(systemctl show -p MainPID --value unitmeter)`
 	for _, f := range []struct {
-		name, begin, mend string
-		anew              bool // the store begins with a new file, and no commit need fail
+		name, begin, fix string
+		anew             bool // the store begins with a new file, and no commit need fail
 	}{
-		{name: "full", begin: `dd if=/dev/zero of=` + siteState + `/filler bs=4k 2>/dev/null || true; dd if=/dev/zero of=` + siteState + `/filler2 bs=1 2>/dev/null || true`, mend: `rm ` + siteState + `/filler*`},
-		{name: "read-only at the start", begin: `systemctl stop unitmeter; mount -o remount,ro ` + siteState + `; systemctl start unitmeter`, mend: `mount -o remount,rw ` + siteState},
-		{name: "fsync fails", begin: `systemd-run --quiet --unit=eio strace -f -qq -o /dev/null -e trace=fsync,fdatasync -e inject=fsync,fdatasync:error=EIO -p ` + pid, mend: `systemctl stop eio`},
+		{name: "full", begin: `dd if=/dev/zero of=` + siteState + `/filler bs=4k 2>/dev/null || true; dd if=/dev/zero of=` + siteState + `/filler2 bs=1 2>/dev/null || true`, fix: `rm ` + siteState + `/filler*`},
+		{name: "read-only at the start", begin: `systemctl stop unitmeter; mount -o remount,ro ` + siteState + `; systemctl start unitmeter`, fix: `mount -o remount,rw ` + siteState},
+		{name: "fsync fails", begin: `systemd-run --quiet --unit=eio strace -f -qq -o /dev/null -e trace=fsync,fdatasync -e inject=fsync,fdatasync:error=EIO -p ` + pid, fix: `systemctl stop eio`},
 		{name: "files deleted", begin: `rm ` + siteState + `/unitmeter.db*`, anew: true},
 		{name: "file damaged at the start", begin: `systemctl stop unitmeter; rm ` + siteState + `/unitmeter.db-*; head -c 65536 /dev/urandom | dd of=` + siteState + `/unitmeter.db conv=notrunc 2>/dev/null; systemctl start unitmeter`, anew: true},
 	} {
@@ -38,7 +38,7 @@ func TestDiskFaults(t *testing.T) {
 		} else {
 			eventually(s.t, f.name+": commits fail", func() bool { return log(failing) > failed })
 			s.caughtUp() // by sending directly
-			s.in(f.mend)
+			s.in(f.fix)
 			committed := s.committed()
 			eventually(s.t, f.name+": commits work", func() bool { return s.committed() > committed })
 		}

@@ -20,11 +20,11 @@ import (
 )
 
 // fault is something that befalls the way from the agent to the Collector. It
-// lasts until mend.
+// lasts until fix.
 type fault struct {
-	name        string
-	begin, mend func(s *site)
-	loses       bool // it makes a backlog
+	name       string
+	begin, fix func(s *site)
+	loses      bool // it makes a backlog
 }
 
 // cut is a rule of nftables in the agent's network, for all that it sends.
@@ -34,7 +34,7 @@ func cut(verdict string) fault {
 		begin: func(s *site) {
 			s.in("ip netns exec far nft 'table ip cut { chain out { type filter hook output priority 0; tcp dport { 4317, 4318 } " + verdict + "; }; }'")
 		},
-		mend: func(s *site) { s.in("ip netns exec far nft delete table ip cut") },
+		fix: func(s *site) { s.in("ip netns exec far nft delete table ip cut") },
 	}
 }
 
@@ -47,7 +47,7 @@ func toxic(kind, stream string, loses bool, attributes map[string]int) fault {
 		begin: func(s *site) {
 			s.toxiproxy("POST", "/proxies/collector/toxics", map[string]any{"name": "t", "type": kind, "stream": stream, "attributes": attributes})
 		},
-		mend: func(s *site) { s.toxiproxy("DELETE", "/proxies/collector/toxics/t", nil) },
+		fix: func(s *site) { s.toxiproxy("DELETE", "/proxies/collector/toxics/t", nil) },
 	}
 }
 
@@ -88,7 +88,7 @@ func TestNetworkFaults(t *testing.T) {
 		{
 			name: "link down", loses: true,
 			begin: func(s *site) { s.in("ip link set near down") },
-			mend:  func(s *site) { s.in("ip link set near up") },
+			fix:   func(s *site) { s.in("ip link set near up") },
 		},
 		toxic("timeout", "upstream", true, map[string]int{"timeout": 0}),
 		toxic("timeout", "downstream", true, map[string]int{"timeout": 300}),
@@ -120,12 +120,12 @@ func TestNetworkFaults(t *testing.T) {
 				} else {
 					time.Sleep(time.Duration(times(1, 30)) * time.Second) // time for it to do harm
 				}
-				f.mend(s)
-				mended := time.Now()
+				f.fix(s)
+				fixed := time.Now()
 				s.caughtUp()
 				after := s.tally()
-				t.Logf("%s for %v: caught up after %v; %d calls repeated", f.name, mended.Sub(began).Round(100*time.Millisecond),
-					time.Since(mended).Round(100*time.Millisecond), after-before)
+				t.Logf("%s for %v: caught up after %v; %d calls repeated", f.name, fixed.Sub(began).Round(100*time.Millisecond),
+					time.Since(fixed).Round(100*time.Millisecond), after-before)
 			}
 			if n := strings.TrimSpace(s.in("systemctl show -p NRestarts --value unitmeter")); n != "0" {
 				t.Errorf("the agent has restarted %s times", n)

@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"bytes"
@@ -25,20 +25,13 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
-
-// runCommand runs the program in this process.
-func runCommand(t *testing.T, environ []string, args ...string) (code int, stdout, stderr string) {
-	t.Helper()
-	var out, errs bytes.Buffer
-	code = dispatch(t.Context(), &terminal{args: args, environ: environ, stdout: &out, stderr: &errs})
-	return code, out.String(), errs.String()
-}
 
 // examined makes all checks in this process, with nothing in the environment
 // but the given variables.
@@ -54,12 +47,12 @@ func examined(t *testing.T, environ ...string) map[string]finding {
 	return findings
 }
 
-// want fails unless a check has a status and its mend has a text.
-func want(t *testing.T, findings map[string]finding, name, status, mend string) {
+// want fails unless a check has a status and its fix has a text.
+func want(t *testing.T, findings map[string]finding, name, status, fix string) {
 	t.Helper()
 	f, ok := findings[name]
-	if !ok || f.Status != status || !strings.Contains(f.Mend, mend) || (f.Mend == "") != (mend == "") {
-		t.Errorf("check %q = %+v, want status %q and a mend with %q", name, f, status, mend)
+	if !ok || f.Status != status || !strings.Contains(f.Fix, fix) || (f.Fix == "") != (fix == "") {
+		t.Errorf("check %q = %+v, want status %q and a fix with %q", name, f, status, fix)
 	}
 }
 
@@ -113,11 +106,11 @@ func TestDoctorEndpoint(t *testing.T) {
 		return []string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE=" + cert, "OTEL_EXPORTER_OTLP_CLIENT_KEY=" + key}
 	}
 	for _, test := range []struct {
-		name   string
-		env    []string
-		check  string // which finds it
-		mend   string // what its mend must say
-		mended []string
+		name  string
+		env   []string
+		check string // which finds it
+		fix   string // what its fix must say
+		fixed []string
 	}{
 		{"nobody listens", []string{endpoint + "http://" + closed}, "endpoint-connection", "set OTEL_EXPORTER_OTLP_ENDPOINT",
 			[]string{endpoint + plain.URL()}},
@@ -167,14 +160,14 @@ func TestDoctorEndpoint(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			findings := examined(t, append(test.env, noSystemd)...)
-			want(t, findings, test.check, statusFail, test.mend)
+			want(t, findings, test.check, statusFail, test.fix)
 			for name, f := range findings {
-				// No other check may cry before it: the first mend is the right one.
+				// No other check may cry before it: the first fix is the right one.
 				if f.Status == statusFail && name != test.check && strings.HasPrefix(name, "endpoint") {
 					t.Errorf("check %q fails too: %+v", name, f)
 				}
 			}
-			findings = examined(t, append(test.mended, noSystemd)...)
+			findings = examined(t, append(test.fixed, noSystemd)...)
 			for _, name := range []string{"endpoint-name", "endpoint-connection", "endpoint-tls", "collector"} {
 				want(t, findings, name, statusOK, "")
 			}
@@ -197,8 +190,8 @@ func listenAndServe(t *testing.T, serve func(net.Listener)) string {
 
 func TestDoctorEnvironment(t *testing.T) {
 	for _, test := range []struct {
-		name, env, mend, mended string
-		status                  string
+		name, env, fix, fixed string
+		status                string
 	}{
 		{"bad value", "OTEL_METRIC_EXPORT_INTERVAL=soon", "OTEL_METRIC_EXPORT_INTERVAL: ", "OTEL_METRIC_EXPORT_INTERVAL=5000", statusFail},
 		{"unknown variable", "UNITMETER_INCLUDES=a*", "UNITMETER_INCLUDES: did you mean UNITMETER_INCLUDE?", "UNITMETER_INCLUDE=a*", statusFail},
@@ -207,8 +200,8 @@ func TestDoctorEnvironment(t *testing.T) {
 		{"not read", "OTEL_EXPORTER_OTLP_METRICS_ENDPONT=x", "unitmeter help environment", "OTEL_TRACES_EXPORTER=none", statusWarn},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			want(t, examined(t, test.env, noSystemd), "environment", test.status, test.mend)
-			want(t, examined(t, test.mended, noSystemd), "environment", statusOK, "")
+			want(t, examined(t, test.env, noSystemd), "environment", test.status, test.fix)
+			want(t, examined(t, test.fixed, noSystemd), "environment", statusOK, "")
 		})
 	}
 	// A secret must not get into a report that people post.
@@ -229,7 +222,7 @@ func TestDoctorState(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		setUp func(dir string) error
-		mend  string // a shell command with DIR for the directory
+		fix   string // a shell command with DIR for the directory
 	}{
 		{"wrong owner", func(dir string) error { return os.Chown(dir, 65534, 65534) }, "chown -R 0 DIR"},
 		{"writable by others", func(dir string) error { return os.Chmod(dir, 0o777) }, "chmod 0700 DIR"},
@@ -244,10 +237,10 @@ func TestDoctorState(t *testing.T) {
 			if err := test.setUp(dir); err != nil {
 				t.Fatal(err)
 			}
-			mend := strings.ReplaceAll(test.mend, "DIR", dir)
-			want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "state-directory", statusFail, mend)
-			if out, err := exec.Command("sh", "-c", mend).CombinedOutput(); err != nil {
-				t.Fatalf("%s: %v: %s", mend, err, out)
+			fix := strings.ReplaceAll(test.fix, "DIR", dir)
+			want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "state-directory", statusFail, fix)
+			if out, err := exec.Command("sh", "-c", fix).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v: %s", fix, err, out)
 			}
 			want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "state-directory", statusOK, "")
 		})
@@ -302,7 +295,7 @@ func TestDoctorOutbox(t *testing.T) {
 	commit(time.Now().Add(-time.Hour))
 	endpoint := "OTEL_EXPORTER_OTLP_ENDPOINT="
 	findings = examined(t, append(env, endpoint+"http://"+otlptest.FreeAddress(t))...)
-	want(t, findings, "outbox", statusWarn, findings["endpoint-connection"].Mend)
+	want(t, findings, "outbox", statusWarn, findings["endpoint-connection"].Fix)
 	if found := findings["outbox"].Found; !strings.Contains(found, "1 requests (") || !strings.Contains(found, "the oldest for 1h0m") {
 		t.Errorf("outbox: %s", found)
 	}
@@ -338,24 +331,8 @@ func TestLockHolder(t *testing.T) {
 	}
 }
 
-func TestParseSystemdVersion(t *testing.T) {
-	for text, want := range map[string]systemdVersion{
-		"252.38-1~deb12u1": {252, 38}, "252": {252, 0}, "v258": {258, 0}, "v258.1": {258, 1}, "256~rc3-1": {256, 0},
-		"257.13-1~deb13u1": {257, 13}, "239 (239-82.el8)": {239, 0}, " 249.11-0ubuntu3 ": {249, 11}, "249.x": {249, 0},
-	} {
-		if got, err := parseSystemdVersion(text); err != nil || got != want {
-			t.Errorf("parseSystemdVersion(%q) = %v, %v, want %v", text, got, err, want)
-		}
-	}
-	for _, text := range []string{"", "systemd", "-1", "v", "0"} {
-		if got, err := parseSystemdVersion(text); err == nil {
-			t.Errorf("parseSystemdVersion(%q) = %v, want an error", text, got)
-		}
-	}
-}
-
 func TestVersionFinding(t *testing.T) {
-	for _, test := range []struct{ version, status, mend string }{
+	for _, test := range []struct{ version, status, fix string }{
 		{"219", statusFail, "upgrade to systemd 249"},
 		{"247.3-7+deb11u4", statusWarn, "upgrade to systemd 249"},
 		{"249.11", statusOK, ""},
@@ -368,23 +345,25 @@ func TestVersionFinding(t *testing.T) {
 		{"258.1", statusOK, ""},
 		{"262", statusOK, ""},
 	} {
-		v, err := parseSystemdVersion(test.version)
+		v, err := accounting.ParseVersion(test.version)
 		if err != nil {
 			t.Fatal(err)
 		}
-		want(t, map[string]finding{test.version: versionFinding(v, test.version)}, test.version, test.status, test.mend)
+		want(t, map[string]finding{test.version: versionFinding(v, test.version)}, test.version, test.status, test.fix)
 	}
 }
 
 func TestBusFailure(t *testing.T) {
-	at := func(address string, err error) error { return errors.Join(&busError{address, err}) }
+	at := func(address string, err error) error {
+		return errors.Join(&accounting.BusError{Address: address, Err: err})
+	}
 	missing, refused, forbidden := fs.ErrNotExist, syscall.ECONNREFUSED, fs.ErrPermission
 	for _, test := range []struct {
 		name              string
 		err               error
 		booted            bool
 		container, aaprof string
-		mend              string
+		fix               string
 	}{
 		{"not systemd", at(receiver.UsualSystemBus, missing), false, "", "", "a host whose init is systemd"},
 		{"no dbus", at(receiver.UsualSystemBus, missing), true, "", "", "systemctl start dbus.socket dbus.service"},
@@ -399,10 +378,10 @@ func TestBusFailure(t *testing.T) {
 		{"dynamic user", at(receiver.UsualSystemBus, errors.New(`authenticate to D-Bus: the bus answered "REJECTED EXTERNAL"`)), true, "", "", "use a static user"},
 		{"silence", at(receiver.UsualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
 		{"session bus", at("unix:path=/run/user/1000/bus", dbus.Error{Name: "org.freedesktop.DBus.Error.ServiceUnknown"}), true, "", "", "set DBUS_SYSTEM_BUS_ADDRESS"},
-		{"the last of two counts", errors.Join(&busError{receiver.PrivateBus, missing}, &busError{receiver.UsualSystemBus, forbidden}), true, "", "", "chmod 0666 /run/dbus"},
+		{"the last of two counts", errors.Join(&accounting.BusError{Address: receiver.PrivateBus, Err: missing}, &accounting.BusError{Address: receiver.UsualSystemBus, Err: forbidden}), true, "", "", "chmod 0666 /run/dbus"},
 		{"anything", at(receiver.UsualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
 	} {
-		want(t, map[string]finding{test.name: busFailure(test.err, test.booted, test.container, test.aaprof)}, test.name, statusFail, test.mend)
+		want(t, map[string]finding{test.name: busFailure(test.err, test.booted, test.container, test.aaprof)}, test.name, statusFail, test.fix)
 	}
 }
 
@@ -411,19 +390,19 @@ func TestCountersFinding(t *testing.T) {
 		name             string
 		on, lost, failed []string
 		virtualization   string
-		version          systemdVersion
-		status, mend     string
+		version          accounting.Version
+		status, fix      string
 	}{
-		{"all well", []string{"a"}, nil, nil, "", systemdVersion{252, 0}, statusOK, ""},
-		{"nothing on", nil, nil, nil, "", systemdVersion{252, 0}, statusSkip, ""},
-		{"one lost", []string{"a"}, []string{"b"}, nil, "", systemdVersion{252, 0}, statusWarn, "unitmeter enable --lost"},
-		{"all lost after a reload", nil, []string{"a", "b"}, nil, "", systemdVersion{257, 13}, statusWarn, "unitmeter enable --lost"},
-		{"no BPF", nil, []string{"a", "b"}, nil, "", systemdVersion{252, 0}, statusFail, "CONFIG_CGROUP_BPF"},
-		{"no BPF in a container", nil, []string{"a"}, nil, "lxc", systemdVersion{255, 4}, statusFail, "on the host of this container"},
-		{"nonsense", []string{"a"}, nil, []string{"x.service"}, "", systemdVersion{252, 0}, statusWarn, "systemctl show x.service"},
+		{"all well", []string{"a"}, nil, nil, "", accounting.Version{Major: 252, Minor: 0}, statusOK, ""},
+		{"nothing on", nil, nil, nil, "", accounting.Version{Major: 252, Minor: 0}, statusSkip, ""},
+		{"one lost", []string{"a"}, []string{"b"}, nil, "", accounting.Version{Major: 252, Minor: 0}, statusWarn, "unitmeter enable --lost"},
+		{"all lost after a reload", nil, []string{"a", "b"}, nil, "", accounting.Version{Major: 257, Minor: 13}, statusWarn, "unitmeter enable --lost"},
+		{"no BPF", nil, []string{"a", "b"}, nil, "", accounting.Version{Major: 252, Minor: 0}, statusFail, "CONFIG_CGROUP_BPF"},
+		{"no BPF in a container", nil, []string{"a"}, nil, "lxc", accounting.Version{Major: 255, Minor: 4}, statusFail, "on the host of this container"},
+		{"nonsense", []string{"a"}, nil, []string{"x.service"}, "", accounting.Version{Major: 252, Minor: 0}, statusWarn, "systemctl show x.service"},
 	} {
 		f := countersFinding(test.on, test.lost, test.failed, test.virtualization, test.version)
-		want(t, map[string]finding{test.name: f}, test.name, test.status, test.mend)
+		want(t, map[string]finding{test.name: f}, test.name, test.status, test.fix)
 	}
 }
 
@@ -488,9 +467,9 @@ func TestDoctorLost(t *testing.T) {
 	fake := systemdtest.StartFake(t)
 	fake.SetUnit(fakeUnit("fine.service", true, 7))
 	fake.SetUnit(fakeUnit("gone.service", true, systemdtest.NoData))
-	fake.OnGet(func(path dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
+	fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
 		switch {
-		case path == managerPath && property == "Version":
+		case property == "Version":
 			return dbus.MakeVariant("257.13-1~deb13u1"), nil, 0, true
 		case property == "Transient":
 			return dbus.MakeVariant(false), nil, 0, true
@@ -499,24 +478,11 @@ func TestDoctorLost(t *testing.T) {
 		}
 		return dbus.Variant{}, nil, 0, false
 	})
-	fake.OnCall(func(member string, args []any) ([]any, *dbus.Error, time.Duration, bool) {
-		if member != "SetUnitProperties" {
-			return nil, nil, 0, false
-		}
-		if name, runtime := args[0], args[1]; name != "gone.service" || runtime != true {
-			t.Errorf("SetUnitProperties(%v, %v), want gone.service at run time", name, runtime)
-		}
-		go fake.SetUnit(fakeUnit("gone.service", true, 0)) // the fake is locked now
-		return []any{}, nil, 0, true
-	})
 	environ := []string{"UNITMETER_BUS=" + fake.Address()}
 	findings := examined(t, environ...)
 	want(t, findings, "systemd", statusWarn, "upgrade to systemd 258.1")
 	want(t, findings, "counters", statusWarn, "unitmeter enable --lost")
-	code, out, errs := runCommand(t, environ, "enable", "--lost")
-	if code != exitOK || out != "gone.service: counting again\n" {
-		t.Fatalf("enable --lost = %d, %q, %q", code, out, errs)
-	}
+	fake.SetUnit(fakeUnit("gone.service", true, 0))
 	want(t, examined(t, environ...), "counters", statusOK, "")
 }
 
@@ -530,8 +496,8 @@ func TestDoctorBadBus(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := examined(t, "UNITMETER_BUS="+systemdtest.StartGarbage(t, first))["bus"]
-			if f.Status != statusFail || f.Mend == "" {
-				t.Errorf("bus = %+v, want a failure with a mend", f)
+			if f.Status != statusFail || f.Fix == "" {
+				t.Errorf("bus = %+v, want a failure with a fix", f)
 			}
 		})
 	}
@@ -539,28 +505,28 @@ func TestDoctorBadBus(t *testing.T) {
 
 func TestDoctorOutput(t *testing.T) {
 	env := []string{noSystemd, "UNITMETER_STATE_DIR=none", "OTEL_METRICS_EXPORTER=console"}
-	code, out, errs := runCommand(t, env, "doctor", "--here")
-	if code != exitFailure || !strings.Contains(errs, "checks failed") {
-		t.Errorf("doctor = %d, %q, want 1 for a bus that is not there", code, errs)
+	var text, object, notes bytes.Buffer
+	err := Run(t.Context(), Config{Environ: env, Here: true, Out: &text, Notes: &notes})
+	if err == nil || !strings.Contains(err.Error(), "checks failed") || notes.Len() > 0 {
+		t.Errorf("doctor = %v, %q, want an error for a bus that is not there", err, &notes)
 	}
-	for _, line := range strings.Split(out, "\n") {
-		if !strings.HasPrefix(line, "      mend: ") && len(line) > 79 {
-			t.Errorf("a line of %d characters: %q", len(line), line)
+	for line := range strings.Lines(text.String()) {
+		if !strings.HasPrefix(line, "      fix: ") && len(line) > 80 {
+			t.Errorf("a line of %d characters: %q", len(line)-1, line)
 		}
 	}
-	code, out, _ = runCommand(t, env, "doctor", "--here", "--json")
-	var report struct {
-		Worst  string
-		Checks []finding
+	if err := Run(t.Context(), Config{Environ: env, Here: true, JSON: true, Out: &object, Notes: &notes}); err == nil {
+		t.Error("with JSON a failed check is no error")
 	}
-	if err := json.Unmarshal([]byte(out), &report); err != nil || code != exitFailure {
-		t.Fatalf("doctor --json = %d, %v:\n%s", code, err, out)
+	var r report
+	if err := json.Unmarshal(object.Bytes(), &r); err != nil {
+		t.Fatalf("%v:\n%s", err, &object)
 	}
-	if report.Worst != statusFail || len(report.Checks) != len((&doctor{}).checks()) {
-		t.Errorf("report = %+v", report)
+	if r.Worst != statusFail || len(r.Checks) != len((&doctor{}).checks()) {
+		t.Errorf("report = %+v", r)
 	}
-	for _, f := range report.Checks {
-		if f.Name == "" || f.Found == "" || (f.Status == statusWarn || f.Status == statusFail) && f.Mend == "" {
+	for _, f := range r.Checks {
+		if f.Name == "" || f.Found == "" || (f.Status == statusWarn || f.Status == statusFail) && f.Fix == "" {
 			t.Errorf("incomplete: %+v", f)
 		}
 	}

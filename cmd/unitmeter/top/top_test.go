@@ -1,4 +1,4 @@
-package main
+package top
 
 import (
 	"bytes"
@@ -13,6 +13,7 @@ import (
 
 	tea "charm.land/bubbletea/v2"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -210,13 +211,13 @@ func TestHumanBytes(t *testing.T) {
 		0: "0 B", 0.4: "0 B", 999: "999 B", 999.4: "999 B", 999.5: "1.00 kB", 1000: "1.00 kB", 9994: "9.99 kB", 9995: "10.0 kB",
 		99949: "99.9 kB", 99950: "100 kB", 999499: "999 kB", 999500: "1.00 MB", 1.234e9: "1.23 GB", 9.2e18: "9.20 EB", 1e25: "10000 ZB",
 	} {
-		if got := humanBytes(v); got != want {
-			t.Errorf("humanBytes(%v) = %q, want %q", v, got, want)
+		if got := tty.Bytes(v); got != want {
+			t.Errorf("tty.Bytes(%v) = %q, want %q", v, got, want)
 		}
 	}
 	for v, want := range map[uint64]string{0: "0", 999: "999", 1000: "1,000", 123456: "123,456", 1234567: "1,234,567", 1<<64 - 1: "18,446,744,073,709,551,615"} {
-		if got := grouped(v); got != want {
-			t.Errorf("grouped(%d) = %q, want %q", v, got, want)
+		if got := tty.Grouped(v); got != want {
+			t.Errorf("tty.Grouped(%d) = %q, want %q", v, got, want)
 		}
 	}
 }

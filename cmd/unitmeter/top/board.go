@@ -1,4 +1,4 @@
-package main
+package top
 
 import (
 	"cmp"
@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -91,14 +92,14 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 	clear(b.others)
 	here := make(map[string]bool, len(units))
 	for _, u := range units {
-		if len(b.wanted) > 0 && matching(b.wanted, u.Name) == "" {
+		if len(b.wanted) > 0 && accounting.Match(b.wanted, u.Name) == "" {
 			continue
 		}
 		r := b.rows[u.Name]
 		// A unit without numbers has no row, unless it had numbers before: then a
 		// row that vanished would look like the end of the unit.
 		if u.Accounting != "on" {
-			if u.Accounting != "off" || carriesTraffic(u.Name) {
+			if u.Accounting != "off" || accounting.CarriesTraffic(u.Name) {
 				b.others[u.Accounting]++
 			}
 			if r == nil {

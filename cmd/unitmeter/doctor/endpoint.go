@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"cmp"
@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
 )
@@ -320,7 +321,7 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 	}
 	// Half of the time is for finding out why it failed.
 	attempt, cancel := context.WithTimeout(ctx, checkTimeout/2)
-	err := exporter.Probe(attempt, otlpConfig(d.cfg.OTLP))
+	err := exporter.Probe(attempt, d.cfg.OTLP.Exporter())
 	cancel()
 	if err == nil {
 		names := "no headers"
@@ -343,7 +344,7 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 // far. Then comes what it turns out to speak, since the libraries' errors for the
 // wrong protocol name frames and bytes, and no setting.
 func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) finding {
-	found := oneLine(err)
+	found := tty.Line(err)
 	// The answer itself, where there is one: its code is the most that is known.
 	code := codes.OK // of an answer over gRPC
 	if s, ok := grpcstatus.FromError(err); ok {

@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"context"
@@ -15,6 +15,8 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter"
 	"github.com/unitmeter/unitmeter/receiver"
 )
@@ -24,23 +26,23 @@ func noBus() finding { return skipped("systemd cannot be reached") }
 
 // checkBus connects to systemd as the agent would.
 func (d *doctor) checkBus(ctx context.Context) finding {
-	m, err := openManager(ctx, receiverConfig(d.cfg).Addresses()...)
+	m, err := accounting.Connect(ctx, d.cfg.Receiver().Addresses()...)
 	if err == nil {
 		// A bus without systemd on it is no use.
 		var version string
-		if err = m.get(ctx, managerPath, managerInterface, "Version", &version); err != nil {
-			err = &busError{m.address, fmt.Errorf("use systemd at %s: %w", m.address, err)}
-			m.close()
+		if err = m.Property(ctx, "Version", &version); err != nil {
+			err = &accounting.BusError{Address: m.Address, Err: fmt.Errorf("use systemd at %s: %w", m.Address, err)}
+			m.Close()
 		}
 	}
 	if err != nil {
 		return busFailure(err, booted(), container(), apparmor())
 	}
 	d.m = m
-	if m.address == receiver.PrivateBus {
-		return good("PID 1's own socket answers (%s), at half the cost of the system bus", m.address)
+	if m.Address == receiver.PrivateBus {
+		return good("PID 1's own socket answers (%s), at half the cost of the system bus", m.Address)
 	}
-	return good("systemd answers at %s", m.address)
+	return good("systemd answers at %s", m.Address)
 }
 
 // booted reports whether systemd is the init of this system (sd_booted(3)).
@@ -54,12 +56,12 @@ func booted() bool {
 // that was tried is the one that most systems have.
 func busFailure(err error, booted bool, container, profile string) finding {
 	address := receiver.UsualSystemBus
-	var last *busError
+	var last *accounting.BusError
 	// As root two addresses were tried. The private socket is there or not; what
-	// is wrong with the bus can be mended.
+	// is wrong with the bus can be fixed.
 	for _, e := range flatten(err) {
 		if errors.As(e, &last) {
-			address = last.address
+			address = last.Address
 		}
 	}
 	found := strings.ReplaceAll(err.Error(), "\n", "; ")
@@ -74,7 +76,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	switch {
 	case address != receiver.UsualSystemBus && address != receiver.PrivateBus && errors.Is(err, fs.ErrNotExist):
 		return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS, or name a socket that exists", "%s", found)
-	// Containers first: what mends a host does nothing in them.
+	// Containers first: the fix for a host does nothing in them.
 	case errors.Is(err, fs.ErrNotExist) && container != "" && !booted:
 		return failure(mount, "%s; this is a container (%s)", found, container)
 	case errors.Is(err, fs.ErrNotExist) && !booted:
@@ -82,7 +84,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return failure("systemctl start dbus.socket dbus.service", "%s", found)
 	// dbus-daemon says so in the text of its refusal.
-	case denied(err) && strings.Contains(err.Error(), "AppArmor"):
+	case accounting.Denied(err) && strings.Contains(err.Error(), "AppArmor"):
 		return failure("run the container with --security-opt apparmor=unconfined", "%s (profile %s)", found, profile)
 	case address == receiver.PrivateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
 		return failure("set UNITMETER_BUS=system, or run it as root", "%s", found)
@@ -96,7 +98,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
 		return failure("systemctl restart dbus.service", "%s: no answer", found)
 	// A bus of a user's session, or of a container.
-	case dbusErrorIs(err, "org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner", "org.freedesktop.DBus.Error.Spawn.ChildExited"):
+	case accounting.ErrorIs(err, "org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner", "org.freedesktop.DBus.Error.Spawn.ChildExited"):
 		return failure("set DBUS_SYSTEM_BUS_ADDRESS to the bus of the host, or unset it", "%s; systemd is not on this bus", found)
 	}
 	return failure("set UNITMETER_BUS=auto and DBUS_SYSTEM_BUS_ADDRESS="+receiver.UsualSystemBus, "%s", found)
@@ -116,11 +118,11 @@ func (d *doctor) checkVersion(ctx context.Context) finding {
 		return noBus()
 	}
 	var text string
-	if err := d.m.get(ctx, managerPath, managerInterface, "Version", &text); err != nil {
+	if err := d.m.Property(ctx, "Version", &text); err != nil {
 		return failure("systemctl --version", "%v", err)
 	}
 	// Distributions put their own revision behind it.
-	v, err := parseSystemdVersion(text)
+	v, err := accounting.ParseVersion(text)
 	if err != nil {
 		return warning("systemctl --version", "%v", err)
 	}
@@ -130,21 +132,21 @@ func (d *doctor) checkVersion(ctx context.Context) finding {
 
 // versionFinding has the bugs that make numbers wrong or missing. Those that the
 // receiver works around without a loss are left out.
-func versionFinding(v systemdVersion, text string) finding {
+func versionFinding(v accounting.Version, text string) finding {
 	switch {
-	case v.before(235, 0):
+	case v.Before(235, 0):
 		return failure("upgrade to systemd 249 or later", "systemd %s has no IP accounting, which came with 235", text)
-	case v.before(249, 0):
+	case v.Before(249, 0):
 		return warning("upgrade to systemd 249 or later", "systemd %s stops counting for the length of each daemon-reload (systemd#17489)", text)
-	case v.before(256, 0):
+	case v.Before(256, 0):
 		return good("systemd %s", text)
-	case v.before(256, 3):
+	case v.Before(256, 3):
 		return warning("upgrade to systemd 258.1 or later",
 			"systemd %s drops the counters of a unit when it stops (systemd#33149) and of all running units at a daemon-reload (systemd#38112)", text)
-	case v.before(258, 0):
+	case v.Before(258, 0):
 		return warning("upgrade to systemd 258.1 or later",
 			"systemd %s loses the counters of running units at each daemon-reload (systemd#38112), until \"unitmeter enable --lost\"; unitmeter shows such units as lost, and never as 0", text)
-	case v.before(258, 1):
+	case v.Before(258, 1):
 		return warning("upgrade to systemd 258.1 or later", "systemd %s begins to count from 0 at each daemon-reload (systemd#39130)", text)
 	}
 	return good("systemd %s", text)
@@ -165,20 +167,18 @@ func (d *doctor) checkMachine(ctx context.Context) finding {
 	}
 	// Over D-Bus it is the id of the host, read by systemd; the file is that of
 	// this mount namespace.
-	var host string
-	err := d.m.conn.Object(systemdName, managerPath).
-		CallWithContext(ctx, "org.freedesktop.DBus.Peer.GetMachineId", 0).Store(&host)
+	host, err := d.m.MachineID(ctx)
 	if err != nil {
 		return skipped("%s; systemd does not tell its machine id: %v", where, err)
 	}
 	const file = "/etc/machine-id"
-	const mend = "mount /etc/machine-id of the host into the container, read-only: -v /etc/machine-id:/etc/machine-id:ro"
+	const fix = "mount /etc/machine-id of the host into the container, read-only: -v /etc/machine-id:/etc/machine-id:ro"
 	own, err := os.ReadFile(file)
 	if err != nil {
-		return warning(mend, "%s; %v: host.id and service.instance.id cannot be made from it", where, err)
+		return warning(fix, "%s; %v: host.id and service.instance.id cannot be made from it", where, err)
 	}
 	if id := strings.TrimSpace(string(own)); id != host {
-		return warning(mend, "%s; %s says %s, and systemd runs on machine %s: host.id would be wrong", where, file, id, host)
+		return warning(fix, "%s; %s says %s, and systemd runs on machine %s: host.id would be wrong", where, file, id, host)
 	}
 	return good("%s; the machine id is that of systemd's host", where)
 }
@@ -191,7 +191,7 @@ func (d *doctor) readUnits(ctx context.Context) error {
 	}
 	cfg := d.cfg
 	cfg.SweepTimeout = 0 // ctx is shorter
-	units, err := readOnce(ctx, cfg, 0)
+	units, err := accounting.Read(ctx, cfg.Receiver(), nil, 0)
 	if err == nil {
 		d.units, d.unitsRead = units, true
 	}
@@ -214,7 +214,7 @@ func (d *doctor) checkDefault(ctx context.Context) finding {
 	if d.m == nil {
 		return noBus()
 	}
-	switch on, err := d.m.defaultAccounting(ctx); {
+	switch on, err := d.m.Default(ctx); {
 	case err != nil:
 		return failure("systemctl show -p DefaultIPAccounting", "%v", err)
 	case !on:
@@ -232,10 +232,10 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 		return noBus()
 	}
 	if err := d.readUnits(ctx); err != nil {
-		return failure("unitmeter once", "%s", oneLine(err))
+		return failure("unitmeter once", "%s", tty.Line(err))
 	}
 	// They are off on most hosts, and have nothing to count.
-	off := slices.DeleteFunc(d.inState("off"), func(name string) bool { return !carriesTraffic(name) })
+	off := slices.DeleteFunc(d.inState("off"), func(name string) bool { return !accounting.CarriesTraffic(name) })
 	on := len(d.inState("on"))
 	switch {
 	case len(d.units) == 0:
@@ -243,7 +243,7 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 	case len(off) > 0 && on == 0:
 		return failure("unitmeter enable --all", "%d units have IP accounting off and none has counters, so there is nothing to send", len(off))
 	case len(off) > 0:
-		return warning(enableCommand(off), "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
+		return warning(accounting.EnableCommand(off), "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
 	}
 	return good("no unit has IP accounting off but mounts that nothing serves; %d have counters", on)
 }
@@ -255,22 +255,22 @@ func (d *doctor) checkCounters(ctx context.Context) finding {
 		return noBus()
 	}
 	if err := d.readUnits(ctx); err != nil {
-		return failure("unitmeter once", "%s", oneLine(err))
+		return failure("unitmeter once", "%s", tty.Line(err))
 	}
 	var virtualization string
-	_ = d.m.get(ctx, managerPath, managerInterface, "Virtualization", &virtualization) // a hint only
+	_ = d.m.Property(ctx, "Virtualization", &virtualization) // a hint only
 	return countersFinding(d.inState("on"), d.inState("lost"), d.inState("failed"), virtualization, d.version)
 }
 
 // countersFinding decides between one lost unit, the reload bug, and no BPF at
 // all: without BPF no unit has counters, whatever the version.
-func countersFinding(on, lost, failed []string, virtualization string, v systemdVersion) finding {
+func countersFinding(on, lost, failed []string, virtualization string, v accounting.Version) finding {
 	// With the bug, all units lost after a reload is what is to be expected, and
 	// says nothing of BPF.
-	reloadBug := !v.before(256, 0) && v.before(258, 0)
+	reloadBug := !v.Before(256, 0) && v.Before(258, 0)
 	switch {
 	case len(failed) > 0:
-		return warning("report it, with the output of: systemctl show "+shellWord(failed[0]), "the counters of %s make no sense", list(failed))
+		return warning("report it, with the output of: systemctl show "+tty.ShellWord(failed[0]), "the counters of %s make no sense", list(failed))
 	case len(lost) > 0 && (len(on) > 0 || reloadBug):
 		return warning("unitmeter enable --lost", "systemd has lost the counters of %s", list(lost))
 	case len(lost) > 0 && slices.Contains([]string{"docker", "lxc", "lxc-libvirt", "podman", "container-other", "systemd-nspawn", "openvz"}, virtualization):
@@ -318,7 +318,7 @@ func stopRecordsFinding(mode string, err error) finding {
 	if errors.Is(err, exec.ErrNotFound) {
 		next = "run the agent as root, or where there is a journalctl"
 	}
-	return bad(next, "the last bytes of units that end are missed, since the journal cannot be read: %s", oneLine(err))
+	return bad(next, "the last bytes of units that end are missed, since the journal cannot be read: %s", tty.Line(err))
 }
 
 // tryJournal reads one record of PID 1, as the receiver reads its stop records.
@@ -344,48 +344,47 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 	if d.m == nil {
 		return noBus()
 	}
-	const mend = "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here"
+	const fix = "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here"
 	var p dbus.ObjectPath
 	// 0 is the caller, whatever its number is in systemd's namespace.
-	err := d.m.call(ctx, "GetUnitByPID", uint32(0)).Store(&p)
-	var u accountedUnit
+	err := d.m.Call(ctx, "GetUnitByPID", uint32(0)).Store(&p)
+	var name string
 	if err == nil {
-		err = d.m.get(ctx, p, unitInterface, "Id", &u.name)
+		err = d.m.Get(ctx, p, accounting.UnitInterface, "Id", &name)
 	}
 	if err != nil {
-		return skippedUntil(mend, "this process belongs to no unit, so it cannot be seen what systemd counts for it")
-	}
-	if u, err = d.m.unit(ctx, u.name, p); err != nil {
-		return failure("systemctl status "+u.name, "%v", err)
-	}
-	if !u.on {
-		return skippedUntil(mend, "this runs in %s, which has IP accounting off", u.name)
-	}
-	if !u.hasData {
-		return failure("unitmeter enable "+u.name, "this runs in %s: IP accounting is on, and systemd has no counters", u.name)
+		return skippedUntil(fix, "this process belongs to no unit, so it cannot be seen what systemd counts for it")
 	}
 	// Only the growth counts: the unit has sent before, to ask all of this.
-	var before, after uint64
-	if err := d.m.get(ctx, p, u.iface, "IPEgressBytes", &before); err != nil {
-		return failure("systemctl status "+u.name, "%v", err)
+	u, err := d.m.Unit(ctx, name, p)
+	before, counted, err2 := d.m.EgressBytes(ctx, u)
+	if err := errors.Join(err, err2); err != nil {
+		return failure("systemctl status "+name, "%v", err)
+	}
+	switch {
+	case !u.On:
+		return skippedUntil(fix, "this runs in %s, which has IP accounting off", name)
+	case !counted:
+		return failure("unitmeter enable "+name, "this runs in %s: IP accounting is on, and systemd has no counters", name)
 	}
 	// D-Bus is no IP: what the doctor said to systemd is not in the counter.
 	what, err := d.speak(ctx)
 	if err != nil {
-		return failure("see the check of the endpoint", "nothing could be sent: %s", oneLine(err))
+		return failure("see the check of the endpoint", "nothing could be sent: %s", tty.Line(err))
 	}
 	for {
-		if err := d.m.get(ctx, p, u.iface, "IPEgressBytes", &after); err != nil {
-			return failure("systemctl status "+u.name, "%v", err)
+		after, counted, err := d.m.EgressBytes(ctx, u)
+		if err != nil {
+			return failure("systemctl status "+name, "%v", err)
 		}
-		if after != noData && after > before {
-			return good("systemd counted %d bytes for %s while it sent %s", after-before, u.name, what)
+		if counted && after > before {
+			return good("systemd counted %d bytes for %s while it sent %s", after-before, name, what)
 		}
 		select {
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
-			return failure("systemctl set-property --runtime "+u.name+" IPAccounting=yes",
-				"%s sent %s, and systemd counted nothing: its BPF programs are not attached, so all zeros are false", u.name, what)
+			return failure("systemctl set-property --runtime "+name+" IPAccounting=yes",
+				"%s sent %s, and systemd counted nothing: its BPF programs are not attached, so all zeros are false", name, what)
 		}
 	}
 }
@@ -397,7 +396,7 @@ func (d *doctor) speak(ctx context.Context) (what string, err error) {
 	// counted all the same, whether or not somebody takes it.
 	if d.reachable {
 		if ep, err := parseEndpoint(d.cfg.OTLP); err == nil && ep.network == "tcp" {
-			if exporter.Probe(ctx, otlpConfig(d.cfg.OTLP)) == nil {
+			if exporter.Probe(ctx, d.cfg.OTLP.Exporter()) == nil {
 				return "an empty request to the Collector", nil
 			}
 		}

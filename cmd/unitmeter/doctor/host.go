@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"bufio"
@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
 
@@ -35,12 +36,12 @@ func userName(uid int) string {
 // checkClock looks whether the kernel holds its clock for right: the times of
 // all points come from it.
 func (d *doctor) checkClock(ctx context.Context) finding {
-	const mend = "timedatectl set-ntp true"
+	const fix = "timedatectl set-ntp true"
 	now := time.Now()
 	// A host without a battery begins in 1970 at each boot. Points from then
 	// are no use.
 	if now.Year() < 2025 {
-		return failure(mend, "the clock says %s, which is before this program was written", now.UTC().Format(time.RFC3339))
+		return failure(fix, "the clock says %s, which is before this program was written", now.UTC().Format(time.RFC3339))
 	}
 	var state unix.Timex // all zero: asks, and sets nothing
 	status, err := unix.Adjtimex(&state)
@@ -50,7 +51,7 @@ func (d *doctor) checkClock(ctx context.Context) finding {
 	// Chrony, ntpd and systemd-timesyncd all clear the flag in the kernel, so
 	// none of them need be known here.
 	if status == unix.TIME_ERROR || state.Status&unix.STA_UNSYNC != 0 {
-		return warning(mend, "%s; the kernel says that nothing keeps the clock right (adjtimex: STA_UNSYNC)", now.UTC().Format(time.RFC3339))
+		return warning(fix, "%s; the kernel says that nothing keeps the clock right (adjtimex: STA_UNSYNC)", now.UTC().Format(time.RFC3339))
 	}
 	found := now.UTC().Format(time.RFC3339) + ", kept right by NTP or the like"
 	if d.m == nil {
@@ -72,10 +73,10 @@ const maxClockStep = 10 * time.Minute
 // times from before are not corrected, and the series start at such times.
 func (d *doctor) clockStep(ctx context.Context) (time.Duration, error) {
 	var wall, monotonic uint64
-	if err := d.m.get(ctx, managerPath, managerInterface, "UserspaceTimestamp", &wall); err != nil {
+	if err := d.m.Property(ctx, "UserspaceTimestamp", &wall); err != nil {
 		return 0, err
 	}
-	if err := d.m.get(ctx, managerPath, managerInterface, "UserspaceTimestampMonotonic", &monotonic); err != nil {
+	if err := d.m.Property(ctx, "UserspaceTimestampMonotonic", &monotonic); err != nil {
 		return 0, err
 	}
 	var since unix.Timespec // CLOCK_BOOTTIME goes on during suspend
@@ -227,7 +228,7 @@ func (d *doctor) checkState(context.Context) finding {
 }
 
 // stateFinding has the rules of the store (package store, checkDir) and says
-// the mend for each.
+// the fix for each.
 func stateFinding(dir string, outbox int64) finding {
 	uid := os.Geteuid()
 	mkdir := fmt.Sprintf("install -d -m 0700 -o %d %s", uid, dir)
@@ -252,13 +253,13 @@ func stateFinding(dir string, outbox int64) finding {
 	}
 	// The bits do not tell of a read-only mount, a full disk or a sandbox.
 	if err := writable(dir); err != nil {
-		mend := "chmod u+rwx " + dir
+		fix := "chmod u+rwx " + dir
 		if errors.Is(err, syscall.EROFS) {
-			mend = "set UNITMETER_STATE_DIR to a directory on a disk that can be written (in a unit: StateDirectory=unitmeter)"
+			fix = "set UNITMETER_STATE_DIR to a directory on a disk that can be written (in a unit: StateDirectory=unitmeter)"
 		} else if errors.Is(err, syscall.ENOSPC) {
-			mend = "free some space: df -h " + dir
+			fix = "free some space: df -h " + dir
 		}
-		return failure(mend, "%s cannot be written: %v", dir, err)
+		return failure(fix, "%s cannot be written: %v", dir, err)
 	}
 	// Bavail and not Bfree: the rest is kept for root.
 	var disk unix.Statfs_t
@@ -266,16 +267,16 @@ func stateFinding(dir string, outbox int64) finding {
 		return failure("df -h "+dir, "%s: %v", dir, err)
 	}
 	free := int64(min(disk.Bavail, math.MaxInt64/uint64(disk.Bsize)) * uint64(disk.Bsize))
-	found := fmt.Sprintf("%s, mode %#o, %s free", dir, info.Mode().Perm(), humanBytes(float64(free)))
+	found := fmt.Sprintf("%s, mode %#o, %s free", dir, info.Mode().Perm(), tty.Bytes(float64(free)))
 	// No fault: it should be the agent.
 	if holder := lockHolder(info); holder != "" {
 		found += ", in use by " + holder
 	}
 	if free < minFree {
-		return warning("free some space: df -h "+dir, "%s: less than %s", found, humanBytes(minFree))
+		return warning("free some space: df -h "+dir, "%s: less than %s", found, tty.Bytes(minFree))
 	}
 	if free < outbox {
-		return warning("set UNITMETER_OUTBOX_MAX_BYTES to less than what is free, or free some space", "%s: less than the outbox may take (%s)", found, humanBytes(float64(outbox)))
+		return warning("set UNITMETER_OUTBOX_MAX_BYTES to less than what is free, or free some space", "%s: less than the outbox may take (%s)", found, tty.Bytes(float64(outbox)))
 	}
 	return good("%s", found)
 }
@@ -318,15 +319,15 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 // backlogFinding says why requests wait: what the agent says of itself counts
 // first, since what was in its way may be gone by now.
 func (d *doctor) backlogFinding(waiting store.Backlog, age time.Duration) finding {
-	found := fmt.Sprintf("%d requests (%s) wait for the Collector, the oldest for %s", waiting.Requests, humanBytes(float64(waiting.Bytes)), age)
+	found := fmt.Sprintf("%d requests (%s) wait for the Collector, the oldest for %s", waiting.Requests, tty.Bytes(float64(waiting.Bytes)), age)
 	if d.agent != nil {
-		if _, why, failing := strings.Cut(d.agent.status, failingSince); failing {
+		if _, why, failing := strings.Cut(d.agent.status, FailingSince); failing {
 			found += "; the agent fails since " + why
 		}
 	}
 	switch {
 	case d.blocked != "":
-		return warning(d.blocked, "%s; the checks of the endpoint say why. They are sent when that is mended", found)
+		return warning(d.blocked, "%s; the checks of the endpoint say why. They are sent when that is fixed", found)
 	case d.agent == nil:
 		return warning("unitmeter run", "%s; there is no %s to send them", found, agentUnit)
 	case d.agent.state != "active":

@@ -1,4 +1,4 @@
-package main
+package top
 
 import (
 	"fmt"
@@ -7,9 +7,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 	"unicode/utf8"
+
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 )
 
 // Styles. Bubble Tea takes the colours out for NO_COLOR and for terminals
@@ -52,7 +54,9 @@ func (m *topModel) columns() []shownColumn {
 		isOptional := func(c shownColumn) bool { return slices.Contains(optional, c.column) }
 		width := 0
 		for _, c := range all {
-			width += count(isOptional(c)) * (c.width + 1)
+			if isOptional(c) {
+				width += c.width + 1
+			}
 		}
 		if used+width+nameWidth > m.width {
 			all = slices.DeleteFunc(all, isOptional)
@@ -103,7 +107,7 @@ func (m *topModel) title(text string) string {
 	if m.paused {
 		clock = "paused at " + clock
 	}
-	return styleTitle + fit(fit(text, m.width-len(clock)-1, false)+" "+clock, m.width, false) + styleEnd
+	return styleTitle + tty.Fit(tty.Fit(text, m.width-len(clock)-1, false)+" "+clock, m.width, false) + styleEnd
 }
 
 // table is a list of units or slices.
@@ -122,9 +126,9 @@ func (m *topModel) table() []string {
 		if c.column == m.sort {
 			title += map[bool]string{false: "▼", true: "▲"}[m.back != (c.column == byName)]
 		}
-		header.WriteString(fit(title, c.width, c.column != byName && c.column != byRecent) + " ")
+		header.WriteString(tty.Fit(title, c.width, c.column != byName && c.column != byRecent) + " ")
 	}
-	lines = append(lines, styleTitle+fit(strings.TrimSuffix(header.String(), " "), m.width, false)+styleEnd)
+	lines = append(lines, styleTitle+tty.Fit(strings.TrimSuffix(header.String(), " "), m.width, false)+styleEnd)
 	height := m.listHeight()
 	for i := m.top; i < len(m.rows) && i < m.top+height; i++ {
 		lines = append(lines, m.line(m.rows[i], shown, i == m.position()))
@@ -139,15 +143,15 @@ func (m *topModel) table() []string {
 func (m *topModel) status() string {
 	switch {
 	case m.typing:
-		return fit("filter: "+m.filter+"_", m.width, false)
+		return tty.Fit("filter: "+m.filter+"_", m.width, false)
 	case m.notice != "":
-		return styleNotice + fit(m.notice, m.width, false) + styleEnd
+		return styleNotice + tty.Fit(m.notice, m.width, false) + styleEnd
 	}
 	text := fmt.Sprintf("%d units", len(m.board.rows))
 	if m.filter != "" {
 		text = fmt.Sprintf("%d of %d with %q (esc: all)", len(m.rows), len(m.board.rows), m.filter)
 	}
-	// What is missing is said with the command that mends it, or it would be
+	// What is missing is said with the command that fixes it, or it would be
 	// taken for silence.
 	if n := m.board.others["off"]; n > 0 {
 		text += fmt.Sprintf("; %d with accounting off (unitmeter enable --all)", n)
@@ -155,7 +159,7 @@ func (m *topModel) status() string {
 	if n := m.board.others["lost"]; n > 0 {
 		text += fmt.Sprintf("; %d lost (unitmeter enable --lost)", n)
 	}
-	return fit(text, m.width, false)
+	return tty.Fit(text, m.width, false)
 }
 
 // emptiness says why there are no rows.
@@ -164,11 +168,11 @@ func (m *topModel) emptiness() string {
 	case m.board.last.IsZero():
 		return ""
 	case m.filter != "":
-		return fit("no unit has "+m.filter+" in its name; esc shows all", m.width, false)
+		return tty.Fit("no unit has "+m.filter+" in its name; esc shows all", m.width, false)
 	case len(m.board.wanted) > 0:
-		return fit("no metered unit matches "+strings.Join(m.board.wanted, " ")+" yet", m.width, false)
+		return tty.Fit("no metered unit matches "+strings.Join(m.board.wanted, " ")+" yet", m.width, false)
 	}
-	return fit("no unit has IP accounting on: unitmeter enable --all", m.width, false)
+	return tty.Fit("no unit has IP accounting on: unitmeter enable --all", m.width, false)
 }
 
 // line is one row of a list.
@@ -182,24 +186,24 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 			if !r.ended.IsZero() {
 				name += " (ended)"
 			}
-			b.WriteString(fit(name, c.width, false))
+			b.WriteString(tty.Fit(name, c.width, false))
 		case byIn:
-			b.WriteString(fit(m.rate(r.now), c.width, true))
+			b.WriteString(tty.Fit(m.rate(r.now), c.width, true))
 		case byOut:
-			b.WriteString(fit(m.rate(speeds{in: r.now.out, known: r.now.known}), c.width, true))
+			b.WriteString(tty.Fit(m.rate(speeds{in: r.now.out, known: r.now.known}), c.width, true))
 		case byPacketsIn:
-			b.WriteString(fit(m.packets(r.now.packetsIn, r.now.known), c.width, true))
+			b.WriteString(tty.Fit(m.packets(r.now.packetsIn, r.now.known), c.width, true))
 		case byPacketsOut:
-			b.WriteString(fit(m.packets(r.now.packetsOut, r.now.known), c.width, true))
+			b.WriteString(tty.Fit(m.packets(r.now.packetsOut, r.now.known), c.width, true))
 		case byTotal:
-			b.WriteString(fit(m.volume(r.total.IngressBytes+r.total.EgressBytes), c.width, true))
+			b.WriteString(tty.Fit(m.volume(r.total.IngressBytes+r.total.EgressBytes), c.width, true))
 		case byRecent:
 			graph = sparkline(bothWays(r.history), m.board.intervals(recent), c.width)
 			continue // the last, with a style of its own
 		}
 		b.WriteByte(' ')
 	}
-	text := fit(strings.TrimSuffix(b.String(), " "), m.width-utf8.RuneCountInString(graph), false)
+	text := tty.Fit(strings.TrimSuffix(b.String(), " "), m.width-utf8.RuneCountInString(graph), false)
 	switch {
 	// A row that is selected has one style from end to end: an end of the
 	// graph's style within would end the selection too.
@@ -217,11 +221,11 @@ func (m *topModel) detail() []string {
 	// The cursor keeps the name of what has gone, so that it comes back here when
 	// the unit does.
 	if r == nil {
-		return []string{m.title(m.cursor), "", fit("it has gone; esc goes back", m.width, false)}
+		return []string{m.title(m.cursor), "", tty.Fit("it has gone; esc goes back", m.width, false)}
 	}
 	lines := []string{m.title(r.name), ""}
 	field := func(name, value string) {
-		lines = append(lines, fit(fmt.Sprintf("%-11s%s", name, value), m.width, false))
+		lines = append(lines, tty.Fit(fmt.Sprintf("%-11s%s", name, value), m.width, false))
 	}
 	// A slice has no run and no start of its own on the board.
 	if r.units > 0 || m.list == sliceScreen {
@@ -240,9 +244,9 @@ func (m *topModel) detail() []string {
 	// Over all that is kept, while the total is over the run: what systemd
 	// counted before top began has no speed.
 	mean := r.mean(len(r.history))
-	lines = append(lines, "", styleTitle+fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", "", "now", "mean", "peak", "total"), m.width, false)+styleEnd)
+	lines = append(lines, "", styleTitle+tty.Fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", "", "now", "mean", "peak", "total"), m.width, false)+styleEnd)
 	number := func(name string, now, mean, peak string, total string) {
-		lines = append(lines, fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", name, now, mean, peak, total), m.width, false))
+		lines = append(lines, tty.Fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", name, now, mean, peak, total), m.width, false))
 	}
 	both := func(now, mean, peak float64) (string, string, string) {
 		rate := func(v float64, known bool) string { return m.rate(speeds{in: v, known: known}) }
@@ -252,8 +256,8 @@ func (m *topModel) detail() []string {
 	number("received", now, average, peak, m.volume(r.total.IngressBytes))
 	now, average, peak = both(r.now.out, mean.out, r.peak.out)
 	number("sent", now, average, peak, m.volume(r.total.EgressBytes))
-	number("packets in", m.packets(r.now.packetsIn, r.now.known)+"/s", m.packets(mean.packetsIn, true)+"/s", m.packets(r.peak.packetsIn, true)+"/s", grouped(r.total.IngressPackets))
-	number("packets out", m.packets(r.now.packetsOut, r.now.known)+"/s", m.packets(mean.packetsOut, true)+"/s", m.packets(r.peak.packetsOut, true)+"/s", grouped(r.total.EgressPackets))
+	number("packets in", m.packets(r.now.packetsIn, r.now.known)+"/s", m.packets(mean.packetsIn, true)+"/s", m.packets(r.peak.packetsIn, true)+"/s", tty.Grouped(r.total.IngressPackets))
+	number("packets out", m.packets(r.now.packetsOut, r.now.known)+"/s", m.packets(mean.packetsOut, true)+"/s", m.packets(r.peak.packetsOut, true)+"/s", tty.Grouped(r.total.EgressPackets))
 	field("since "+m.board.began.Local().Format("15:04:05"), fmt.Sprintf("   received %s, sent %s", m.volume(r.session.IngressBytes), m.volume(r.session.EgressBytes)))
 
 	// What is left of the screen is for the two graphs.
@@ -272,7 +276,7 @@ func (m *topModel) detail() []string {
 	} {
 		buckets := resample(r.history, g.value, n, m.width)
 		most := highest(buckets)
-		lines = append(lines, "", fit(fmt.Sprintf("%s, the last %s, up to %s", g.title, span, m.rate(speeds{in: most, known: true})), m.width, false))
+		lines = append(lines, "", tty.Fit(fmt.Sprintf("%s, the last %s, up to %s", g.title, span, m.rate(speeds{in: most, known: true})), m.width, false))
 		for _, l := range chart(buckets, most, high) {
 			lines = append(lines, styleGraph+l+styleEnd)
 		}
@@ -298,7 +302,7 @@ func (m *topModel) help() []string {
 		"host is on both of them. TOTAL is what systemd has counted in the present",
 		"run of the unit. - stands for an interval that cannot be told.",
 	} {
-		lines = append(lines, fit(l, m.width, false))
+		lines = append(lines, tty.Fit(l, m.width, false))
 	}
 	return lines
 }
@@ -312,7 +316,7 @@ func (m *topModel) footer() string {
 	case m.screen == detailScreen, m.screen == helpScreen:
 		text = "esc back  b bytes  space stop"
 	}
-	return styleFaint + fit(text, m.width, false) + styleEnd
+	return styleFaint + tty.Fit(text, m.width, false) + styleEnd
 }
 
 // rate writes s.in as a speed.
@@ -325,9 +329,9 @@ func rateText(v float64, known, exact bool) string {
 	case !known:
 		return "-"
 	case exact:
-		return grouped(uint64(math.Round(v))) + " B/s"
+		return tty.Grouped(uint64(math.Round(v))) + " B/s"
 	}
-	return humanBytes(v) + "/s"
+	return tty.Bytes(v) + "/s"
 }
 
 // packets writes packets per second, without a unit: the column has it.
@@ -335,7 +339,7 @@ func (m *topModel) packets(v float64, known bool) string {
 	if !known {
 		return "-"
 	}
-	return grouped(uint64(math.Round(v)))
+	return tty.Grouped(uint64(math.Round(v)))
 }
 
 // volume writes a number of bytes as the screen's mode has it.
@@ -344,57 +348,9 @@ func (m *topModel) volume(n uint64) string { return volumeText(n, m.exact) }
 // volumeText writes a number of bytes.
 func volumeText(n uint64, exact bool) string {
 	if exact {
-		return grouped(n) + " B"
+		return tty.Grouped(n) + " B"
 	}
-	return humanBytes(float64(n))
-}
-
-// humanBytes writes a number of bytes with three digits and a decimal unit, as
-// in 1.23 MB. Below 1 kB it is exact.
-func humanBytes(v float64) string {
-	units := []string{"B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB"}
-	i := 0
-	// 999.5 and not 1000: it would be rounded to 1000 kB.
-	for v >= 999.5 && i < len(units)-1 {
-		v /= 1000
-		i++
-	}
-	decimals := 0
-	switch {
-	case i == 0:
-	case v < 9.995:
-		decimals = 2
-	case v < 99.95:
-		decimals = 1
-	}
-	return strconv.FormatFloat(v, 'f', decimals, 64) + " " + units[i]
-}
-
-// grouped writes a whole number in groups of three digits.
-func grouped(n uint64) string {
-	text := strconv.FormatUint(n, 10)
-	for i := len(text) - 3; i > 0; i -= 3 {
-		text = text[:i] + "," + text[i:]
-	}
-	return text
-}
-
-// fit makes text exactly so many characters wide. All text here is made of
-// characters of width one.
-func fit(text string, width int, right bool) string {
-	width = max(width, 0)
-	runes := []rune(text)
-	// Too long: an ellipsis says that there is more, where there is room for it.
-	switch missing := width - len(runes); {
-	case missing < 0 && width > 1:
-		return string(runes[:width-1]) + "…"
-	case missing < 0:
-		return string(runes[:width])
-	case right:
-		return strings.Repeat(" ", missing) + text
-	default:
-		return text + strings.Repeat(" ", missing)
-	}
+	return tty.Bytes(float64(n))
 }
 
 // bothWays adds the two directions of each interval up.
@@ -464,18 +420,17 @@ func chart(values []float64, most float64, high int) []string {
 
 // printTop prints the table of --once, the busiest unit first.
 func printTop(w io.Writer, b *board, exact bool) error {
-	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tab, "IN/s\tOUT/s\tIN pkt/s\tOUT pkt/s\tTOTAL IN\tTOTAL OUT\t UNIT")
+	tab := tty.NewTable(w, true, "IN/s", "OUT/s", "IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT", "UNIT")
 	for _, r := range b.sorted(b.all(), byRecent, false) {
 		packets := [2]string{"-", "-"}
 		if r.now.known {
 			packets = [2]string{strconv.FormatFloat(r.now.packetsIn, 'f', 0, 64), strconv.FormatFloat(r.now.packetsOut, 'f', 0, 64)}
 		}
-		fmt.Fprintf(tab, "%s\t%s\t%s\t%s\t%s\t%s\t %s\n", rateText(r.now.in, r.now.known, exact), rateText(r.now.out, r.now.known, exact),
+		tab.Row(rateText(r.now.in, r.now.known, exact), rateText(r.now.out, r.now.known, exact),
 			packets[0], packets[1], volumeText(r.total.IngressBytes, exact), volumeText(r.total.EgressBytes, exact), r.name)
 	}
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	return printHints(w, b.others["off"], b.others["lost"], "unitmeter enable --all")
+	return accounting.WriteHints(w, b.others["off"], b.others["lost"], "unitmeter enable --all")
 }

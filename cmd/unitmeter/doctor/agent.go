@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"context"
@@ -13,11 +13,16 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // agentUnit is the unit that the packages install.
 const agentUnit = "unitmeter.service"
+
+// FailingSince is what stands before the reason in the agent's status line.
+const FailingSince = "; failing since "
 
 // agentService is what decides how the agent's unit runs.
 type agentService struct {
@@ -31,9 +36,9 @@ type agentService struct {
 }
 
 // findAgent reads the agent's unit; nil if there is none.
-func findAgent(ctx context.Context, m *manager) (*agentService, error) {
+func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error) {
 	var p dbus.ObjectPath
-	if err := m.call(ctx, "LoadUnit", agentUnit).Store(&p); err != nil {
+	if err := m.Call(ctx, "LoadUnit", agentUnit).Store(&p); err != nil {
 		return nil, err
 	}
 	var a agentService
@@ -45,13 +50,13 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 		Optional bool
 	}
 	var credentials []struct{ Name, Path string }
-	const service = systemdName + ".Service"
+	const service = accounting.Name + ".Service"
 	for _, property := range []struct {
 		iface, name string
 		to          any
 	}{
-		{unitInterface, "LoadState", &load},
-		{unitInterface, "ActiveState", &a.state},
+		{accounting.UnitInterface, "LoadState", &load},
+		{accounting.UnitInterface, "ActiveState", &a.state},
 		{service, "StatusText", &a.status},
 		{service, "User", &a.user},
 		{service, "Group", &group},
@@ -62,8 +67,8 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 		{service, "StateDirectoryMode", &stateMode},
 		{service, "LoadCredential", &credentials},
 	} {
-		err := m.get(ctx, p, property.iface, property.name, property.to)
-		if err != nil && !dbusErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") { // an older systemd
+		err := m.Get(ctx, p, property.iface, property.name, property.to)
+		if err != nil && !accounting.ErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") { // an older systemd
 			return nil, err
 		}
 	}
@@ -87,7 +92,11 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 	}
 	for _, f := range files {
 		a.settings = f.Path // the last one wins
-		set("EnvironmentFile", strings.Repeat("-", count(f.Optional))+f.Path)
+		path := f.Path
+		if f.Optional {
+			path = "-" + path
+		}
+		set("EnvironmentFile", path)
 	}
 	if len(stateDirectory) > 0 {
 		set("StateDirectory", strings.Join(stateDirectory, " "))
@@ -106,34 +115,33 @@ func findAgent(ctx context.Context, m *manager) (*agentService, error) {
 // such unit, or no right to do so: agent is nil then, and note may say why.
 func examineAsAgent(ctx context.Context, environ []string) (findings []finding, agent *agentService, note string) {
 	// Who sets a variable in the shell wants to know what comes of that one.
-	own := func(kv string) bool { return strings.HasPrefix(kv, "OTEL_") || strings.HasPrefix(kv, "UNITMETER_") }
-	if os.Geteuid() != 0 || slices.ContainsFunc(environ, own) {
+	if os.Geteuid() != 0 || slices.ContainsFunc(environ, ours) {
 		return nil, nil, ""
 	}
 	ask, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	m, err := openManager(ask, receiver.Config{}.Addresses()...)
+	m, err := accounting.Connect(ask, receiver.Config{}.Addresses()...)
 	if err != nil {
 		return nil, nil, "" // the checks will tell
 	}
-	defer m.close()
+	defer m.Close()
 	a, err := findAgent(ask, m)
 	if err != nil || a == nil {
 		return nil, nil, ""
 	}
 	findings, err = a.examine(ctx)
 	if err != nil {
-		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these are the settings of this shell", agentUnit, oneLine(err))
+		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these are the settings of this shell", agentUnit, tty.Line(err))
 	}
 	return findings, a, fmt.Sprintf("checked as %s would: its user (%s), its environment, its credentials; --here is for those of this shell", agentUnit, a.user)
 }
 
-// next says where settings go and what makes a running agent take them: a mend
-// such as "set VARIABLE=..." leaves both open. It is empty where no mend needs
+// next says where settings go and what makes a running agent take them: a fix
+// such as "set VARIABLE=..." leaves both open. It is empty where no fix needs
 // it.
 func (a *agentService) next(findings []finding) string {
 	if a == nil || a.settings == "" || !slices.ContainsFunc(findings, func(f finding) bool {
-		return strings.Contains(f.Mend, "OTEL_") || strings.Contains(f.Mend, "UNITMETER_") || strings.HasPrefix(f.Mend, "usermod ")
+		return strings.Contains(f.Fix, "OTEL_") || strings.Contains(f.Fix, "UNITMETER_") || strings.HasPrefix(f.Fix, "usermod ")
 	}) {
 		return ""
 	}
@@ -156,9 +164,9 @@ func (a *agentService) examine(ctx context.Context) ([]finding, error) {
 	out, err := cmd.Output()
 	// The exit code says nothing here: a doctor that found a fault ends with 1
 	// and has a report all the same.
-	var report struct{ Checks []finding }
-	if bad := json.Unmarshal(out, &report); bad == nil && len(report.Checks) > 0 {
-		return report.Checks, nil // a failure of the doctor is that of a check
+	var theirs report
+	if bad := json.Unmarshal(out, &theirs); bad == nil && len(theirs.Checks) > 0 {
+		return theirs.Checks, nil // a failure of the doctor is that of a check
 	}
 	// What systemd-run complained about is worth more than its exit code.
 	var exit *exec.ExitError

@@ -1,4 +1,4 @@
-package main
+package top
 
 import (
 	"context"
@@ -12,6 +12,9 @@ import (
 	"time"
 
 	tea "charm.land/bubbletea/v2"
+
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
@@ -40,7 +43,7 @@ func TestTopSpeed(t *testing.T) {
 	readings := make(chan sweepMsg, 10_000)
 	running.Go(func() { feed(ctx, rcv, interval, func(m tea.Msg) { readings <- m.(sweepMsg) }) })
 	b := newBoard([]string{"natsd"}, interval)
-	b.wanted, _ = unitPatterns(b.wanted)
+	b.wanted, _ = accounting.Patterns(b.wanted)
 	bytes := 0.0 // the area under the shown speeds
 	take := func() {
 		m, before := <-readings, b.last
@@ -71,7 +74,7 @@ func TestTopSpeed(t *testing.T) {
 	}
 	theirs := perSecond * size
 	ours := float64(r.session.IngressBytes) / (messages / perSecond)
-	t.Logf("nats bench: %s/s; top: %s/s (%+.2f %%), peak %s/s", humanBytes(theirs), humanBytes(ours), 100*(ours/theirs-1), humanBytes(r.peak.in))
+	t.Logf("nats bench: %s/s; top: %s/s (%+.2f %%), peak %s/s", tty.Bytes(theirs), tty.Bytes(ours), 100*(ours/theirs-1), tty.Bytes(r.peak.in))
 	if math.Abs(ours-theirs) > 0.05*theirs {
 		t.Errorf("top shows %.0f B/s, nats bench says %.0f B/s: more than 5 %% apart", ours, theirs)
 	}
@@ -80,7 +83,7 @@ func TestTopSpeed(t *testing.T) {
 // tool returns the path of a program that .ci/tools has built.
 func tool(t *testing.T, name string) string {
 	t.Helper()
-	path, err := filepath.Abs("../../.tools/bin/" + name)
+	path, err := filepath.Abs("../../../.tools/bin/" + name)
 	if err == nil {
 		path, err = filepath.EvalSymlinks(path)
 	}
