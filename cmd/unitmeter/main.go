@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 )
 
@@ -126,9 +127,13 @@ func dispatch(ctx context.Context, t *terminal) int {
 	}
 }
 
-// indent sets the lines of a joined error below each other.
+// indent sets the lines of a joined error below each other, cleaned.
 func indent(err error) string {
-	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "\n  ")
+	lines := strings.Split(strings.TrimSpace(err.Error()), "\n")
+	for i := range lines {
+		lines[i] = tty.Clean(lines[i])
+	}
+	return strings.Join(lines, "\n  ")
 }
 
 // parse reads the flags of a subcommand and checks the number of its

@@ -44,30 +44,37 @@ type finding struct {
 	Fix string `json:"fix,omitempty"`
 }
 
-// good, skipped, warning and failure make findings; runCheck adds the name.
-func good(format string, args ...any) finding {
-	return finding{Status: statusOK, Found: fmt.Sprintf(format, args...)}
+// judge makes a finding; runCheck adds the name. Texts and errors among args may
+// come from outside.
+func judge(status, fix, format string, args []any) finding {
+	for i, arg := range args {
+		switch arg := arg.(type) {
+		case error:
+			args[i] = tty.Line(arg)
+		case string:
+			args[i] = tty.Clean(arg)
+		}
+	}
+	return finding{Status: status, Fix: tty.Clean(fix), Found: fmt.Sprintf(format, args...)}
 }
 
+func good(format string, args ...any) finding { return judge(statusOK, "", format, args) }
+
 // skipped is for what has no meaning here, and needs nothing done.
-func skipped(format string, args ...any) finding {
-	return finding{Status: statusSkip, Found: fmt.Sprintf(format, args...)}
-}
+func skipped(format string, args ...any) finding { return judge(statusSkip, "", format, args) }
 
 // skippedUntil is for a check that could be made in another way.
 func skippedUntil(fix, format string, args ...any) finding {
-	f := skipped(format, args...)
-	f.Fix = fix
-	return f
+	return judge(statusSkip, fix, format, args)
 }
 
-// warning and failure take the fix first, so that none is forgotten.
+// warning and failure take the fix first, so that each has one.
 func warning(fix, format string, args ...any) finding {
-	return finding{Status: statusWarn, Fix: fix, Found: fmt.Sprintf(format, args...)}
+	return judge(statusWarn, fix, format, args)
 }
 
 func failure(fix, format string, args ...any) finding {
-	return finding{Status: statusFail, Fix: fix, Found: fmt.Sprintf(format, args...)}
+	return judge(statusFail, fix, format, args)
 }
 
 // check is one step of the doctor.
@@ -142,7 +149,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if !cfg.Here {
 		var note string
 		if findings, agent, note = examineAsAgent(ctx, cfg.Environ); note != "" {
-			fmt.Fprintln(cfg.Notes, note)
+			fmt.Fprintln(cfg.Notes, tty.Clean(note))
 		}
 		for _, f := range findings {
 			show(f)
@@ -262,12 +269,11 @@ func (d *doctor) checkEnvironment(context.Context) finding {
 	if err != nil {
 		// All problems are shown, and the fix is that of the first: the others may
 		// follow from it.
-		problems := strings.Split(err.Error(), "\n")
 		fix := "unitmeter help environment"
 		if p, ok := firstProblem(err); ok {
 			fix = p.Variable + ": " + p.Hint
 		}
-		return failure(fix, "%s; the checks that need the settings are made with the defaults or left out", strings.Join(problems, "; "))
+		return failure(fix, "%s; the checks that need the settings are made with the defaults or left out", err)
 	}
 	d.cfg, d.configured = cfg, true
 	set := 0

@@ -20,7 +20,6 @@ import (
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 
-	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
 )
@@ -344,7 +343,6 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 // far. Then comes what it turns out to speak, since the libraries' errors for the
 // wrong protocol name frames and bytes, and no setting.
 func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) finding {
-	found := tty.Line(err)
 	// The answer itself, where there is one: its code is the most that is known.
 	code := codes.OK // of an answer over gRPC
 	if s, ok := grpcstatus.FromError(err); ok {
@@ -357,31 +355,31 @@ func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) findin
 	header := "set the header that the Collector wants in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"
 	switch {
 	case code == codes.Unauthenticated, web == http.StatusUnauthorized:
-		return failure(header, "the Collector does not take our credentials (%d headers are set): %s", len(o.Headers), found)
+		return failure(header, "the Collector does not take our credentials (%d headers are set): %s", len(o.Headers), err)
 	case code == codes.PermissionDenied, web == http.StatusForbidden:
-		return failure(header, "our credentials may not send metrics (%d headers are set): %s", len(o.Headers), found)
+		return failure(header, "our credentials may not send metrics (%d headers are set): %s", len(o.Headers), err)
 	case peer == peerTLS && ep.plain:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings are without: %s", ep.address, found)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings are without: %s", ep.address, err)
 	case peer == peerPlain && !ep.plain:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS: %s", ep.address, found)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS: %s", ep.address, err)
 	case peer == peerHTTP1 && ep.grpc:
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or the endpoint to the port for grpc (4317)",
-			"%s speaks HTTP/1 and not gRPC: %s", ep.address, found)
+			"%s speaks HTTP/1 and not gRPC: %s", ep.address, err)
 	case peer == peerHTTP2 && !ep.grpc && (web == 0 || web == http.StatusUnsupportedMediaType):
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or the endpoint to the port for HTTP (4318)",
-			"%s speaks gRPC: %s", ep.address, found)
+			"%s speaks gRPC: %s", ep.address, err)
 	case web == http.StatusNotFound, web == http.StatusMethodNotAllowed, web >= 300 && web < 400:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to the Collector's OTLP/HTTP address, such as "+ep.scheme()+net.JoinHostPort(cmp.Or(ep.host, "localhost"), "4318"),
-			"there is a web server that takes no OTLP metrics: %s", found)
+			"there is a web server that takes no OTLP metrics: %s", err)
 	// A Collector without a metrics pipeline has no such service.
 	case code == codes.Unimplemented:
-		return failure("add the otlp receiver to a metrics pipeline of the Collector", "it speaks gRPC and takes no metrics: %s", found)
+		return failure("add the otlp receiver to a metrics pipeline of the Collector", "it speaks gRPC and takes no metrics: %s", err)
 	case code == codes.ResourceExhausted, web == http.StatusTooManyRequests, web == http.StatusServiceUnavailable:
-		return failure("look at the log of the Collector; it has too much to do", "%s", found)
+		return failure("look at the log of the Collector; it has too much to do", "%s", err)
 	case web != 0:
-		return failure("look at the log of the Collector", "%s", found)
+		return failure("look at the log of the Collector", "%s", err)
 	case peer == unknownPeer:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an OTLP receiver ("+usualEndpoint(ep)+")", "what listens at %s does not speak OTLP: %s", ep.address, found)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an OTLP receiver ("+usualEndpoint(ep)+")", "what listens at %s does not speak OTLP: %s", ep.address, err)
 	}
-	return failure("look at the log of the Collector", "%s", found)
+	return failure("look at the log of the Collector", "%s", err)
 }

@@ -64,7 +64,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 			address = last.Address
 		}
 	}
-	found := strings.ReplaceAll(err.Error(), "\n", "; ")
+	found := tty.Line(err)
 	if last != nil {
 		err = last
 	}
@@ -232,7 +232,7 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 		return noBus()
 	}
 	if err := d.readUnits(ctx); err != nil {
-		return failure("unitmeter once", "%s", tty.Line(err))
+		return failure("unitmeter once", "%s", err)
 	}
 	// They are off on most hosts, and have nothing to count.
 	off := slices.DeleteFunc(d.inState("off"), func(name string) bool { return !accounting.CarriesTraffic(name) })
@@ -255,7 +255,7 @@ func (d *doctor) checkCounters(ctx context.Context) finding {
 		return noBus()
 	}
 	if err := d.readUnits(ctx); err != nil {
-		return failure("unitmeter once", "%s", tty.Line(err))
+		return failure("unitmeter once", "%s", err)
 	}
 	var virtualization string
 	_ = d.m.Property(ctx, "Virtualization", &virtualization) // a hint only
@@ -318,7 +318,7 @@ func stopRecordsFinding(mode string, err error) finding {
 	if errors.Is(err, exec.ErrNotFound) {
 		next = "run the agent as root, or where there is a journalctl"
 	}
-	return bad(next, "the last bytes of units that end are missed, since the journal cannot be read: %s", tty.Line(err))
+	return bad(next, "the last bytes of units that end are missed, since the journal cannot be read: %s", err)
 }
 
 // tryJournal reads one record of PID 1, as the receiver reads its stop records.
@@ -370,7 +370,7 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 	// D-Bus is no IP: what the doctor said to systemd is not in the counter.
 	what, err := d.speak(ctx)
 	if err != nil {
-		return failure("see the check of the endpoint", "nothing could be sent: %s", tty.Line(err))
+		return failure("see the check of the endpoint", "nothing could be sent: %s", err)
 	}
 	for {
 		after, counted, err := d.m.EgressBytes(ctx, u)

@@ -13,7 +13,6 @@ import (
 
 	tea "charm.land/bubbletea/v2"
 
-	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -202,22 +201,6 @@ func TestBoardSorted(t *testing.T) {
 			if got != want[i] {
 				t.Errorf("by column %d, reverse %t: %s, want %s", by, reverse, got, want[i])
 			}
-		}
-	}
-}
-
-func TestHumanBytes(t *testing.T) {
-	for v, want := range map[float64]string{
-		0: "0 B", 0.4: "0 B", 999: "999 B", 999.4: "999 B", 999.5: "1.00 kB", 1000: "1.00 kB", 9994: "9.99 kB", 9995: "10.0 kB",
-		99949: "99.9 kB", 99950: "100 kB", 999499: "999 kB", 999500: "1.00 MB", 1.234e9: "1.23 GB", 9.2e18: "9.20 EB", 1e25: "10000 ZB",
-	} {
-		if got := tty.Bytes(v); got != want {
-			t.Errorf("tty.Bytes(%v) = %q, want %q", v, got, want)
-		}
-	}
-	for v, want := range map[uint64]string{0: "0", 999: "999", 1000: "1,000", 123456: "123,456", 1234567: "1,234,567", 1<<64 - 1: "18,446,744,073,709,551,615"} {
-		if got := tty.Grouped(v); got != want {
-			t.Errorf("tty.Grouped(%d) = %q, want %q", v, got, want)
 		}
 	}
 }

@@ -19,28 +19,27 @@ import (
 // its control characters are escaped.
 const MaxText = 1 << 10
 
-// Clean makes an outside text safe to print: control characters are escaped as
-// Go does it (\x1b, \n, \u202e), and what exceeds MaxText is cut off.
-func Clean(text string) string {
-	cut := 0
-	if len(text) > MaxText {
-		end := MaxText
-		for end > MaxText-utf8.UTFMax && !utf8.RuneStart(text[end]) {
-			end--
-		}
-		cut, text = len(text)-end, text[:end]
+// Clean makes an outside text safe to print: control characters are escaped as Go
+// does it (\x1b, \n, \u202e), after Cut.
+func Clean(text string) string { return escape(Cut(text)) }
+
+// Cut bounds the length of an outside text to MaxText, and a note of what it left
+// out.
+func Cut(text string) string {
+	if len(text) <= MaxText {
+		return text
 	}
-	text = escape(text)
-	if cut > 0 {
-		text += fmt.Sprintf(" ... (%d bytes more)", cut)
+	end := MaxText
+	for end > MaxText-utf8.UTFMax && !utf8.RuneStart(text[end]) {
+		end--
 	}
-	return text
+	return fmt.Sprintf("%s ... (%d bytes more)", text[:end], len(text)-end)
 }
 
-// Line is the text of an error, cleaned, in one line. Joined errors are separated
-// by colons.
+// Line is the text of an error, cleaned, in one line. Semicolons separate joined
+// errors.
 func Line(err error) string {
-	return Clean(strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", ": "))
+	return Clean(strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; "))
 }
 
 // escape escapes the control characters of a text.
