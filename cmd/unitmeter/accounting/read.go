@@ -90,16 +90,29 @@ func Sweep(ctx context.Context, r *receiver.Receiver) ([]receiver.Unit, error) {
 	return r.Units(), nil
 }
 
+// Growth is by how much the counters of a unit have grown between two readings;
+// ok is false where one of them fell.
+func Growth(old, now receiver.Counters) (growth [4]uint64, ok bool) {
+	a, b := Values(old), Values(now)
+	for i := range growth {
+		if b[i] < a[i] {
+			return growth, false
+		}
+		growth[i] = b[i] - a[i]
+	}
+	return growth, true
+}
+
 // speed is nil where the counters fell or no time passed.
 func speed(old, now receiver.Unit) *[4]float64 {
 	seconds := now.Time.Sub(old.Time).Seconds()
-	a, b := Values(old.Counters), Values(now.Counters)
+	growth, ok := Growth(old.Counters, now.Counters)
+	if !ok || seconds <= 0 {
+		return nil
+	}
 	var s [4]float64
-	for i := range s {
-		if b[i] < a[i] || seconds <= 0 {
-			return nil
-		}
-		s[i] = float64(b[i]-a[i]) / seconds
+	for i, n := range growth {
+		s[i] = float64(n) / seconds
 	}
 	return &s
 }

@@ -2,6 +2,7 @@ package top
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -19,16 +20,54 @@ const (
 	keepEnded = time.Minute
 )
 
-// speeds are those over one interval, in bytes and packets per second.
+// What is counted, in the order of accounting.Values.
+const (
+	bytesIn = iota
+	packetsIn
+	bytesOut
+	packetsOut
+	kinds
+)
+
+// totals are counters of one unit or the sum of several.
+type totals [kinds]uint64
+
+func (t *totals) add(u [kinds]uint64) {
+	for i, n := range u {
+		t[i] += n
+	}
+}
+
+// bytes are those of both directions.
+func (t totals) bytes() uint64 { return t[bytesIn] + t[bytesOut] }
+
+// speeds are those over one interval, per second. known is false for an interval
+// of which nothing can be said: a gap is shown as a gap.
 type speeds struct {
-	in, out, packetsIn, packetsOut float64
-	// known is false for an interval of which nothing can be said: a gap is
-	// shown as a gap.
+	of    [kinds]float64
 	known bool
 }
 
-// sum is both directions together, by which rows are ranked.
-func (s speeds) sum() float64 { return s.in + s.out }
+// bytes are those of both directions, by which rows are ranked.
+func (s speeds) bytes() float64 { return s.of[bytesIn] + s.of[bytesOut] }
+
+// plus adds speeds. A sum without a part that is not known is still the best that
+// can be said of a slice.
+func (s speeds) plus(t speeds) speeds {
+	for i, v := range t.of {
+		s.of[i] += v
+	}
+	s.known = s.known || t.known
+	return s
+}
+
+// highest has the larger of each speed.
+func (s speeds) highest(t speeds) speeds {
+	for i, v := range t.of {
+		s.of[i] = max(s.of[i], v)
+	}
+	return s
+}
 
 // topRow is one unit, or one slice, on the board.
 type topRow struct {
@@ -36,9 +75,9 @@ type topRow struct {
 	units int // in a slice; 0 for a unit
 	unit  receiver.Unit
 	// total is what systemd has counted for the present run.
-	total receiver.Counters
+	total totals
 	// session is what was counted since top began, over all runs.
-	session receiver.Counters
+	session totals
 	now     speeds
 	peak    speeds
 	history []speeds // one for each interval, the newest last
@@ -46,17 +85,16 @@ type topRow struct {
 }
 
 // mean is the mean speed over the last n intervals of which something is known.
-func (r *topRow) mean(n int) speeds {
-	var m speeds
+func (r *topRow) mean(n int) (m speeds) {
 	known := 0.0
 	for _, s := range r.history[max(0, len(r.history)-n):] {
 		if s.known {
-			m.in, m.out, m.packetsIn, m.packetsOut = m.in+s.in, m.out+s.out, m.packetsIn+s.packetsIn, m.packetsOut+s.packetsOut
+			m = m.plus(s)
 			known++
 		}
 	}
-	if known > 0 {
-		m = speeds{m.in / known, m.out / known, m.packetsIn / known, m.packetsOut / known, true}
+	for i := range m.of {
+		m.of[i] /= max(known, 1)
 	}
 	return m
 }
@@ -134,61 +172,41 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 // advance takes a unit's next reading. since is the time of the reading before.
 func (r *topRow) advance(u receiver.Unit, since time.Time, keep int) {
 	old := r.unit
-	var delta receiver.Counters
+	var growth [kinds]uint64
 	from := time.Time{}
 	switch {
 	case u.Accounting != "on":
 	// The usual case: the same run as before. Where a counter fell, systemd has
 	// lost it or the accounting was switched, and the interval is left open.
 	case old.Accounting == "on" && old.Invocation == u.Invocation:
-		if d, ok := grown(old.Counters, u.Counters); ok {
-			delta, from = d, old.Time
+		if g, ok := accounting.Growth(old.Counters, u.Counters); ok {
+			growth, from = g, old.Time
 		}
 	case !since.IsZero() && !u.Start.Before(since):
 		// A new run: all of it came in this interval.
-		delta, from = u.Counters, since
+		growth, from = accounting.Values(u.Counters), since
 	}
 	var now speeds
 	// The time of the unit's own reading, not that of the sweep: a sweep over
 	// thousands of units takes a noticeable part of an interval.
 	if seconds := u.Time.Sub(from).Seconds(); !from.IsZero() && seconds > 0 {
-		now = speeds{
-			float64(delta.IngressBytes) / seconds, float64(delta.EgressBytes) / seconds,
-			float64(delta.IngressPackets) / seconds, float64(delta.EgressPackets) / seconds, true,
+		for i, n := range growth {
+			now.of[i] = float64(n) / seconds
 		}
-		r.session = sum(r.session, delta)
+		now.known = true
+		r.session.add(growth)
 	}
-	r.unit, r.total = u, u.Counters
+	r.unit, r.total = u, accounting.Values(u.Counters)
 	r.add(now, keep)
 }
 
 // add appends to the history.
 func (r *topRow) add(now speeds, keep int) {
 	r.now = now
-	r.peak.in, r.peak.out = max(r.peak.in, now.in), max(r.peak.out, now.out)
-	r.peak.packetsIn, r.peak.packetsOut = max(r.peak.packetsIn, now.packetsIn), max(r.peak.packetsOut, now.packetsOut)
+	r.peak = r.peak.highest(now)
 	r.history = append(r.history, now)
 	if over := len(r.history) - keep; over > 0 {
 		r.history = slices.Delete(r.history, 0, over)
-	}
-}
-
-// grown is b - a; false where a counter fell.
-func grown(a, b receiver.Counters) (receiver.Counters, bool) {
-	if b.IngressBytes < a.IngressBytes || b.EgressBytes < a.EgressBytes || b.IngressPackets < a.IngressPackets || b.EgressPackets < a.EgressPackets {
-		return receiver.Counters{}, false
-	}
-	return receiver.Counters{
-		IngressBytes: b.IngressBytes - a.IngressBytes, IngressPackets: b.IngressPackets - a.IngressPackets,
-		EgressBytes: b.EgressBytes - a.EgressBytes, EgressPackets: b.EgressPackets - a.EgressPackets,
-	}, true
-}
-
-// sum adds each counter of two runs or units.
-func sum(a, b receiver.Counters) receiver.Counters {
-	return receiver.Counters{
-		IngressBytes: a.IngressBytes + b.IngressBytes, IngressPackets: a.IngressPackets + b.IngressPackets,
-		EgressBytes: a.EgressBytes + b.EgressBytes, EgressPackets: a.EgressPackets + b.EgressPackets,
 	}
 }
 
@@ -214,8 +232,7 @@ func (b *board) bySlice() []*topRow {
 	// have been at the same time.
 	for _, s := range byName {
 		for _, h := range s.history {
-			s.peak.in, s.peak.out = max(s.peak.in, h.in), max(s.peak.out, h.out)
-			s.peak.packetsIn, s.peak.packetsOut = max(s.peak.packetsIn, h.packetsIn), max(s.peak.packetsOut, h.packetsOut)
+			s.peak = s.peak.highest(h)
 		}
 		rows = append(rows, s)
 	}
@@ -227,8 +244,9 @@ func (r *topRow) join(u *topRow) {
 	if u.ended.IsZero() {
 		r.units++
 	}
-	r.total, r.session = sum(r.total, u.total), sum(r.session, u.session)
-	r.now = plus(r.now, u.now)
+	r.total.add(u.total)
+	r.session.add(u.session)
+	r.now = r.now.plus(u.now)
 	// Histories are of different lengths, and have their newest value last: they
 	// are lined up at that end.
 	if missing := len(u.history) - len(r.history); missing > 0 {
@@ -236,14 +254,8 @@ func (r *topRow) join(u *topRow) {
 	}
 	offset := len(r.history) - len(u.history)
 	for i, s := range u.history {
-		r.history[offset+i] = plus(r.history[offset+i], s)
+		r.history[offset+i] = r.history[offset+i].plus(s)
 	}
-}
-
-// plus adds speeds. A sum with a part that is not known is still the best that
-// can be told of a slice.
-func plus(a, b speeds) speeds {
-	return speeds{a.in + b.in, a.out + b.out, a.packetsIn + b.packetsIn, a.packetsOut + b.packetsOut, a.known || b.known}
 }
 
 // slicesAbove lists a slice and those that it is in: the dashes of its name are
@@ -286,17 +298,17 @@ func (b *board) sorted(rows []*topRow, by column, reverse bool) []*topRow {
 	value := func(r *topRow) float64 {
 		switch by {
 		case byIn:
-			return r.now.in
+			return r.now.of[bytesIn]
 		case byOut:
-			return r.now.out
+			return r.now.of[bytesOut]
 		case byPacketsIn:
-			return r.now.packetsIn
+			return r.now.of[packetsIn]
 		case byPacketsOut:
-			return r.now.packetsOut
+			return r.now.of[packetsOut]
 		case byTotal:
-			return float64(r.total.IngressBytes) + float64(r.total.EgressBytes)
+			return float64(r.total.bytes())
 		case byRecent:
-			return r.mean(n).sum()
+			return r.mean(n).bytes()
 		}
 		return 0
 	}
@@ -321,13 +333,7 @@ func (b *board) sorted(rows []*topRow, by column, reverse bool) []*topRow {
 }
 
 // all returns the rows of the units, in no order.
-func (b *board) all() []*topRow {
-	rows := make([]*topRow, 0, len(b.rows))
-	for _, r := range b.rows {
-		rows = append(rows, r)
-	}
-	return rows
-}
+func (b *board) all() []*topRow { return slices.Collect(maps.Values(b.rows)) }
 
 // sums adds up all rows of units. Slices are left out: they have their units'
 // traffic.
@@ -335,7 +341,7 @@ func (b *board) sums() speeds {
 	var s speeds
 	for _, r := range b.rows {
 		if !strings.HasSuffix(r.name, ".slice") {
-			s = plus(s, r.now)
+			s = s.plus(r.now)
 		}
 	}
 	return s

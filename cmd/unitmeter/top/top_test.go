@@ -42,17 +42,17 @@ func TestBoardSpeeds(t *testing.T) {
 	}{
 		{"growth", []step{
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown}, // what was before is no speed
-			{counted("a.service", "1", -100, 1, 5500, 50), speeds{500, 0, 50, 0, true}},
-			{counted("a.service", "1", -100, 3, 5600, 70), speeds{50, 10, 5, 1, true}},
+			{counted("a.service", "1", -100, 1, 5500, 50), speeds{[kinds]float64{500, 50, 0, 0}, true}},
+			{counted("a.service", "1", -100, 3, 5600, 70), speeds{[kinds]float64{50, 5, 10, 1}, true}},
 		}, 600},
 		{"not read", []step{
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown},
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown},
-			{counted("a.service", "1", -100, 2, 6000, 50), speeds{500, 0, 50, 0, true}},
+			{counted("a.service", "1", -100, 2, 6000, 50), speeds{[kinds]float64{500, 50, 0, 0}, true}},
 		}, 1000},
 		{"restart", []step{
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown},
-			{counted("a.service", "2", 0, 1, 70, 10), speeds{70, 10, 7, 1, true}},
+			{counted("a.service", "2", 0, 1, 70, 10), speeds{[kinds]float64{70, 7, 10, 1}, true}},
 		}, 70},
 		{"a restart before the last reading", []step{ // it was read under the old run since
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown},
@@ -61,13 +61,13 @@ func TestBoardSpeeds(t *testing.T) {
 		{"fall", []step{
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown},
 			{counted("a.service", "1", -100, 1, 70, 60), unknown},
-			{counted("a.service", "1", -100, 2, 80, 60), speeds{10, 0, 1, 0, true}},
+			{counted("a.service", "1", -100, 2, 80, 60), speeds{[kinds]float64{10, 1, 0, 0}, true}},
 		}, 10},
 		{"lost", []step{
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown},
 			{receiver.Unit{Name: "a.service", Accounting: "lost", Invocation: "1"}, unknown},
 			{counted("a.service", "1", -100, 2, 6000, 50), unknown}, // what came meanwhile cannot be told
-			{counted("a.service", "1", -100, 3, 6010, 50), speeds{10, 0, 1, 0, true}},
+			{counted("a.service", "1", -100, 3, 6010, 50), speeds{[kinds]float64{10, 1, 0, 0}, true}},
 		}, 10},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -78,7 +78,7 @@ func TestBoardSpeeds(t *testing.T) {
 					t.Errorf("after reading %d: %+v, want %+v", i, got, s.want)
 				}
 			}
-			if got := b.rows["a.service"].session.IngressBytes; got != test.session {
+			if got := b.rows["a.service"].session[bytesIn]; got != test.session {
 				t.Errorf("received since the start: %d, want %d", got, test.session)
 			}
 		})
@@ -93,10 +93,10 @@ func TestBoardUnits(t *testing.T) {
 	if len(b.rows) != 2 || b.rows["b.service"] != nil || b.others["off"] != 0 {
 		t.Errorf("rows %v, others %v", b.rows, b.others)
 	}
-	if got := b.rows["a2.service"].now.in; got != 30 {
+	if got := b.rows["a2.service"].now.of[bytesIn]; got != 30 {
 		t.Errorf("speed of the new unit = %v, want 30", got)
 	}
-	if got := b.sums(); got != (speeds{80, 0, 8, 0, true}) {
+	if got := b.sums(); got != (speeds{[kinds]float64{80, 8, 0, 0}, true}) {
 		t.Errorf("sums = %+v", got)
 	}
 	// An ended unit stays for a minute, at 0.
@@ -123,8 +123,8 @@ func TestBoardKeepsBounded(t *testing.T) {
 	if len(r.history) != 600 {
 		t.Errorf("%d speeds kept, want 600", len(r.history))
 	}
-	if m := r.mean(60); m.in != 100 || r.peak.in != 100 {
-		t.Errorf("mean %v, peak %v, want 100", m.in, r.peak.in)
+	if m := r.mean(60); m.of[bytesIn] != 100 || r.peak.of[bytesIn] != 100 {
+		t.Errorf("mean %v, peak %v, want 100", m.of[bytesIn], r.peak.of[bytesIn])
 	}
 }
 
@@ -166,15 +166,15 @@ func TestBoardBySlice(t *testing.T) {
 		got[r.name] = *r
 	}
 	for name, want := range map[string]topRow{
-		"x-y.slice": {units: 1, now: speeds{1000, 0, 100, 0, true}, total: receiver.Counters{IngressBytes: 2000, IngressPackets: 200}},
-		"x.slice":   {units: 3, now: speeds{1105, 15, 110, 1, true}, total: receiver.Counters{IngressBytes: 2205, IngressPackets: 220, EgressBytes: 25, EgressPackets: 2}},
-		"-.slice":   {units: 3, now: speeds{1105, 15, 110, 1, true}, total: receiver.Counters{IngressBytes: 2205, IngressPackets: 220, EgressBytes: 25, EgressPackets: 2}},
+		"x-y.slice": {units: 1, now: speeds{[kinds]float64{1000, 100, 0, 0}, true}, total: totals{2000, 200, 0, 0}},
+		"x.slice":   {units: 3, now: speeds{[kinds]float64{1105, 110, 15, 1}, true}, total: totals{2205, 220, 25, 2}},
+		"-.slice":   {units: 3, now: speeds{[kinds]float64{1105, 110, 15, 1}, true}, total: totals{2205, 220, 25, 2}},
 	} {
 		if g := got[name]; g.units != want.units || g.now != want.now || g.total != want.total {
 			t.Errorf("%s = %d units, %+v, %+v; want %+v", name, g.units, g.now, g.total, want)
 		}
 	}
-	if h := got["x.slice"].history; len(h) != 3 || h[1].in != 1100 || h[2].in != 1105 {
+	if h := got["x.slice"].history; len(h) != 3 || h[1].of[bytesIn] != 1100 || h[2].of[bytesIn] != 1105 {
 		t.Errorf("history of x.slice = %v", h)
 	}
 	if len(got) != 3 {
@@ -185,9 +185,9 @@ func TestBoardBySlice(t *testing.T) {
 func TestBoardSorted(t *testing.T) {
 	b := newBoard(nil, time.Second)
 	rows := []*topRow{
-		{name: "c", now: speeds{in: 1, out: 9, packetsIn: 5, packetsOut: 1}, total: receiver.Counters{IngressBytes: 3}, history: []speeds{{in: 1, known: true}}},
-		{name: "a", now: speeds{in: 2, out: 8, packetsIn: 5, packetsOut: 3}, total: receiver.Counters{EgressBytes: 9}, history: []speeds{{in: 1, known: true}, {in: 3, known: true}}},
-		{name: "b", now: speeds{in: 3, out: 7, packetsIn: 6, packetsOut: 2}, total: receiver.Counters{IngressBytes: 4, EgressBytes: 1}, history: []speeds{{in: 3, known: true}, {}}},
+		{name: "c", now: speeds{of: [kinds]float64{1, 5, 9, 1}}, total: totals{3, 0, 0, 0}, history: []speeds{{of: [kinds]float64{1}, known: true}}},
+		{name: "a", now: speeds{of: [kinds]float64{2, 5, 8, 3}}, total: totals{0, 0, 9, 0}, history: []speeds{{of: [kinds]float64{1}, known: true}, {of: [kinds]float64{3}, known: true}}},
+		{name: "b", now: speeds{of: [kinds]float64{3, 6, 7, 2}}, total: totals{4, 0, 1, 0}, history: []speeds{{of: [kinds]float64{3}, known: true}, {}}},
 	}
 	for by, want := range map[column][2]string{
 		byName: {"abc", "cba"}, byIn: {"bac", "cab"}, byOut: {"cab", "bac"}, byTotal: {"abc", "cba"}, byRecent: {"bac", "cab"},
@@ -209,7 +209,7 @@ func TestSparkline(t *testing.T) {
 	known := func(values ...float64) []speeds {
 		var h []speeds
 		for _, v := range values {
-			h = append(h, speeds{in: v, known: v >= 0}) // -1 stands for a gap
+			h = append(h, speeds{of: [kinds]float64{v}, known: v >= 0}) // -1 stands for a gap
 		}
 		return h
 	}

@@ -114,7 +114,7 @@ func (m *topModel) title(text string) string {
 func (m *topModel) table() []string {
 	sums := m.board.sums()
 	lines := []string{
-		m.title(fmt.Sprintf("unitmeter top   in %s   out %s", m.rate(sums), m.rate(speeds{in: sums.out, known: sums.known}))),
+		m.title(fmt.Sprintf("unitmeter top   in %s   out %s", m.rate(sums, bytesIn), m.rate(sums, bytesOut))),
 		m.status(),
 	}
 	shown := m.columns()
@@ -188,17 +188,17 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 			}
 			b.WriteString(tty.Fit(name, c.width, false))
 		case byIn:
-			b.WriteString(tty.Fit(m.rate(r.now), c.width, true))
+			b.WriteString(tty.Fit(m.rate(r.now, bytesIn), c.width, true))
 		case byOut:
-			b.WriteString(tty.Fit(m.rate(speeds{in: r.now.out, known: r.now.known}), c.width, true))
+			b.WriteString(tty.Fit(m.rate(r.now, bytesOut), c.width, true))
 		case byPacketsIn:
-			b.WriteString(tty.Fit(m.packets(r.now.packetsIn, r.now.known), c.width, true))
+			b.WriteString(tty.Fit(m.packets(r.now, packetsIn), c.width, true))
 		case byPacketsOut:
-			b.WriteString(tty.Fit(m.packets(r.now.packetsOut, r.now.known), c.width, true))
+			b.WriteString(tty.Fit(m.packets(r.now, packetsOut), c.width, true))
 		case byTotal:
-			b.WriteString(tty.Fit(m.volume(r.total.IngressBytes+r.total.EgressBytes), c.width, true))
+			b.WriteString(tty.Fit(m.volume(r.total.bytes()), c.width, true))
 		case byRecent:
-			graph = sparkline(bothWays(r.history), m.board.intervals(recent), c.width)
+			graph = sparkline(r.history, m.board.intervals(recent), c.width)
 			continue // the last, with a style of its own
 		}
 		b.WriteByte(' ')
@@ -209,7 +209,7 @@ func (m *topModel) line(r *topRow, shown []shownColumn, selected bool) string {
 	// graph's style within would end the selection too.
 	case selected:
 		return styleSelected + text + graph + styleEnd
-	case !r.ended.IsZero() || r.now.sum() == 0 && r.mean(m.board.intervals(recent)).sum() == 0:
+	case !r.ended.IsZero() || r.now.bytes() == 0 && r.mean(m.board.intervals(recent)).bytes() == 0:
 		return styleFaint + text + graph + styleEnd
 	}
 	return text + styleGraph + graph + styleEnd
@@ -244,21 +244,23 @@ func (m *topModel) detail() []string {
 	// Over all that is kept, while the total is over the run: what systemd
 	// counted before top began has no speed.
 	mean := r.mean(len(r.history))
-	lines = append(lines, "", styleTitle+tty.Fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", "", "now", "mean", "peak", "total"), m.width, false)+styleEnd)
-	number := func(name string, now, mean, peak string, total string) {
-		lines = append(lines, tty.Fit(fmt.Sprintf("%-12s%15s%15s%15s%15s", name, now, mean, peak, total), m.width, false))
+	const columns = "%-12s%15s%15s%15s%15s"
+	lines = append(lines, "", styleTitle+tty.Fit(fmt.Sprintf(columns, "", "now", "mean", "peak", "total"), m.width, false)+styleEnd)
+	mean.known, r.peak.known = len(r.history) > 0, len(r.history) > 0
+	for _, k := range []struct {
+		title string
+		kind  int
+		write func(s speeds, kind int) string
+		total string
+	}{
+		{"received", bytesIn, m.rate, m.volume(r.total[bytesIn])},
+		{"sent", bytesOut, m.rate, m.volume(r.total[bytesOut])},
+		{"packets in", packetsIn, m.packetRate, tty.Grouped(r.total[packetsIn])},
+		{"packets out", packetsOut, m.packetRate, tty.Grouped(r.total[packetsOut])},
+	} {
+		lines = append(lines, tty.Fit(fmt.Sprintf(columns, k.title, k.write(r.now, k.kind), k.write(mean, k.kind), k.write(r.peak, k.kind), k.total), m.width, false))
 	}
-	both := func(now, mean, peak float64) (string, string, string) {
-		rate := func(v float64, known bool) string { return m.rate(speeds{in: v, known: known}) }
-		return rate(now, r.now.known), rate(mean, len(r.history) > 0), rate(peak, len(r.history) > 0)
-	}
-	now, average, peak := both(r.now.in, mean.in, r.peak.in)
-	number("received", now, average, peak, m.volume(r.total.IngressBytes))
-	now, average, peak = both(r.now.out, mean.out, r.peak.out)
-	number("sent", now, average, peak, m.volume(r.total.EgressBytes))
-	number("packets in", m.packets(r.now.packetsIn, r.now.known)+"/s", m.packets(mean.packetsIn, true)+"/s", m.packets(r.peak.packetsIn, true)+"/s", tty.Grouped(r.total.IngressPackets))
-	number("packets out", m.packets(r.now.packetsOut, r.now.known)+"/s", m.packets(mean.packetsOut, true)+"/s", m.packets(r.peak.packetsOut, true)+"/s", tty.Grouped(r.total.EgressPackets))
-	field("since "+m.board.began.Local().Format("15:04:05"), fmt.Sprintf("   received %s, sent %s", m.volume(r.session.IngressBytes), m.volume(r.session.EgressBytes)))
+	field("since "+m.board.began.Local().Format("15:04:05"), fmt.Sprintf("   received %s, sent %s", m.volume(r.session[bytesIn]), m.volume(r.session[bytesOut])))
 
 	// What is left of the screen is for the two graphs.
 	room := m.height - 1 - len(lines)
@@ -269,14 +271,11 @@ func (m *topModel) detail() []string {
 	span := (time.Duration(n) * m.board.interval).Round(time.Second)
 	for _, g := range []struct {
 		title string
-		value func(speeds) float64
-	}{
-		{"received", func(s speeds) float64 { return s.in }},
-		{"sent", func(s speeds) float64 { return s.out }},
-	} {
-		buckets := resample(r.history, g.value, n, m.width)
+		kind  int
+	}{{"received", bytesIn}, {"sent", bytesOut}} {
+		buckets := resample(r.history, func(s speeds) float64 { return s.of[g.kind] }, n, m.width)
 		most := highest(buckets)
-		lines = append(lines, "", tty.Fit(fmt.Sprintf("%s, the last %s, up to %s", g.title, span, m.rate(speeds{in: most, known: true})), m.width, false))
+		lines = append(lines, "", tty.Fit(fmt.Sprintf("%s, the last %s, up to %s", g.title, span, rateText(most, true, m.exact)), m.width, false))
 		for _, l := range chart(buckets, most, high) {
 			lines = append(lines, styleGraph+l+styleEnd)
 		}
@@ -319,8 +318,8 @@ func (m *topModel) footer() string {
 	return styleFaint + tty.Fit(text, m.width, false) + styleEnd
 }
 
-// rate writes s.in as a speed.
-func (m *topModel) rate(s speeds) string { return rateText(s.in, s.known, m.exact) }
+// rate writes a speed of bytes.
+func (m *topModel) rate(s speeds, kind int) string { return rateText(s.of[kind], s.known, m.exact) }
 
 // rateText writes a speed in bytes per second. What is not known is a dash: a
 // zero would be a number.
@@ -335,12 +334,15 @@ func rateText(v float64, known, exact bool) string {
 }
 
 // packets writes packets per second, without a unit: the column has it.
-func (m *topModel) packets(v float64, known bool) string {
-	if !known {
+func (m *topModel) packets(s speeds, kind int) string {
+	if !s.known {
 		return "-"
 	}
-	return tty.Grouped(uint64(math.Round(v)))
+	return tty.Grouped(uint64(math.Round(s.of[kind])))
 }
+
+// packetRate writes packets per second with their unit.
+func (m *topModel) packetRate(s speeds, kind int) string { return m.packets(s, kind) + "/s" }
 
 // volume writes a number of bytes as the screen's mode has it.
 func (m *topModel) volume(n uint64) string { return volumeText(n, m.exact) }
@@ -351,15 +353,6 @@ func volumeText(n uint64, exact bool) string {
 		return tty.Grouped(n) + " B"
 	}
 	return tty.Bytes(float64(n))
-}
-
-// bothWays adds the two directions of each interval up.
-func bothWays(history []speeds) []speeds {
-	sums := make([]speeds, len(history))
-	for i, s := range history {
-		sums[i] = speeds{in: s.sum(), known: s.known}
-	}
-	return sums
 }
 
 // resample makes so many values of the last n speeds, the newest last. Each is
@@ -380,10 +373,10 @@ func resample(history []speeds, value func(speeds) float64, n, width int) []floa
 	return out
 }
 
-// sparkline draws the last n speeds in one line. Its scale is that of the unit
-// alone.
+// sparkline draws the last n speeds, of both directions, in one line. Its scale is
+// that of the unit alone.
 func sparkline(history []speeds, n, width int) string {
-	buckets := resample(history, func(s speeds) float64 { return s.in }, n, width)
+	buckets := resample(history, speeds.bytes, n, width)
 	return chart(buckets, highest(buckets), 1)[0]
 }
 
@@ -422,12 +415,14 @@ func chart(values []float64, most float64, high int) []string {
 func printTop(w io.Writer, b *board, exact bool) error {
 	tab := tty.NewTable(w, true, "IN/s", "OUT/s", "IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT", "UNIT")
 	for _, r := range b.sorted(b.all(), byRecent, false) {
-		packets := [2]string{"-", "-"}
-		if r.now.known {
-			packets = [2]string{strconv.FormatFloat(r.now.packetsIn, 'f', 0, 64), strconv.FormatFloat(r.now.packetsOut, 'f', 0, 64)}
+		packets := func(kind int) string {
+			if !r.now.known {
+				return "-"
+			}
+			return strconv.FormatFloat(r.now.of[kind], 'f', 0, 64)
 		}
-		tab.Row(rateText(r.now.in, r.now.known, exact), rateText(r.now.out, r.now.known, exact),
-			packets[0], packets[1], volumeText(r.total.IngressBytes, exact), volumeText(r.total.EgressBytes, exact), r.name)
+		tab.Row(rateText(r.now.of[bytesIn], r.now.known, exact), rateText(r.now.of[bytesOut], r.now.known, exact), packets(packetsIn), packets(packetsOut),
+			volumeText(r.total[bytesIn], exact), volumeText(r.total[bytesOut], exact), r.name)
 	}
 	if err := tab.Flush(); err != nil {
 		return err
