@@ -83,7 +83,7 @@ func withoutNumbers(u receiver.Unit) (reason, fix string) {
 	switch u.Accounting {
 	case "off":
 		if !accounting.CarriesTraffic(u.Name) {
-			return "IP accounting is off; a mount has traffic only where a program serves it", ""
+			return "IP accounting is off; a mount has traffic only if a program serves it", ""
 		}
 		return "IP accounting is off", "unitmeter enable " + name
 	case "lost":
@@ -91,9 +91,9 @@ func withoutNumbers(u receiver.Unit) (reason, fix string) {
 	case "no_data":
 		return "it has no processes or IP sockets that systemd could count", ""
 	case "failed":
-		return "systemd's answer made no sense", "report it, with the output of: systemctl show " + name
+		return "systemd's answer is not valid", "report a bug with the output of: systemctl show " + name
 	}
-	return "it has not been read", "unitmeter units " + name
+	return "it could not be read", "unitmeter units " + name
 }
 
 // whyExcluded says which setting keeps a unit from being metered, or "".

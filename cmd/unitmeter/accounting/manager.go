@@ -219,15 +219,7 @@ const noData = 1<<64 - 1
 // ErrorIs reports whether err is one of the D-Bus errors of that name.
 func ErrorIs(err error, names ...string) bool {
 	var refused dbus.Error
-	if !errors.As(err, &refused) {
-		return false
-	}
-	for _, name := range names {
-		if refused.Name == name {
-			return true
-		}
-	}
-	return false
+	return errors.As(err, &refused) && slices.Contains(names, refused.Name)
 }
 
 // Denied reports whether systemd or the bus refused the rights of the caller.
@@ -245,30 +237,23 @@ func (m *Manager) Version(ctx context.Context) (Version, error) {
 	return ParseVersion(text)
 }
 
-// Version is what the Manager property Version begins with.
+// Version is what the manager's property Version begins with.
 type Version struct{ Major, Minor int }
 
-// ParseVersion reads "252.38-1~deb12u1", "v258" or "256~rc3-1". The
-// release candidates of a version are taken for the version.
+// ParseVersion reads "252.38-1~deb12u1", "v258" or "256~rc3-1". The release
+// candidates of a version are taken for the version.
 func ParseVersion(text string) (v Version, err error) {
-	digits := func(s string) (int, string) {
-		n := 0
-		for n < len(s) && s[n] >= '0' && s[n] <= '9' {
-			n++
-		}
-		number, _ := strconv.Atoi(s[:min(n, 6)])
-		return number, s[n:]
-	}
-	rest := ""
-	v.Major, rest = digits(strings.TrimPrefix(strings.TrimSpace(text), "v"))
-	if v.Major == 0 {
-		return v, fmt.Errorf("read systemd's version %q: it does not begin with a number", text)
-	}
-	if after, ok := strings.CutPrefix(rest, "."); ok {
-		v.Minor, _ = digits(after)
+	_, _ = fmt.Sscanf(strings.TrimLeft(text, " v"), "%d.%d", &v.Major, &v.Minor) // some have no minor number
+	if v.Major <= 0 {
+		return Version{}, fmt.Errorf("read systemd's version %q: it does not begin with a number", text)
 	}
 	return v, nil
 }
+
+// LosesAtReload reports whether this systemd loses the counters of running units at
+// a daemon-reload, and leaves units without that get accounting by it
+// (systemd#38112).
+func (v Version) LosesAtReload() bool { return !v.Before(256, 0) && v.Before(258, 0) }
 
 func (v Version) String() string {
 	if v.Minor == 0 {

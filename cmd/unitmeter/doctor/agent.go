@@ -28,7 +28,7 @@ const FailingSince = "; failing since "
 type agentService struct {
 	user   string
 	state  string // ActiveState
-	status string // what it says of itself, see statusText; empty where it does not run
+	status string // its status line; empty where it does not run
 	// properties are those that a transient unit needs to run alike, as
 	// systemd-run takes them.
 	properties []string
@@ -122,7 +122,7 @@ func examineAsAgent(ctx context.Context, environ []string) (findings []finding, 
 	defer cancel()
 	m, err := accounting.Connect(ask, receiver.Config{}.Addresses()...)
 	if err != nil {
-		return nil, nil, "" // the checks will tell
+		return nil, nil, "" // the checks report it
 	}
 	defer m.Close()
 	a, err := findAgent(ask, m)
@@ -131,9 +131,9 @@ func examineAsAgent(ctx context.Context, environ []string) (findings []finding, 
 	}
 	findings, err = a.examine(ctx)
 	if err != nil {
-		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these are the settings of this shell", agentUnit, tty.Line(err))
+		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these checks use the settings of this shell", agentUnit, tty.Line(err))
 	}
-	return findings, a, fmt.Sprintf("checked as %s would: its user (%s), its environment, its credentials; --here is for those of this shell", agentUnit, a.user)
+	return findings, a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", agentUnit, a.user)
 }
 
 // next says where settings go and what makes a running agent take them: a fix
@@ -145,7 +145,7 @@ func (a *agentService) next(findings []finding) string {
 	}) {
 		return ""
 	}
-	return fmt.Sprintf("Variables go into %s. For them, and for a new group:\n      systemctl restart %s\n", a.settings, agentUnit)
+	return fmt.Sprintf("Variables belong in %s. To apply them, or a new group:\n      systemctl restart %s\n", a.settings, agentUnit)
 }
 
 // examine runs the doctor in a transient unit.
@@ -180,23 +180,20 @@ func (a *agentService) examine(ctx context.Context) ([]finding, error) {
 	return nil, fmt.Errorf("run systemd-run: %w", err)
 }
 
-// checkAgent tells whether the installed agent runs.
+// checkAgent asks whether the installed agent runs.
 func (d *doctor) checkAgent(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
 	a, err := findAgent(ctx, d.m)
 	d.agent = a
 	switch {
 	case err != nil:
 		return skipped("%s cannot be read: %v", agentUnit, err)
 	case a == nil:
-		return skipped("there is no %s; these checks are about this shell", agentUnit)
+		return skipped("there is no %s; these checks use the settings of this shell", agentUnit)
 	case a.state == "active":
 		return good("%s runs", agentUnit)
 	// With Restart= a service that ends at once is activating most of the time.
 	case a.state == "failed", a.state == "activating":
-		return failure("journalctl -u "+agentUnit+" -n 20", "%s does not come up (%s): its log says why", agentUnit, a.state)
+		return failure("journalctl -u "+agentUnit+" -n 20", "%s does not start (%s); see its log", agentUnit, a.state)
 	}
 	return warning("systemctl enable --now "+agentUnit, "%s does not run (%s)", agentUnit, a.state)
 }

@@ -91,11 +91,10 @@ type doctor struct {
 	configured bool
 	m          *accounting.Manager // nil where no bus answers
 	version    accounting.Version
-	units      []accounting.Reading
-	unitsRead  bool
-	stateless  bool // the state directory cannot be used
-	nameless   bool // the name of the endpoint has no address
-	reachable  bool // the endpoint takes connections
+	units      []accounting.Reading // nil where they could not be read
+	stateless  bool                 // the state directory cannot be used
+	nameless   bool                 // the name of the endpoint has no address
+	reachable  bool                 // the endpoint takes connections
 	agent      *agentService
 	blocked    string // the fix of the first check on the way to the Collector that failed
 }
@@ -108,21 +107,49 @@ func (d *doctor) checks() []check {
 		{"kernel", d.checkKernel},
 		{"cgroup", d.checkCgroup},
 		{"bus", d.checkBus},
-		{"systemd", d.checkVersion},
-		{"agent", d.checkAgent},
-		{"machine", d.checkMachine},
+		{"systemd", d.withBus(d.checkVersion)},
+		{"agent", d.withBus(d.checkAgent)},
+		{"machine", d.withBus(d.checkMachine)},
 		{"clock", d.checkClock},
-		{"accounting-default", d.checkDefault},
-		{"accounting", d.checkAccounting},
-		{"counters", d.checkCounters},
+		{"accounting-default", d.withBus(d.checkDefault)},
+		{"accounting", d.withBus(d.checkAccounting)},
+		{"counters", d.withBus(d.checkCounters)},
 		{"stop-records", d.checkStopRecords},
 		{"state-directory", d.checkState},
-		{"endpoint-name", d.checkEndpointName},
-		{"endpoint-connection", d.checkConnection},
-		{"endpoint-tls", d.checkTLS},
-		{"collector", d.checkCollector},
+		{"endpoint-name", d.withEndpoint(d.checkEndpointName)},
+		{"endpoint-connection", d.withEndpoint(d.checkConnection)},
+		{"endpoint-tls", d.withEndpoint(d.checkTLS)},
+		{"collector", d.withEndpoint(d.checkCollector)},
 		{"outbox", d.checkOutbox},
-		{"own-traffic", d.checkOwnTraffic},
+		{"own-traffic", d.withBus(d.checkOwnTraffic)},
+	}
+}
+
+// withBus skips a check where systemd cannot be reached.
+func (d *doctor) withBus(run func(context.Context) finding) func(context.Context) finding {
+	return func(ctx context.Context) finding {
+		if d.m == nil {
+			return skipped("systemd cannot be reached")
+		}
+		return run(ctx)
+	}
+}
+
+// withEndpoint skips a check where there is no endpoint.
+func (d *doctor) withEndpoint(run func(context.Context, endpoint) finding) func(context.Context) finding {
+	return func(ctx context.Context) finding {
+		switch {
+		case !d.configured:
+			return skipped("the environment is wrong")
+		// Prometheus scrapes the agent, and the console needs nobody.
+		case !slices.Contains(d.cfg.Exporters, "otlp"):
+			return skipped("OTEL_METRICS_EXPORTER has no otlp")
+		}
+		ep, err := parseEndpoint(d.cfg.OTLP)
+		if err != nil {
+			return skipped("the endpoint %q is not valid: %v", d.cfg.OTLP.Endpoint, err)
+		}
+		return run(ctx, ep)
 	}
 }
 
@@ -267,13 +294,12 @@ func writeFinding(w io.Writer, f finding) {
 func (d *doctor) checkEnvironment(context.Context) finding {
 	cfg, err := config.Load(d.environ)
 	if err != nil {
-		// All problems are shown, and the fix is that of the first: the others may
-		// follow from it.
+		// The fix is that of the first problem: the others may follow from it.
 		fix := "unitmeter help environment"
 		if p, ok := firstProblem(err); ok {
 			fix = p.Variable + ": " + p.Hint
 		}
-		return failure(fix, "%s; the checks that need the settings are made with the defaults or left out", err)
+		return failure(fix, "%s; the checks that need the settings use the defaults or are skipped", err)
 	}
 	d.cfg, d.configured = cfg, true
 	set := 0
@@ -285,10 +311,10 @@ func (d *doctor) checkEnvironment(context.Context) finding {
 	// What is valid, and yet leaves the agent without anything to do, may be
 	// a variable that was set for another program.
 	if cfg.Disabled {
-		return failure("unset OTEL_SDK_DISABLED", "OTEL_SDK_DISABLED is true: the agent would do nothing")
+		return failure("unset OTEL_SDK_DISABLED", "OTEL_SDK_DISABLED is true: the agent does nothing")
 	}
 	if len(cfg.Exporters) == 0 {
-		return failure("unset OTEL_METRICS_EXPORTER", "OTEL_METRICS_EXPORTER is none: the agent would send nothing")
+		return failure("unset OTEL_METRICS_EXPORTER", "OTEL_METRICS_EXPORTER is none: the agent sends nothing")
 	}
 	found := fmt.Sprintf("%d variables OTEL_* and UNITMETER_*; exporters: %s", set, strings.Join(cfg.Exporters, ", "))
 	if cfg.OTLP.Endpoint != "" {
@@ -319,17 +345,17 @@ func firstProblem(err error) (*config.Problem, bool) {
 	return nil, false
 }
 
-// checkUser tells as whom all this is checked: rights differ.
+// checkUser reports the user that the checks run as: rights differ.
 func (d *doctor) checkUser(context.Context) finding {
 	uid := os.Geteuid()
 	name := userName(uid)
 	// Between these systemd takes the uids of DynamicUser=yes.
 	if uid >= 61184 && uid <= 65519 {
-		return warning("use a static user: User=unitmeter instead of DynamicUser=yes, with a user that systemd-sysusers made",
-			"uid %d (%s) is a dynamic user; dbus-daemon lets none connect (systemd#22737)", uid, name)
+		return warning("use a static user: User=unitmeter instead of DynamicUser=yes, with a user from systemd-sysusers",
+			"uid %d (%s) is a dynamic user, which dbus-daemon does not let connect (systemd#22737)", uid, name)
 	}
 	if uid == 0 {
-		return good("root; run it as the agent's user to check that user's rights")
+		return good("root; to check the rights of the agent's user, run it as that user")
 	}
 	return good("uid %d (%s)", uid, name)
 }

@@ -349,7 +349,7 @@ func TestVersionFinding(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want(t, map[string]finding{test.version: versionFinding(v, test.version)}, test.version, test.status, test.fix)
+		want(t, map[string]finding{test.version: versionFinding(v)}, test.version, test.status, test.fix)
 	}
 }
 

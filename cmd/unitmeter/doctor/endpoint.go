@@ -73,26 +73,6 @@ func (ep endpoint) scheme() string {
 	return "https://"
 }
 
-// target returns the endpoint for a check, or the finding that there is none.
-func (d *doctor) target() (endpoint, *finding) {
-	skip := func(format string, args ...any) (endpoint, *finding) {
-		f := skipped(format, args...)
-		return endpoint{}, &f
-	}
-	if !d.configured {
-		return skip("the environment is wrong")
-	}
-	// Prometheus scrapes us, and the console needs nobody: there is no endpoint.
-	if !slices.Contains(d.cfg.Exporters, "otlp") {
-		return skip("OTEL_METRICS_EXPORTER has no otlp")
-	}
-	ep, err := parseEndpoint(d.cfg.OTLP)
-	if err != nil {
-		return skip("%q is not understood: %v", d.cfg.OTLP.Endpoint, err)
-	}
-	return ep, nil
-}
-
 // proxy returns the proxy for an endpoint, or nil.
 func (ep endpoint) proxy() *url.URL {
 	if ep.network != "tcp" {
@@ -112,16 +92,13 @@ func (ep endpoint) proxy() *url.URL {
 
 // checkEndpointName, checkConnection, checkTLS and checkCollector go up one
 // layer each, so that the first to fail names the setting that is wrong.
-func (d *doctor) checkEndpointName(ctx context.Context) finding {
-	ep, none := d.target()
+func (d *doctor) checkEndpointName(ctx context.Context, ep endpoint) finding {
 	switch {
-	case none != nil:
-		return *none
 	case ep.network == "unix":
-		return skipped("a socket of this host needs no name")
+		return skipped("a Unix socket needs no name")
 	// Behind a proxy the name need not be known here.
 	case ep.proxy() != nil:
-		return skipped("the proxy %s looks it up", ep.proxy().Redacted())
+		return skipped("the proxy %s resolves the name", ep.proxy().Redacted())
 	case net.ParseIP(strings.Trim(ep.host, "[]")) != nil:
 		return good("%s is an address", ep.host)
 	}
@@ -131,19 +108,15 @@ func (d *doctor) checkEndpointName(ctx context.Context) finding {
 	if err != nil {
 		d.nameless = true
 		if ep.host == "localhost" { // in a container made from nothing
-			return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.scheme()+strings.Replace(ep.address, "localhost", "127.0.0.1", 1), "%v: there is no /etc/hosts with it", err)
+			return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.scheme()+strings.Replace(ep.address, "localhost", "127.0.0.1", 1), "%v: /etc/hosts does not have it", err)
 		}
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to a name that exists (getent hosts "+ep.host+")", "%v", err)
 	}
 	return good("%s is %s", ep.host, strings.Join(addresses, ", "))
 }
 
-func (d *doctor) checkConnection(ctx context.Context) finding {
-	ep, none := d.target()
-	switch {
-	case none != nil:
-		return *none
-	case d.nameless:
+func (d *doctor) checkConnection(ctx context.Context, ep endpoint) finding {
+	if d.nameless {
 		return skipped("there is no address")
 	}
 	// The first hop: a proxy that is down looks like a Collector that is down.
@@ -157,14 +130,14 @@ func (d *doctor) checkConnection(ctx context.Context) finding {
 	conn, err := new(net.Dialer).DialContext(ctx, ep.network, address)
 	if err == nil {
 		d.reachable = true
-		_ = conn.Close() // it has told all
-		return good("%s takes connections", what)
+		_ = conn.Close()
+		return good("%s accepts connections", what)
 	}
 	switch {
 	// The host has answered: nobody is at this port, or at this path.
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
 		return failure("start the Collector, or set OTEL_EXPORTER_OTLP_ENDPOINT to where it listens ("+usualEndpoint(ep)+")",
-			"nobody listens at %s: %v", what, err)
+			"nothing listens at %s: %v", what, err)
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return failure("open the firewall for "+address+", or set OTEL_EXPORTER_OTLP_ENDPOINT", "no answer from %s within %s", what, checkTimeout/2)
 	}
@@ -183,18 +156,15 @@ func usualEndpoint(ep endpoint) string {
 // checkTLS makes a handshake of its own: gRPC and HTTP wrap its errors until
 // they say little. It uses the settings that the exporter gets, with nothing
 // skipped.
-func (d *doctor) checkTLS(ctx context.Context) finding {
-	ep, none := d.target()
+func (d *doctor) checkTLS(ctx context.Context, ep endpoint) finding {
 	switch {
-	case none != nil:
-		return *none
 	// Headers are there to carry secrets.
 	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && len(d.cfg.OTLP.Headers) > 0:
-		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "off: headers go over the network in clear text")
+		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "TLS is off, and the headers cross the network in clear text")
 	case ep.plain:
-		return good("off, as the endpoint says")
+		return good("TLS is off, as the endpoint asks")
 	case ep.proxy() != nil:
-		return skipped("it goes through the proxy %s", ep.proxy().Redacted())
+		return skipped("the connection goes through the proxy %s", ep.proxy().Redacted())
 	case !d.reachable:
 		return skipped("there is no connection")
 	}
@@ -244,7 +214,7 @@ func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
 	}
 	found := fmt.Sprintf("%s, certificate of %s", tls.VersionName(state.Version), certName(state.PeerCertificates[0]))
 	if asked && len(pair) > 0 {
-		found += ", our client certificate is taken"
+		found += ", client certificate accepted"
 	}
 	// Some certificates live for an hour, and are renewed in time.
 	leaf := state.PeerCertificates[0]
@@ -267,7 +237,7 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 	var invalid x509.CertificateInvalidError
 	switch {
 	case errors.As(err, &plain):
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS, and the settings ask for it", ep.address)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS, and the settings require it", ep.address)
 	case errors.As(err, &name):
 		names := slices.Clone(name.Certificate.DNSNames)
 		for _, ip := range name.Certificate.IPAddresses {
@@ -280,27 +250,30 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 		if unknown.Cert != nil {
 			issuer = fmt.Sprintf("%q", unknown.Cert.Issuer.String())
 		}
-		found := "the system's authorities do not know who signed the certificate"
+		found := "no authority that this system trusts signed the certificate"
 		if o.CertificateFile != "" {
 			found = o.CertificateFile + " is not the authority that signed the certificate"
 		}
 		return failure("set OTEL_EXPORTER_OTLP_CERTIFICATE to the PEM file of "+issuer, "%s: %v", found, err)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
-		return failure("renew the certificate of the Collector, or set the clock right", "%v", err)
+		return failure("renew the certificate of the Collector, or correct the clock", "%v", err)
 	// An alert is what a server sends that wants a client certificate, or another
 	// one than it got.
 	case errors.As(err, &alert), isAlert(err):
 		if o.ClientCertificateFile == "" {
-			return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY", "the Collector wants a client certificate, and none is set: %v", err)
+			return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY", "the Collector requires a client certificate, and none is set: %v", err)
 		}
 		return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE to a certificate of an authority that the Collector trusts",
-			"the Collector does not take the client certificate %s: %v", o.ClientCertificateFile, err)
+			"the Collector rejects the client certificate %s: %v", o.ClientCertificateFile, err)
 	// Servers that read a TLS handshake as something else hang up.
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s ends the connection during the TLS handshake: it may not speak TLS", ep.address)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s closes the connection during the TLS handshake: it may not speak TLS", ep.address)
 	}
-	return failure("look at the log of the Collector", "%v", err)
+	return failure(lookAtLog, "%v", err)
 }
+
+// lookAtLog is the fix for what only the Collector knows.
+const lookAtLog = "look at the log of the Collector"
 
 // isAlert finds the alerts that crypto/tls has in a type of its own.
 func isAlert(err error) bool {
@@ -310,12 +283,8 @@ func isAlert(err error) bool {
 
 // checkCollector sends an empty request. Where it fails, the endpoint is asked
 // what it speaks, since the errors of a wrong protocol do not say.
-func (d *doctor) checkCollector(ctx context.Context) finding {
-	ep, none := d.target()
-	switch {
-	case none != nil:
-		return *none
-	case !d.reachable:
+func (d *doctor) checkCollector(ctx context.Context, ep endpoint) finding {
+	if !d.reachable {
 		return skipped("there is no connection")
 	}
 	// Half of the time is for finding out why it failed.
@@ -327,7 +296,7 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 		if n := len(d.cfg.OTLP.Headers); n > 0 {
 			names = fmt.Sprintf("%d headers", n)
 		}
-		return good("it takes a request (%s, %s)", d.cfg.OTLP.Protocol, names)
+		return good("it accepts a request (%s, %s)", d.cfg.OTLP.Protocol, names)
 	}
 	// Through a proxy the peer cannot be talked to in another way than the
 	// settings' own.
@@ -352,14 +321,14 @@ func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) findin
 	if answer := (*exporter.StatusError)(nil); errors.As(err, &answer) {
 		web = answer.Code
 	}
-	header := "set the header that the Collector wants in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"
+	header := "set the header that the Collector requires in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"
 	switch {
 	case code == codes.Unauthenticated, web == http.StatusUnauthorized:
-		return failure(header, "the Collector does not take our credentials (%d headers are set): %s", len(o.Headers), err)
+		return failure(header, "the Collector rejects the credentials (%d headers are set): %s", len(o.Headers), err)
 	case code == codes.PermissionDenied, web == http.StatusForbidden:
-		return failure(header, "our credentials may not send metrics (%d headers are set): %s", len(o.Headers), err)
+		return failure(header, "the credentials do not allow sending metrics (%d headers are set): %s", len(o.Headers), err)
 	case peer == peerTLS && ep.plain:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings are without: %s", ep.address, err)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings have it off: %s", ep.address, err)
 	case peer == peerPlain && !ep.plain:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS: %s", ep.address, err)
 	case peer == peerHTTP1 && ep.grpc:
@@ -370,16 +339,16 @@ func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) findin
 			"%s speaks gRPC: %s", ep.address, err)
 	case web == http.StatusNotFound, web == http.StatusMethodNotAllowed, web >= 300 && web < 400:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to the Collector's OTLP/HTTP address, such as "+ep.scheme()+net.JoinHostPort(cmp.Or(ep.host, "localhost"), "4318"),
-			"there is a web server that takes no OTLP metrics: %s", err)
+			"a web server answers that does not accept OTLP metrics: %s", err)
 	// A Collector without a metrics pipeline has no such service.
 	case code == codes.Unimplemented:
-		return failure("add the otlp receiver to a metrics pipeline of the Collector", "it speaks gRPC and takes no metrics: %s", err)
+		return failure("add the otlp receiver to a metrics pipeline of the Collector", "it speaks gRPC and does not accept metrics: %s", err)
 	case code == codes.ResourceExhausted, web == http.StatusTooManyRequests, web == http.StatusServiceUnavailable:
-		return failure("look at the log of the Collector; it has too much to do", "%s", err)
+		return failure("look at the log of the Collector: it is overloaded", "%s", err)
 	case web != 0:
-		return failure("look at the log of the Collector", "%s", err)
+		return failure(lookAtLog, "%s", err)
 	case peer == unknownPeer:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an OTLP receiver ("+usualEndpoint(ep)+")", "what listens at %s does not speak OTLP: %s", ep.address, err)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to an OTLP receiver ("+usualEndpoint(ep)+")", "the server at %s does not speak OTLP: %s", ep.address, err)
 	}
-	return failure("look at the log of the Collector", "%s", err)
+	return failure(lookAtLog, "%s", err)
 }

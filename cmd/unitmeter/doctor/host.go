@@ -33,7 +33,7 @@ func userName(uid int) string {
 	return "uid " + strconv.Itoa(uid)
 }
 
-// checkClock looks whether the kernel holds its clock for right: the times of
+// checkClock asks whether the kernel says that its clock is right: the times of
 // all points come from it.
 func (d *doctor) checkClock(ctx context.Context) finding {
 	const fix = "timedatectl set-ntp true"
@@ -41,7 +41,7 @@ func (d *doctor) checkClock(ctx context.Context) finding {
 	// A host without a battery begins in 1970 at each boot. Points from then
 	// are no use.
 	if now.Year() < 2025 {
-		return failure(fix, "the clock says %s, which is before this program was written", now.UTC().Format(time.RFC3339))
+		return failure(fix, "the clock says %s, which is before the release of this program", now.UTC().Format(time.RFC3339))
 	}
 	var state unix.Timex // all zero: asks, and sets nothing
 	status, err := unix.Adjtimex(&state)
@@ -51,16 +51,16 @@ func (d *doctor) checkClock(ctx context.Context) finding {
 	// Chrony, ntpd and systemd-timesyncd all clear the flag in the kernel, so
 	// none of them need be known here.
 	if status == unix.TIME_ERROR || state.Status&unix.STA_UNSYNC != 0 {
-		return warning(fix, "%s; the kernel says that nothing keeps the clock right (adjtimex: STA_UNSYNC)", now.UTC().Format(time.RFC3339))
+		return warning(fix, "%s; the clock is not synchronized (adjtimex: STA_UNSYNC)", now.UTC().Format(time.RFC3339))
 	}
-	found := now.UTC().Format(time.RFC3339) + ", kept right by NTP or the like"
+	found := now.UTC().Format(time.RFC3339) + ", synchronized"
 	if d.m == nil {
 		return good("%s", found)
 	}
 	// Without an answer the first half of the check still stands.
 	if step, err := d.clockStep(ctx); err == nil && step.Abs() > maxClockStep {
-		return warning("reboot, now that the clock is right; or let it be: only the start times of units from before are wrong",
-			"%s; but it has been set by %s since boot", found, step)
+		return warning("reboot, or ignore it: only the start times of older units are wrong",
+			"%s, but changed by %s since boot", found, step)
 	}
 	return good("%s", found)
 }
@@ -108,10 +108,10 @@ func (d *doctor) checkKernel(context.Context) finding {
 		return failure("boot a kernel of version 4.15 or later", "Linux %s cannot count the traffic of slices and services", release)
 	}
 	found := "Linux " + release
-	// Where nobody kept the configuration, the counters themselves will tell.
+	// Without a stored configuration, the check of the counters decides.
 	switch value, err := kernelOption(release, "CONFIG_CGROUP_BPF"); {
 	case err == nil && value != "y":
-		return failure("boot a kernel that is built with CONFIG_CGROUP_BPF=y", "Linux %s is built without CONFIG_CGROUP_BPF, by which systemd counts", release)
+		return failure("boot a kernel that is built with CONFIG_CGROUP_BPF=y", "Linux %s is built without CONFIG_CGROUP_BPF, which systemd needs to count", release)
 	case err == nil:
 		found += ", CONFIG_CGROUP_BPF=y"
 	}
@@ -157,9 +157,9 @@ func (d *doctor) checkCgroup(context.Context) finding {
 	return cgroupFinding("/sys/fs/cgroup")
 }
 
-// cgroupFinding tells the hierarchies apart by the types of the file systems.
+// cgroupFinding distinguishes the hierarchies by the types of the file systems.
 func cgroupFinding(root string) finding {
-	// The types tell more than the names: /sys/fs/cgroup is there in all of them.
+	// The types and not the names: /sys/fs/cgroup is there in all of them.
 	kind := func(dir string) int64 {
 		var st unix.Statfs_t
 		if unix.Statfs(dir, &st) != nil {
@@ -176,7 +176,7 @@ func cgroupFinding(root string) finding {
 		return failure("boot with the kernel parameter systemd.unified_cgroup_hierarchy=1",
 			"%s is cgroup v1 (legacy), on which systemd counts no IP traffic", root)
 	}
-	return skipped("no cgroup tree is mounted at %s, so it cannot be seen from here", root)
+	return skipped("no cgroup tree is mounted at %s", root)
 }
 
 // container names the kind of container that this process is in, or "".
@@ -220,7 +220,7 @@ func (d *doctor) checkState(context.Context) finding {
 	}
 	if d.cfg.StateDir == "" {
 		return warning("set UNITMETER_STATE_DIR=/var/lib/unitmeter, or StateDirectory=unitmeter in the agent's unit",
-			"there is none: each start of the agent begins every series anew, and nothing is kept while the Collector is away")
+			"there is none: each start of the agent restarts every series, and nothing is stored while the Collector is away")
 	}
 	f := stateFinding(d.cfg.StateDir, d.cfg.OutboxMaxBytes)
 	d.stateless = f.Status == statusFail
@@ -237,7 +237,7 @@ func stateFinding(dir string, outbox int64) finding {
 	case errors.Is(err, fs.ErrNotExist):
 		return absentState(dir, mkdir)
 	case errors.Is(err, fs.ErrPermission):
-		return failure("run it as the user that "+dir+" belongs to, or as root: "+mkdir, "uid %d may not look into the directories above %s", uid, dir)
+		return failure("run it as the user that "+dir+" belongs to, or as root: "+mkdir, "uid %d may not search the directories above %s", uid, dir)
 	case err != nil:
 		return failure(mkdir, "%v", err)
 	case !info.IsDir():
@@ -251,7 +251,7 @@ func stateFinding(dir string, outbox int64) finding {
 	if perm := info.Mode().Perm(); perm&0o022 != 0 {
 		return failure("chmod 0700 "+dir, "others may write to %s (mode %#o)", dir, perm)
 	}
-	// The bits do not tell of a read-only mount, a full disk or a sandbox.
+	// The bits do not show a read-only mount, a full disk or a sandbox.
 	if err := writable(dir); err != nil {
 		fix := "chmod u+rwx " + dir
 		if errors.Is(err, syscall.EROFS) {
@@ -289,7 +289,7 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	}
 	reader, err := store.OpenReader(ctx, d.cfg.StateDir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return skipped("the agent has not run with this state directory yet")
+		return skipped("the agent has not used this state directory yet")
 	}
 	if errors.Is(err, fs.ErrPermission) && d.stateless {
 		return skipped("the state directory cannot be read")
@@ -303,7 +303,7 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	if err := errors.Join(err, err2, reader.Close()); err != nil {
 		return failure(look, "%v", err)
 	}
-	// A request is sent when it is made, so one of the cycle before last tells
+	// A request is sent when it is made, so one of the cycle before last shows
 	// that something is in the way.
 	if age := time.Since(waiting.Oldest); waiting.Requests > 0 && age > 2*d.cfg.Interval+d.cfg.OTLP.Timeout {
 		return d.backlogFinding(waiting, age.Round(time.Second))
@@ -311,9 +311,9 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	if n := len(refused); n > 0 {
 		last := refused[n-1]
 		return warning("unitmeter history --quarantined",
-			"the Collector refused %d requests for good (its log says more), the last at %s: %s", n, last.At.UTC().Format(time.RFC3339), last.Reason)
+			"the Collector refused %d requests for good (see its log), the last at %s: %s", n, last.At.UTC().Format(time.RFC3339), last.Reason)
 	}
-	return good("no request was refused, and none waits for longer than it may take")
+	return good("no request was refused, and none waits too long")
 }
 
 // backlogFinding says why requests wait: what the agent says of itself counts
@@ -322,19 +322,19 @@ func (d *doctor) backlogFinding(waiting store.Backlog, age time.Duration) findin
 	found := fmt.Sprintf("%d requests (%s) wait for the Collector, the oldest for %s", waiting.Requests, tty.Bytes(float64(waiting.Bytes)), age)
 	if d.agent != nil {
 		if _, why, failing := strings.Cut(d.agent.status, FailingSince); failing {
-			found += "; the agent fails since " + why
+			found += "; the agent has failed since " + why
 		}
 	}
 	switch {
 	case d.blocked != "":
-		return warning(d.blocked, "%s; the checks of the endpoint say why. They are sent when that is fixed", found)
+		return warning(d.blocked, "%s; see the checks of the endpoint. The requests are sent once that is fixed", found)
 	case d.agent == nil:
 		return warning("unitmeter run", "%s; there is no %s to send them", found, agentUnit)
 	case d.agent.state != "active":
 		return warning("systemctl enable --now "+agentUnit, "%s; %s does not run (%s)", found, agentUnit, d.agent.state)
 	}
 	// Between two tries an agent waits for up to minutes.
-	return warning("systemctl restart "+agentUnit, "%s; the Collector takes requests now, and the agent tries again by itself", found)
+	return warning("systemctl restart "+agentUnit, "%s; the Collector accepts requests now, and the agent retries by itself", found)
 }
 
 // absentState judges a directory that the agent would have to make.
@@ -348,9 +348,9 @@ func absentState(dir, mkdir string) finding {
 	}
 	// By the kernel's own rules, and without making anything.
 	if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
-		return failure("as root: "+mkdir, "%s does not exist, and uid %d may not make it in %s: %v", dir, os.Geteuid(), parent, err)
+		return failure("as root: "+mkdir, "%s does not exist, and uid %d may not create it in %s: %v", dir, os.Geteuid(), parent, err)
 	}
-	return good("%s does not exist yet; the agent makes it", dir)
+	return good("%s does not exist yet; the agent creates it", dir)
 }
 
 // writable makes a file and removes it again.
@@ -359,7 +359,7 @@ func writable(dir string) error {
 	if err != nil {
 		return err
 	}
-	// One block, synced: some file systems tell of a full disk only then.
+	// One block, synced: some file systems report a full disk only then.
 	_, err = f.Write(make([]byte, 4096))
 	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
 }

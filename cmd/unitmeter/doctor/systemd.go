@@ -21,9 +21,6 @@ import (
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
-// noBus is the finding of checks that need systemd and cannot reach it.
-func noBus() finding { return skipped("systemd cannot be reached") }
-
 // checkBus connects to systemd as the agent would.
 func (d *doctor) checkBus(ctx context.Context) finding {
 	m, err := accounting.Connect(ctx, d.cfg.Receiver().Addresses()...)
@@ -40,7 +37,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 	}
 	d.m = m
 	if m.Address == receiver.PrivateBus {
-		return good("PID 1's own socket answers (%s), at half the cost of the system bus", m.Address)
+		return good("PID 1's own socket answers (%s), which costs half of the system bus", m.Address)
 	}
 	return good("systemd answers at %s", m.Address)
 }
@@ -92,7 +89,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	case errors.Is(err, fs.ErrPermission) && profile != "":
 		return failure("run it without the AppArmor profile "+profile+" (--security-opt apparmor=unconfined)", "%s", found)
 	case errors.Is(err, fs.ErrPermission):
-		return failure("chmod 0666 "+socket, "%s; every user may open it on most systems", found)
+		return failure("chmod 0666 "+socket, "%s; most systems let every user open it", found)
 	case strings.Contains(err.Error(), "REJECTED"):
 		return failure("use a static user (no DynamicUser=yes), and no user namespace (docker: --userns=host)", "%s; the bus does not know uid %d", found, os.Geteuid())
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
@@ -114,50 +111,40 @@ func flatten(err error) []error {
 
 // checkVersion knows the versions of systemd that count wrongly.
 func (d *doctor) checkVersion(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
-	var text string
-	if err := d.m.Property(ctx, "Version", &text); err != nil {
+	v, err := d.m.Version(ctx)
+	if err != nil {
 		return failure("systemctl --version", "%v", err)
 	}
-	// Distributions put their own revision behind it.
-	v, err := accounting.ParseVersion(text)
-	if err != nil {
-		return warning("systemctl --version", "%v", err)
-	}
 	d.version = v
-	return versionFinding(v, text)
+	return versionFinding(v)
 }
 
 // versionFinding has the bugs that make numbers wrong or missing. Those that the
 // receiver works around without a loss are left out.
-func versionFinding(v accounting.Version, text string) finding {
+func versionFinding(v accounting.Version) finding {
+	const upgrade = "upgrade to systemd 258.1 or later"
 	switch {
 	case v.Before(235, 0):
-		return failure("upgrade to systemd 249 or later", "systemd %s has no IP accounting, which came with 235", text)
+		return failure("upgrade to systemd 249 or later", "systemd %s has no IP accounting; 235 was the first version with it", v)
 	case v.Before(249, 0):
-		return warning("upgrade to systemd 249 or later", "systemd %s stops counting for the length of each daemon-reload (systemd#17489)", text)
+		return warning("upgrade to systemd 249 or later", "systemd %s counts nothing while a daemon-reload lasts (systemd#17489)", v)
 	case v.Before(256, 0):
-		return good("systemd %s", text)
+		return good("systemd %s", v)
 	case v.Before(256, 3):
-		return warning("upgrade to systemd 258.1 or later",
-			"systemd %s drops the counters of a unit when it stops (systemd#33149) and of all running units at a daemon-reload (systemd#38112)", text)
+		return warning(upgrade,
+			"systemd %s drops the counters of a unit when it stops (systemd#33149) and of all running units at a daemon-reload (systemd#38112)", v)
 	case v.Before(258, 0):
-		return warning("upgrade to systemd 258.1 or later",
-			"systemd %s loses the counters of running units at each daemon-reload (systemd#38112), until \"unitmeter enable --lost\"; unitmeter shows such units as lost, and never as 0", text)
+		return warning(upgrade,
+			"systemd %s loses the counters of running units at each daemon-reload (systemd#38112), until \"unitmeter enable --lost\"; unitmeter reports such units as lost", v)
 	case v.Before(258, 1):
-		return warning("upgrade to systemd 258.1 or later", "systemd %s begins to count from 0 at each daemon-reload (systemd#39130)", text)
+		return warning(upgrade, "systemd %s starts to count from 0 at each daemon-reload (systemd#39130)", v)
 	}
-	return good("systemd %s", text)
+	return good("systemd %s", v)
 }
 
 // checkMachine finds a container that would give the host's metrics a name of
 // its own.
 func (d *doctor) checkMachine(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
 	where := "not in a container"
 	if c := container(); c != "" {
 		where = "in a container (" + c + ")"
@@ -169,33 +156,18 @@ func (d *doctor) checkMachine(ctx context.Context) finding {
 	// this mount namespace.
 	host, err := d.m.MachineID(ctx)
 	if err != nil {
-		return skipped("%s; systemd does not tell its machine id: %v", where, err)
+		return skipped("%s; systemd does not answer with its machine id: %v", where, err)
 	}
 	const file = "/etc/machine-id"
 	const fix = "mount /etc/machine-id of the host into the container, read-only: -v /etc/machine-id:/etc/machine-id:ro"
 	own, err := os.ReadFile(file)
 	if err != nil {
-		return warning(fix, "%s; %v: host.id and service.instance.id cannot be made from it", where, err)
+		return warning(fix, "%s; %v: without it there is no host.id and no service.instance.id", where, err)
 	}
 	if id := strings.TrimSpace(string(own)); id != host {
 		return warning(fix, "%s; %s says %s, and systemd runs on machine %s: host.id would be wrong", where, file, id, host)
 	}
-	return good("%s; the machine id is that of systemd's host", where)
-}
-
-// readUnits reads all units that the configuration asks for, once.
-func (d *doctor) readUnits(ctx context.Context) error {
-	// Two checks ask for it.
-	if d.unitsRead {
-		return nil
-	}
-	cfg := d.cfg
-	cfg.SweepTimeout = 0 // ctx is shorter
-	units, err := accounting.Read(ctx, cfg.Receiver(), nil, 0)
-	if err == nil {
-		d.units, d.unitsRead = units, true
-	}
-	return err
+	return good("%s; the machine id is the one of systemd's host", where)
 }
 
 // inState returns the names of the units in a state.
@@ -209,18 +181,15 @@ func (d *doctor) inState(state string) []string {
 	return names
 }
 
-// checkDefault tells whether units to come are counted by themselves.
+// checkDefault asks whether future units are counted by themselves.
 func (d *doctor) checkDefault(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
 	switch on, err := d.m.Default(ctx); {
 	case err != nil:
 		return failure("systemctl show -p DefaultIPAccounting", "%v", err)
 	case !on:
-		return warning("unitmeter enable --default", "DefaultIPAccounting=no: units to come are not counted, unless they ask for it")
+		return warning("unitmeter enable --default", "DefaultIPAccounting=no: future units are not counted, unless their files ask for it")
 	}
-	return good("DefaultIPAccounting=yes: units to come are counted too")
+	return good("DefaultIPAccounting=yes: future units are counted too")
 }
 
 // oneLine makes one line of a joined error.
@@ -228,10 +197,10 @@ func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ":
 
 // checkAccounting counts the units that are not counted.
 func (d *doctor) checkAccounting(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
-	if err := d.readUnits(ctx); err != nil {
+	cfg := d.cfg.Receiver()
+	cfg.SweepTimeout = 0 // ctx is shorter
+	var err error
+	if d.units, err = accounting.Read(ctx, cfg, nil, 0); err != nil {
 		return failure("unitmeter once", "%s", err)
 	}
 	// They are off on most hosts, and have nothing to count.
@@ -239,23 +208,20 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 	on := len(d.inState("on"))
 	switch {
 	case len(d.units) == 0:
-		return failure("unset UNITMETER_INCLUDE, UNITMETER_EXCLUDE and UNITMETER_UNIT_TYPES", "no running unit is among those to meter")
+		return failure("unset UNITMETER_INCLUDE, UNITMETER_EXCLUDE and UNITMETER_UNIT_TYPES", "the settings leave out all running units")
 	case len(off) > 0 && on == 0:
 		return failure("unitmeter enable --all", "%d units have IP accounting off and none has counters, so there is nothing to send", len(off))
 	case len(off) > 0:
 		return warning(accounting.EnableCommand(off), "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
 	}
-	return good("no unit has IP accounting off but mounts that nothing serves; %d have counters", on)
+	return good("all units with traffic have IP accounting on; %d have counters", on)
 }
 
-// checkCounters tells a systemd that lost the counters of some units from one
-// that cannot count at all, since the kernel or a container keeps BPF from it.
+// checkCounters distinguishes a systemd that lost the counters of some units from one
+// that cannot count at all, because the kernel or a container forbids BPF.
 func (d *doctor) checkCounters(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
-	if err := d.readUnits(ctx); err != nil {
-		return failure("unitmeter once", "%s", err)
+	if d.units == nil {
+		return skipped("the units could not be read")
 	}
 	var virtualization string
 	_ = d.m.Property(ctx, "Virtualization", &virtualization) // a hint only
@@ -265,22 +231,20 @@ func (d *doctor) checkCounters(ctx context.Context) finding {
 // countersFinding decides between one lost unit, the reload bug, and no BPF at
 // all: without BPF no unit has counters, whatever the version.
 func countersFinding(on, lost, failed []string, virtualization string, v accounting.Version) finding {
-	// With the bug, all units lost after a reload is what is to be expected, and
-	// says nothing of BPF.
-	reloadBug := !v.Before(256, 0) && v.Before(258, 0)
+	// With the bug all units are lost after a reload, whether or not BPF works.
 	switch {
 	case len(failed) > 0:
-		return warning("report it, with the output of: systemctl show "+tty.ShellWord(failed[0]), "the counters of %s make no sense", list(failed))
-	case len(lost) > 0 && (len(on) > 0 || reloadBug):
+		return warning("report a bug with the output of: systemctl show "+tty.ShellWord(failed[0]), "the counters of %s are not valid", list(failed))
+	case len(lost) > 0 && (len(on) > 0 || v.LosesAtReload()):
 		return warning("unitmeter enable --lost", "systemd has lost the counters of %s", list(lost))
 	case len(lost) > 0 && slices.Contains([]string{"docker", "lxc", "lxc-libvirt", "podman", "container-other", "systemd-nspawn", "openvz"}, virtualization):
 		return failure("run unitmeter on the host of this container, and meter the container's unit there",
-			"IP accounting is on and no unit has counters: systemd is in a container (%s) that may not use BPF", virtualization)
+			"IP accounting is on and no unit has counters: systemd runs in a container (%s) that may not use BPF", virtualization)
 	case len(lost) > 0:
 		return failure("boot a kernel with CONFIG_CGROUP_BPF=y and without a lockdown of BPF; why systemd cannot: journalctl -b _PID=1 -g BPF",
 			"IP accounting is on and no unit has counters: systemd cannot use BPF for %s", list(lost))
 	case len(on) == 0:
-		return skipped("no running unit has IP accounting on, so that nothing can be told")
+		return skipped("no running unit has IP accounting on, so there are no counters to check")
 	}
 	return good("systemd has counters for %d units", len(on))
 }
@@ -299,7 +263,7 @@ func (d *doctor) checkStopRecords(ctx context.Context) finding {
 	// With a configuration that is wrong it is empty, which is auto.
 	mode := d.cfg.StopRecords
 	if mode == "off" {
-		return warning("unset UNITMETER_STOP_RECORDS", "UNITMETER_STOP_RECORDS=off: what a unit sends between the last sweep and its end is not seen")
+		return warning("unset UNITMETER_STOP_RECORDS", "UNITMETER_STOP_RECORDS=off: traffic between the last sweep and the end of a unit is missed")
 	}
 	return stopRecordsFinding(mode, tryJournal(ctx))
 }
@@ -308,7 +272,7 @@ func (d *doctor) checkStopRecords(ctx context.Context) finding {
 // settings ask for it.
 func stopRecordsFinding(mode string, err error) finding {
 	if err == nil {
-		return good("systemd's stop records can be read in the journal")
+		return good("the journal with systemd's stop records can be read")
 	}
 	bad := warning
 	if mode == "on" {
@@ -316,9 +280,9 @@ func stopRecordsFinding(mode string, err error) finding {
 	}
 	next := "usermod -aG systemd-journal " + userName(os.Geteuid())
 	if errors.Is(err, exec.ErrNotFound) {
-		next = "run the agent as root, or where there is a journalctl"
+		next = "install journalctl, or run the agent as root"
 	}
-	return bad(next, "the last bytes of units that end are missed, since the journal cannot be read: %s", err)
+	return bad(next, "the journal cannot be read, so the last bytes of units that end are missed: %s", err)
 }
 
 // tryJournal reads one record of PID 1, as the receiver reads its stop records.
@@ -331,9 +295,9 @@ func tryJournal(ctx context.Context) error {
 	if text := strings.TrimSpace(stderr.String()); err != nil && text != "" {
 		return errors.New(text)
 	}
-	// journalctl without a right shows nothing, and calls that success.
+	// journalctl without the right to read shows nothing, and exits with 0.
 	if err == nil && len(out) == 0 {
-		return errors.New("it has no records of PID 1")
+		return errors.New("there are no records of PID 1")
 	}
 	return err
 }
@@ -341,9 +305,6 @@ func tryJournal(ctx context.Context) error {
 // checkOwnTraffic is the proof from end to end: it sends a request, and systemd
 // must have counted it.
 func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
-	if d.m == nil {
-		return noBus()
-	}
 	const fix = "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here"
 	var p dbus.ObjectPath
 	// 0 is the caller, whatever its number is in systemd's namespace.
@@ -353,7 +314,7 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 		err = d.m.Get(ctx, p, accounting.UnitInterface, "Id", &name)
 	}
 	if err != nil {
-		return skippedUntil(fix, "this process belongs to no unit, so it cannot be seen what systemd counts for it")
+		return skippedUntil(fix, "this process belongs to no unit, so systemd has no counters for it")
 	}
 	// Only the growth counts: the unit has sent before, to ask all of this.
 	u, err := d.m.Unit(ctx, name, p)
@@ -363,9 +324,9 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 	}
 	switch {
 	case !u.On:
-		return skippedUntil(fix, "this runs in %s, which has IP accounting off", name)
+		return skippedUntil(fix, "this process is in %s, which has IP accounting off", name)
 	case !counted:
-		return failure("unitmeter enable "+name, "this runs in %s: IP accounting is on, and systemd has no counters", name)
+		return failure("unitmeter enable "+name, "this process is in %s: IP accounting is on, and systemd has no counters", name)
 	}
 	// D-Bus is no IP: what the doctor said to systemd is not in the counter.
 	what, err := d.speak(ctx)
@@ -384,7 +345,7 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
 			return failure("systemctl set-property --runtime "+name+" IPAccounting=yes",
-				"%s sent %s, and systemd counted nothing: its BPF programs are not attached, so all zeros are false", name, what)
+				"%s sent %s, and systemd counted nothing: its BPF programs are not attached, so a 0 may be wrong", name, what)
 		}
 	}
 }
