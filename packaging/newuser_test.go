@@ -65,7 +65,7 @@ func newUser(t testing.TB) time.Duration {
 		switch {
 		case strings.Contains(fix, "set OTEL_EXPORTER_OTLP_ENDPOINT"):
 			// The one file to edit; doctor says which.
-			if !strings.Contains(report, "Variables go into /etc/unitmeter/unitmeter.env") {
+			if !strings.Contains(report, "Variables belong in /etc/unitmeter/unitmeter.env") {
 				t.Errorf("doctor does not say where to set it:\n%s", report)
 			}
 			rig.Run(t, "sh", "-c", "echo OTEL_EXPORTER_OTLP_ENDPOINT=http://"+endpoint+" >>/etc/unitmeter/unitmeter.env")

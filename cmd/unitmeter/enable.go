@@ -47,8 +47,8 @@ func disable(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	return switchAccounting(ctx, t, flags, false)
 }
 
-// switchAccounting finds all units before it changes the first: a name that is
-// wrong must not leave half of the work done.
+// switchAccounting finds all units before it changes the first: with a wrong name,
+// nothing is changed.
 func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on bool) error {
 	s, err := parseSelection(t, flags, on)
 	if err != nil {
@@ -65,7 +65,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
 	defer m.Close()
-	w := &switcher{m: m, out: t.stdout, on: on, selection: s}
+	w := &switcher{m: m, out: t.stdout, verb: flags.Name(), on: on, selection: s}
 	if s.byDefault {
 		return w.setDefault(ctx)
 	}
@@ -81,15 +81,15 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 	choices := "names of units, or one of --all and --default"
 	if on {
 		choices = "names of units, or one of --all, --lost and --default"
-		flags.BoolVar(&s.all, "all", false, "all running units that are metered and have IP accounting off, and lost ones")
+		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting off, and lost ones")
 		flags.BoolVar(&s.lost, "lost", false, "the units whose counters systemd has lost")
-		flags.BoolVar(&s.byDefault, "default", false, "all units, those to come too: set DefaultIPAccounting=yes and reload systemd")
+		flags.BoolVar(&s.byDefault, "default", false, "all units, future ones too: set DefaultIPAccounting=yes and reload systemd")
 	} else {
-		flags.BoolVar(&s.all, "all", false, "all running units that are metered and have IP accounting on")
-		flags.BoolVar(&s.byDefault, "default", false, "take back what \"enable --default\" did, and reload systemd")
+		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting on")
+		flags.BoolVar(&s.byDefault, "default", false, "undo \"enable --default\", and reload systemd")
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
-	flags.BoolVar(&s.dry, "dry-run", false, "print what would be done, and do nothing")
+	flags.BoolVar(&s.dry, "dry-run", false, "print the changes, and make none")
 	if s.names, err = parsePatterns(t, flags); err != nil {
 		return s, err
 	}
@@ -107,17 +107,11 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 
 // switcher turns accounting on or off.
 type switcher struct {
-	m   *accounting.Manager
-	out io.Writer
-	on  bool
+	m    *accounting.Manager
+	out  io.Writer
+	verb string // enable or disable
+	on   bool
 	selection
-}
-
-func (w *switcher) verb() string {
-	if w.on {
-		return "enable"
-	}
-	return "disable"
 }
 
 // choose finds the units that the command line names.
@@ -152,7 +146,7 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accounting.
 	return units, nil
 }
 
-// keeps reports whether a unit has what is asked for, but until the next boot only.
+// keeps reports whether a unit has the wanted setting, but until the next boot only.
 func (w *switcher) keeps(u accounting.Unit) bool {
 	return u.On == w.on && u.Runtime && !u.Persistent && !w.runtime
 }
@@ -168,7 +162,7 @@ func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, e
 		return units, err
 	}
 	if !accounting.Possible(name) {
-		return nil, fmt.Errorf("find unit %q: units of this type have no IP accounting; those of the types %s have", name, strings.Join(accounting.Types(), ", "))
+		return nil, fmt.Errorf("find unit %q: units of this type have no IP accounting; the types %s have", name, strings.Join(accounting.Types(), ", "))
 	}
 	var p dbus.ObjectPath
 	if err := w.m.Call(ctx, "LoadUnit", name).Store(&p); err != nil {
@@ -179,7 +173,7 @@ func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, e
 		return nil, fmt.Errorf("find unit %q: %w", name, err)
 	}
 	if load != "loaded" {
-		return nil, fmt.Errorf("find unit %q: systemd says %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", name, load, name)
+		return nil, fmt.Errorf("find unit %q: its state is %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", name, load, name)
 	}
 	u, err := w.m.Unit(ctx, name, p)
 	return []accounting.Unit{u}, err
@@ -188,11 +182,11 @@ func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, e
 // setUnits changes the units one after the other, and goes on after a failure.
 func (w *switcher) setUnits(ctx context.Context, units []accounting.Unit) error {
 	if len(units) == 0 {
-		why := "no running unit that is metered has IP accounting on"
+		why := "no metered and running unit has IP accounting on"
 		if w.lost {
 			why = "no running unit has lost its counters"
 		} else if w.on {
-			why = "no running unit that has anything to count has IP accounting off"
+			why = "no running unit with traffic to count has IP accounting off"
 		}
 		fmt.Fprintln(w.out, "nothing to do: "+why)
 		return nil
@@ -207,7 +201,7 @@ func (w *switcher) setUnits(ctx context.Context, units []accounting.Unit) error 
 			} else if w.lost {
 				which = "--lost"
 			}
-			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.Name, os.Geteuid(), err, w.verb(), tty.ShellWord(which))
+			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run \"sudo unitmeter %s %s\"", u.Name, os.Geteuid(), err, w.verb, tty.ShellWord(which))
 		}
 		errs = append(errs, err)
 	}
@@ -218,15 +212,14 @@ func (w *switcher) setUnits(ctx context.Context, units []accounting.Unit) error 
 func (w *switcher) setUnit(ctx context.Context, u accounting.Unit) error {
 	rearm := w.on && u.On && u.Active && !u.HasData
 	if u.On == w.on && !rearm && !w.keeps(u) {
-		fmt.Fprintf(w.out, "%s: IP accounting is %s already\n", u.Name, onOff(w.on))
+		fmt.Fprintf(w.out, "%s: IP accounting is already %s\n", u.Name, onOff(w.on))
 		return nil
 	}
 	if w.runtime && u.On != w.on && u.Persistent {
-		return fmt.Errorf("set IPAccounting of %s until the next boot: %s/%s.d/%s says %s, and would win at the next daemon-reload; use \"unitmeter %s %s\"",
-			u.Name, accounting.PersistentDir, u.Name, accounting.SettingFile, yesNo(u.On), w.verb(), tty.ShellWord(u.Name))
+		return fmt.Errorf("set IPAccounting of %s until the next boot: %s/%s.d/%s says %s, which would win at the next daemon-reload; use \"unitmeter %s %s\"",
+			u.Name, accounting.PersistentDir, u.Name, accounting.SettingFile, yesNo(u.On), w.verb, tty.ShellWord(u.Name))
 	}
-	// The files of a transient unit would outlive it. And to touch the setting
-	// is all that a lost unit needs.
+	// The files of a transient unit would outlive it, and a lost unit needs no file.
 	runtime := w.runtime || u.Transient || rearm
 	if w.dry {
 		w.describe(u, runtime, rearm)
@@ -247,11 +240,11 @@ func (w *switcher) setUnit(ctx context.Context, u accounting.Unit) error {
 	if err != nil {
 		return err
 	}
-	// systemd calls it a success that it could not write the file, and the next
-	// daemon-reload would take the change back.
+	// systemd reports success even if it could not write the file, and the next
+	// daemon-reload would undo the change.
 	if !runtime && !now.Persistent {
 		err := w.m.Call(ctx, "SetUnitProperties", u.Name, true, change).Err
-		return errors.Join(fmt.Errorf("keep IPAccounting of %s: systemd could not write %s/%s.d/%s, so it is %s until the next boot only; make /etc writable, and run it again",
+		return errors.Join(fmt.Errorf("keep IPAccounting of %s: systemd could not write %s/%s.d/%s, so it is %s until the next boot only; make /etc writable and try again",
 			u.Name, accounting.PersistentDir, u.Name, accounting.SettingFile, onOff(now.On)), err)
 	}
 	fmt.Fprintf(w.out, "%s: %s\n", u.Name, outcome(u, now, runtime, rearm))
@@ -279,13 +272,13 @@ func (w *switcher) settled(ctx context.Context, u accounting.Unit) (accounting.U
 		case err != nil:
 			return now, err
 		case now.On != w.on:
-			return now, fmt.Errorf("set IPAccounting of %s: systemd took it, and still shows %s; see \"systemctl cat %s\" for what overrides it", u.Name, onOff(now.On), u.Name)
+			return now, fmt.Errorf("set IPAccounting of %s: systemd accepted it, and still has it %s; see \"systemctl cat %s\" for what overrides it", u.Name, onOff(now.On), u.Name)
 		}
-		return now, fmt.Errorf("switch on IP accounting of %s: it is set, and systemd has no counters for it: it cannot use BPF here; see \"unitmeter doctor\"", u.Name)
+		return now, fmt.Errorf("switch on IP accounting of %s: systemd has no counters for it, because it cannot use BPF here; see \"unitmeter doctor\"", u.Name)
 	}
 }
 
-// outcome tells what has changed.
+// outcome says what has changed.
 func outcome(before, now accounting.Unit, runtime, rearm bool) string {
 	until := "from now on"
 	if runtime {
@@ -295,19 +288,19 @@ func outcome(before, now accounting.Unit, runtime, rearm bool) string {
 		return "counting again"
 	}
 	if before.Transient {
-		until = "until it ends, since it is a transient unit"
+		until = "until the unit ends, because it is transient"
 	}
 	switch {
 	case before.On == now.On:
-		return "IP accounting stays " + onOff(now.On) + ", after the next boot too"
+		return "IP accounting stays " + onOff(now.On) + ", also after the next boot"
 	case !now.On:
 		return "IP accounting is off " + until
 	case now.HasData:
 		return "IP accounting is on " + until + "; counting from 0"
 	case now.Active:
-		return "IP accounting is on " + until + "; it has no IP sockets to count yet"
+		return "IP accounting is on " + until + "; the unit has no IP sockets yet"
 	}
-	return "IP accounting is on " + until + "; it counts when the unit starts"
+	return "IP accounting is on " + until + "; counting begins when the unit starts"
 }
 
 // describe is the dry run of setUnit.
@@ -324,16 +317,16 @@ func (w *switcher) describe(u accounting.Unit, runtime, rearm bool) {
 		why = " (its counters are lost)"
 	}
 	fmt.Fprintf(w.out, "%s%s:\n", u.Name, why)
-	fmt.Fprintf(w.out, "  would call  %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", accounting.ManagerInterface, u.Name, runtime, w.on)
-	fmt.Fprintf(w.out, "  systemd writes  %s/%s.d/%s\n", dir, u.Name, accounting.SettingFile)
+	fmt.Fprintf(w.out, "  call             %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", accounting.ManagerInterface, u.Name, runtime, w.on)
+	fmt.Fprintf(w.out, "  file             %s/%s.d/%s\n", dir, u.Name, accounting.SettingFile)
 	if strings.HasPrefix(u.Name, "-") {
 		flag += "-- "
 	}
-	fmt.Fprintf(w.out, "  the same as  systemctl set-property %s%s IPAccounting=%s\n", flag, tty.ShellWord(u.Name), yesNo(w.on))
+	fmt.Fprintf(w.out, "  the same as      systemctl set-property %s%s IPAccounting=%s\n", flag, tty.ShellWord(u.Name), yesNo(w.on))
 }
 
-// setDefault writes or removes the drop-in of systemd's own configuration and
-// has systemd read it.
+// setDefault writes or removes the drop-in of systemd's own configuration, and
+// reloads systemd.
 func (w *switcher) setDefault(ctx context.Context) error {
 	dir := "/etc/systemd"
 	if w.runtime {
@@ -345,7 +338,7 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("read %s: %w", file, err)
 	case err == nil && !strings.HasPrefix(string(present), "# Written by \"unitmeter"):
-		return fmt.Errorf("change %s: it was not written by unitmeter; look at it, and remove it by hand", file)
+		return fmt.Errorf("change %s: it was not written by unitmeter; check it and remove it by hand", file)
 	case err != nil && !w.on:
 		fmt.Fprintf(w.out, "nothing to do: there is no %s\n", file)
 		return w.checkDefault(ctx)
@@ -373,7 +366,7 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	return w.verifyDefault(ctx, before)
 }
 
-// explainDefault tells what is about to be done.
+// explainDefault says what setDefault does next.
 func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	would := ""
 	if w.dry {
@@ -389,9 +382,9 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 		fmt.Fprintf(&b, "%sremove %s\n", would, file)
 	}
 	fmt.Fprintf(&b, "%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, accounting.ManagerInterface)
-	b.WriteString("No unit is restarted. A reload costs the units that are counted about 0.1 s of counting.\n")
+	b.WriteString("No unit is restarted. While it reloads (about 0.1 s, longer with slow generators), systemd counts nothing.\n")
 	if w.reloadLoses(ctx) {
-		b.WriteString("This systemd loses the counters of running units at a reload; they are made to count again at once.\n")
+		b.WriteString("This systemd loses the counters of running units at a reload; unitmeter restores them at once.\n")
 	}
 	return b.String()
 }
@@ -405,7 +398,7 @@ func (w *switcher) writeDefault(file string) error {
 		err = os.Remove(file)
 	}
 	if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("change systemd's configuration: %w; run it as root, as in \"sudo unitmeter %s --default\"", err, w.verb())
+		return fmt.Errorf("change systemd's configuration: %w; run \"sudo unitmeter %s --default\"", err, w.verb)
 	}
 	if err != nil {
 		return fmt.Errorf("change systemd's configuration: %w", err)
@@ -413,14 +406,13 @@ func (w *switcher) writeDefault(file string) error {
 	return nil
 }
 
-// reloadLoses reports whether this systemd makes units lose their counters at a
-// reload, and leaves units without that get accounting by it (systemd#38112).
+// reloadLoses reports whether a reload of this systemd loses counters.
 func (w *switcher) reloadLoses(ctx context.Context) bool {
 	v, err := w.m.Version(ctx)
-	return err == nil && !v.Before(256, 0) && v.Before(258, 0)
+	return err == nil && v.LosesAtReload()
 }
 
-// restoreLost makes what the reload has lost count again.
+// restoreLost restores the counters that the reload has lost.
 func (w *switcher) restoreLost(ctx context.Context, units []accounting.Unit) error {
 	if !w.reloadLoses(ctx) {
 		return nil
@@ -436,7 +428,7 @@ func (w *switcher) restoreLost(ctx context.Context, units []accounting.Unit) err
 	return errors.Join(errs...)
 }
 
-// verifyDefault asks systemd what it has made of it.
+// verifyDefault reports the effect of the new default.
 func (w *switcher) verifyDefault(ctx context.Context, before []accounting.Unit) error {
 	changed, on := 0, 0
 	for _, u := range before {
@@ -451,32 +443,22 @@ func (w *switcher) verifyDefault(ctx context.Context, before []accounting.Unit) 
 			on++
 		}
 	}
-	fmt.Fprintf(w.out, "%d running units have IP accounting on; it changed for %d\n", on, changed)
+	fmt.Fprintf(w.out, "IP accounting is on for %d running units; it changed for %d\n", on, changed)
 	return w.checkDefault(ctx)
 }
 
-// checkDefault tells if systemd's default is not what was asked for.
+// checkDefault returns an error if systemd has another default.
 func (w *switcher) checkDefault(ctx context.Context) error {
 	now, err := w.m.Default(ctx)
 	if err != nil {
 		return fmt.Errorf("check systemd's default: %w", err)
 	}
 	if now != w.on {
-		return fmt.Errorf("set DefaultIPAccounting: systemd still has %s; another file decides it: see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
+		return fmt.Errorf("set DefaultIPAccounting: systemd still has %s because of another file; see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
 	}
 	return nil
 }
 
-func onOff(on bool) string {
-	if on {
-		return "on"
-	}
-	return "off"
-}
+func onOff(on bool) string { return map[bool]string{true: "on", false: "off"}[on] }
 
-func yesNo(on bool) string {
-	if on {
-		return "yes"
-	}
-	return "no"
-}
+func yesNo(on bool) string { return map[bool]string{true: "yes", false: "no"}[on] }

@@ -23,12 +23,12 @@ import (
 )
 
 func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
-	since := flags.String("since", "24h", "from when: a duration ago (90m, 24h, 7d), a day (2026-11-23) or a time (2026-11-23T14:00)")
-	until := flags.String("until", "0s", "until when, in the same forms")
-	step := flags.String("step", "", "one row for each step of this length (1m, 1h, 1d); without it one row for each unit")
+	since := flags.String("since", "24h", "begin: a duration ago (90m, 24h, 7d), a day (2026-11-23) or a time (2026-11-23T14:00)")
+	until := flags.String("until", "0s", "end, in the same forms")
+	step := flags.String("step", "", "one row for each step of this length (1m, 1h, 1d); default: one row for each unit")
 	asJSON := flags.Bool("json", false, "print JSON")
 	asCSV := flags.Bool("csv", false, "print comma-separated values")
-	quarantined := flags.Bool("quarantined", false, "list the requests that the Collector refused, instead")
+	quarantined := flags.Bool("quarantined", false, "list the requests that the Collector refused")
 	units, err := parse(t, flags, -1)
 	if err != nil {
 		return err
@@ -37,7 +37,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return usageError{errors.New("--json and --csv exclude each other; give one of them")}
 	}
 	if *quarantined && (flags.NFlag() > 1 || len(units) > 0) {
-		return usageError{errors.New("--quarantined lists all that there is; give it alone")}
+		return usageError{errors.New("--quarantined takes no other argument; give it alone")}
 	}
 	now := time.Now()
 	query := store.Query{}
@@ -66,7 +66,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	if cfg.StateDir == "" {
-		return usageError{errors.New("there is no state directory, and so no history; set UNITMETER_STATE_DIR to the one of the agent, as in /var/lib/unitmeter")}
+		return usageError{errors.New("there is no state directory and so no history; set UNITMETER_STATE_DIR to the agent's, such as /var/lib/unitmeter")}
 	}
 	reader, err := store.OpenReader(ctx, historyDir(cfg))
 	if err != nil {
@@ -81,7 +81,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	if usage.Damaged > 0 {
-		fmt.Fprintf(t.stderr, "unitmeter history: %d pieces of the history are damaged and left out\n", usage.Damaged)
+		fmt.Fprintf(t.stderr, "unitmeter history: %d parts of the history are damaged and left out\n", usage.Damaged)
 	}
 	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
 		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
@@ -138,7 +138,7 @@ func parseMoment(name, text string, now time.Time) (time.Time, error) {
 	}
 	ago, err := parseLength(name, text)
 	if err != nil {
-		return now, usageError{fmt.Errorf("--%s %q is no time; use one such as 90m or 7d (ago), 2026-11-23 or 2026-11-23T14:00", name, text)}
+		return now, usageError{fmt.Errorf("--%s %q is not a time; use one such as 90m or 7d (ago), 2026-11-23 or 2026-11-23T14:00", name, text)}
 	}
 	return now.Add(-ago), nil
 }
@@ -152,7 +152,7 @@ func parseLength(name, text string) (time.Duration, error) {
 	} else if d, err := time.ParseDuration(text); err == nil && d >= 0 {
 		return d, nil
 	}
-	return 0, usageError{fmt.Errorf("--%s %q is no length of time; use one such as 90m, 24h or 7d", name, text)}
+	return 0, usageError{fmt.Errorf("--%s %q is not a duration; use one such as 90m, 24h or 7d", name, text)}
 }
 
 // historyRow is one unit, or one step of a unit. The names of the eight numbers

@@ -34,7 +34,7 @@ func TestParseMoment(t *testing.T) {
 	}
 	for _, text := range []string{"", "yesterday", "-1h", "-1d", "NaNd", "1e9d", "2026-13-01", "5"} {
 		_, err := parseMoment("since", text, now)
-		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), `--since "`+text+`" is no time; use one such as`) {
+		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), `--since "`+text+`" is not a time; use one such as`) {
 			t.Errorf("%q: got error %v", text, err)
 		}
 	}

@@ -70,13 +70,13 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"run", "", "meter all units and send the metrics until stopped (the default)", run},
-		{"once", "[--json] [--interval D] [UNIT...]", "read all units once and print what they received and sent", once},
+		{"once", "[--json] [--interval D] [UNIT...]", "read all units once and print their traffic", once},
 		{"top", "[--once] [--interval D] [--bytes] [UNIT...]", "show the speeds of all units, live", showSpeeds},
-		{"units", "[--json] [UNIT...]", "list what is metered, and why the rest is not", units},
-		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch on the IP accounting of units", enable},
-		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch off the IP accounting of units", disable},
+		{"units", "[--json] [UNIT...]", "list all units: metered or not, and why", units},
+		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch IP accounting on", enable},
+		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch IP accounting off", disable},
 		{"doctor", "[--json] [--here]", "check everything that the agent needs, and name the fix for each fault", diagnose},
-		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print what units received and sent in the past three weeks", history},
+		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print the traffic of units in the past three weeks", history},
 		{"version", "", "print the version", printVersion},
 		{"help", "[COMMAND|environment]", "print this help, or the variables that configure unitmeter", help},
 	}

@@ -18,7 +18,7 @@ import (
 
 func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON array with one object for each unit")
-	interval := flags.Duration("interval", 0, "read twice, this far apart (2s, 1m), and print the speeds between")
+	interval := flags.Duration("interval", 0, "read twice with this interval (2s, 1m), and print the speeds")
 	patterns, err := parsePatterns(t, flags)
 	if err != nil {
 		return err

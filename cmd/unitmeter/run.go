@@ -231,7 +231,7 @@ func (o *outputs) close(ctx context.Context) error {
 	return nil
 }
 
-// status tells the service manager how it goes, and feeds its watchdog for as
+// status reports the state to the service manager, and feeds its watchdog for as
 // long as there are signs of life, until ctx ends: ask gives what to say ("" is
 // nothing), and when the last sign was. What it says is in "systemctl status", and
 // where the doctor finds why nothing is delivered.
@@ -281,6 +281,6 @@ func statusText(sweep *receiver.Sweep, health exporter.Health) string {
 // notify sends a message to the service manager, if there is one (sd_notify(3)).
 func notify(log *slog.Logger, message string) {
 	if _, err := daemon.SdNotify(false, message); err != nil {
-		log.Debug("tell the service manager", "err", err)
+		log.Debug("notify the service manager", "err", err)
 	}
 }

@@ -86,7 +86,7 @@ func (m *Manager) MachineID(ctx context.Context) (id string, err error) {
 	return id, err
 }
 
-// Default reads DefaultIPAccounting. systemd tells it since version
+// Default reads DefaultIPAccounting. systemd answers since version
 // 254; before, a unit that does not exist has it: systemd makes one up for the
 // question, with the defaults, and forgets it.
 func (m *Manager) Default(ctx context.Context) (on bool, err error) {
@@ -195,7 +195,7 @@ func (m *Manager) EgressBytes(ctx context.Context, u Unit) (n uint64, ok bool, e
 }
 
 // HasProcesses reports whether there is a process in a unit's cgroup; true where
-// it cannot be told. systemd keeps the cgroups of mounts that it has mounted.
+// it is not known. systemd keeps the cgroups of mounts that it has mounted.
 func (m *Manager) HasProcesses(ctx context.Context, unit string) bool {
 	var processes []struct {
 		Cgroup  string

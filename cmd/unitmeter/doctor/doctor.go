@@ -12,6 +12,7 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -296,7 +297,7 @@ func (d *doctor) checkEnvironment(context.Context) finding {
 	if err != nil {
 		// The fix is that of the first problem: the others may follow from it.
 		fix := "unitmeter help environment"
-		if p, ok := firstProblem(err); ok {
+		if p := (*config.Problem)(nil); errors.As(err, &p) {
 			fix = p.Variable + ": " + p.Hint
 		}
 		return failure(fix, "%s; the checks that need the settings use the defaults or are skipped", err)
@@ -329,20 +330,6 @@ func (d *doctor) checkEnvironment(context.Context) finding {
 // ours reports whether a variable configures unitmeter.
 func ours(kv string) bool {
 	return strings.HasPrefix(kv, "OTEL_") || strings.HasPrefix(kv, "UNITMETER_")
-}
-
-// firstProblem finds the first of the problems that config.Load joins.
-func firstProblem(err error) (*config.Problem, bool) {
-	joined, ok := err.(interface{ Unwrap() []error })
-	if !ok {
-		return nil, false
-	}
-	for _, e := range joined.Unwrap() {
-		if p, ok := e.(*config.Problem); ok {
-			return p, true
-		}
-	}
-	return nil, false
 }
 
 // checkUser reports the user that the checks run as: rights differ.

@@ -38,7 +38,7 @@ func speaks(ctx context.Context, ep endpoint) string {
 	return greet(ctx, ep)
 }
 
-// handshakes tries TLS, whatever the certificate. ALPN tells what is behind.
+// handshakes tries TLS, whatever the certificate. ALPN says what is behind.
 func handshakes(ctx context.Context, ep endpoint) (ok bool, alpn string) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()

@@ -358,7 +358,7 @@ func TestEnableDisable(t *testing.T) {
 			t.Errorf("%s uno: %q", command, out)
 		}
 	}
-	if out := w.sh("unitmeter enable one"); out != "one.service: IP accounting is on already\n" {
+	if out := w.sh("unitmeter enable one"); out != "one.service: IP accounting is already on\n" {
 		t.Errorf("enable again: %q", out)
 	}
 	// A pattern, until the next boot; a transient unit never gets a file in /etc.
@@ -367,15 +367,15 @@ func TestEnableDisable(t *testing.T) {
 		t.Errorf("files: %s", got)
 	}
 	// What was until the next boot becomes what stays, and goes on counting.
-	if out := w.sh("unitmeter enable two"); out != "two.service: IP accounting stays on, after the next boot too\n" || !strings.Contains(files(), "/etc/systemd/system.control/two.service.d") {
+	if out := w.sh("unitmeter enable two"); out != "two.service: IP accounting stays on, also after the next boot\n" || !strings.Contains(files(), "/etc/systemd/system.control/two.service.d") {
 		t.Errorf("enable two for good: %q, %s", out, files())
 	}
 	// systemd would forget the one for the other at the next reload.
 	w.sh("unitmeter disable two")
-	fails(1, "two.service.d/50-IPAccounting.conf says no, and would win at the next daemon-reload; use \"unitmeter enable two.service\"", "unitmeter enable --runtime two")
+	fails(1, "two.service.d/50-IPAccounting.conf says no, which would win at the next daemon-reload; use \"unitmeter enable two.service\"", "unitmeter enable --runtime two")
 	w.sh("unitmeter enable two")
 	// A unit that does not run counts when it starts.
-	if out := w.sh("unitmeter enable idle"); !strings.Contains(out, "it counts when the unit starts") {
+	if out := w.sh("unitmeter enable idle"); !strings.Contains(out, "counting begins when the unit starts") {
 		t.Errorf("enable idle: %q", out)
 	}
 	w.sh("systemctl start idle.service")
@@ -434,11 +434,11 @@ func TestEnableDisable(t *testing.T) {
 		t.Errorf("a second time: %q", out)
 	}
 	w.sh("unitmeter enable --default --runtime")
-	fails(1, "still has yes; another file decides it", "unitmeter disable --default")
+	fails(1, "still has yes because of another file", "unitmeter disable --default")
 	w.sh("unitmeter disable --default --runtime")
 	// What another file overrides is told, and another's file is not removed.
 	w.WriteFile(t, "/etc/systemd/system.conf.d/90-local.conf", "[Manager]\nDefaultIPAccounting=no\n")
-	fails(1, "another file decides it", "unitmeter disable --all >/dev/null; unitmeter enable --default")
+	fails(1, "because of another file", "unitmeter disable --all >/dev/null; unitmeter enable --default")
 	w.WriteFile(t, "/etc/systemd/system.conf.d/50-unitmeter.conf", "# mine\n")
 	fails(1, "was not written by unitmeter", "unitmeter disable --default")
 	fails(1, "was not written by unitmeter", "unitmeter enable --default")

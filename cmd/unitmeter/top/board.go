@@ -125,7 +125,7 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 	if b.began.IsZero() {
 		b.began = at
 	}
-	// The others are counted anew at each reading: a unit that was switched on is
+	// The others are counted again at each reading: a unit that was switched on is
 	// none of them any more.
 	clear(b.others)
 	here := make(map[string]bool, len(units))

@@ -41,7 +41,7 @@ type topModel struct {
 
 // newTopModel begins with the units, the busiest of the last minute first: a sort
 // by the present speed would jump with each reading. The size is that of the
-// smallest terminal until the real one is told.
+// smallest terminal until the real one is known.
 func newTopModel(b *board, exact bool) *topModel {
 	return &topModel{board: b, exact: exact, width: 80, height: 24, sort: byRecent, notice: "reading all units ..."}
 }

@@ -221,7 +221,7 @@ func (m *topModel) detail() []string {
 	// The cursor keeps the name of what has gone, so that it comes back here when
 	// the unit does.
 	if r == nil {
-		return []string{m.title(m.cursor), "", tty.Fit("it has gone; esc goes back", m.width, false)}
+		return []string{m.title(m.cursor), "", tty.Fit("the unit is gone; esc goes back", m.width, false)}
 	}
 	lines := []string{m.title(r.name), ""}
 	field := func(name, value string) {
@@ -299,7 +299,7 @@ func (m *topModel) help() []string {
 		"",
 		"IN and OUT are IP bytes with headers. Traffic between two units of this",
 		"host is on both of them. TOTAL is what systemd has counted in the present",
-		"run of the unit. - stands for an interval that cannot be told.",
+		"run of the unit. - stands for an interval without a known speed.",
 	} {
 		lines = append(lines, tty.Fit(l, m.width, false))
 	}
