@@ -164,16 +164,12 @@ func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, e
 	if !accounting.Possible(name) {
 		return nil, fmt.Errorf("find unit %q: units of this type have no IP accounting; the types %s have", name, strings.Join(accounting.Types(), ", "))
 	}
-	var p dbus.ObjectPath
-	if err := w.m.Call(ctx, "LoadUnit", name).Store(&p); err != nil {
+	p, state, err := w.m.Load(ctx, name)
+	if err != nil {
 		return nil, fmt.Errorf("find unit %q: %w; see \"systemctl list-units\" for names", name, err)
 	}
-	var load string
-	if err := w.m.Get(ctx, p, accounting.UnitInterface, "LoadState", &load); err != nil {
-		return nil, fmt.Errorf("find unit %q: %w", name, err)
-	}
-	if load != "loaded" {
-		return nil, fmt.Errorf("find unit %q: its state is %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", name, load, name)
+	if state != "loaded" {
+		return nil, fmt.Errorf("find unit %q: its state is %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", name, state, name)
 	}
 	u, err := w.m.Unit(ctx, name, p)
 	return []accounting.Unit{u}, err
@@ -355,13 +351,7 @@ func (w *switcher) setDefault(ctx context.Context) error {
 		return err
 	}
 	if err := w.m.Call(ctx, "Reload").Err; err != nil {
-		if accounting.Denied(err) {
-			return fmt.Errorf("reload systemd: it refused uid %d: %w; run \"systemctl daemon-reload\" as root", os.Geteuid(), err)
-		}
-		return fmt.Errorf("reload systemd: %w; run \"systemctl daemon-reload\"", err)
-	}
-	if err := w.restoreLost(ctx, before); err != nil {
-		return err
+		return fmt.Errorf("reload systemd as uid %d: %w; run \"systemctl daemon-reload\" as root", os.Geteuid(), err)
 	}
 	return w.verifyDefault(ctx, before)
 }
@@ -372,21 +362,16 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	if w.dry {
 		would = "would "
 	}
-	var b strings.Builder
+	text := fmt.Sprintf("%sremove %s\n", would, file)
 	if w.on {
-		fmt.Fprintf(&b, "%swrite %s:\n", would, file)
-		for line := range strings.Lines(defaultText) {
-			b.WriteString("  " + line)
-		}
-	} else {
-		fmt.Fprintf(&b, "%sremove %s\n", would, file)
+		text = fmt.Sprintf("%swrite %s:\n  %s\n", would, file, strings.ReplaceAll(strings.TrimSpace(defaultText), "\n", "\n  "))
 	}
-	fmt.Fprintf(&b, "%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, accounting.ManagerInterface)
-	b.WriteString("No unit is restarted. While it reloads (about 0.1 s, longer with slow generators), systemd counts nothing.\n")
+	text += fmt.Sprintf("%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, accounting.ManagerInterface) +
+		"No unit is restarted. While it reloads (about 0.1 s, longer with slow generators), systemd counts nothing.\n"
 	if w.reloadLoses(ctx) {
-		b.WriteString("This systemd loses the counters of running units at a reload; unitmeter restores them at once.\n")
+		text += "This systemd loses the counters of running units at a reload; unitmeter restores them at once.\n"
 	}
-	return b.String()
+	return text
 }
 
 // writeDefault writes or removes the drop-in.
@@ -397,10 +382,10 @@ func (w *switcher) writeDefault(file string) error {
 	} else if err == nil {
 		err = os.Remove(file)
 	}
-	if errors.Is(err, fs.ErrPermission) {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("change systemd's configuration: %w; run \"sudo unitmeter %s --default\"", err, w.verb)
-	}
-	if err != nil {
+	case err != nil:
 		return fmt.Errorf("change systemd's configuration: %w", err)
 	}
 	return nil
@@ -412,35 +397,28 @@ func (w *switcher) reloadLoses(ctx context.Context) bool {
 	return err == nil && v.LosesAtReload()
 }
 
-// restoreLost restores the counters that the reload has lost.
-func (w *switcher) restoreLost(ctx context.Context, units []accounting.Unit) error {
-	if !w.reloadLoses(ctx) {
-		return nil
-	}
+// verifyDefault restores the counters that the reload has lost, and reports the
+// effect of the new default on units that ran before.
+func (w *switcher) verifyDefault(ctx context.Context, before []accounting.Unit) error {
 	arm := *w
 	arm.on = true
-	var errs []error
-	for _, u := range units {
-		if now, err := w.m.Unit(ctx, u.Name, u.Path); err == nil && now.Lost() {
-			errs = append(errs, arm.setUnit(ctx, now))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// verifyDefault reports the effect of the new default.
-func (w *switcher) verifyDefault(ctx context.Context, before []accounting.Unit) error {
+	loses := w.reloadLoses(ctx)
 	changed, on := 0, 0
 	for _, u := range before {
 		now, err := w.m.Unit(ctx, u.Name, u.Path)
-		if err != nil {
+		switch {
+		case err != nil:
 			continue // it ended meanwhile
+		case now.On:
+			on++
 		}
 		if now.On != u.On {
 			changed++
 		}
-		if now.On {
-			on++
+		if loses && now.Lost() {
+			if err := arm.setUnit(ctx, now); err != nil {
+				return err
+			}
 		}
 	}
 	fmt.Fprintf(w.out, "IP accounting is on for %d running units; it changed for %d\n", on, changed)

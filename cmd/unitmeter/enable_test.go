@@ -55,9 +55,19 @@ func TestEnableLost(t *testing.T) {
 		go fake.SetUnit(fakeUnit("gone.service", true, 0)) // the fake is locked now
 		return []any{}, nil, 0, true
 	})
-	environ := []string{"UNITMETER_BUS=" + fake.Address()}
+	environ := []string{"UNITMETER_BUS=" + fake.Address(), "UNITMETER_STATE_DIR=none", "OTEL_METRICS_EXPORTER=console"}
+	// The doctor finds it, and names the command that fixes it.
+	_, report, _ := runCommand(t, environ, "doctor", "--here")
+	for _, want := range []string{"\n      fix: upgrade to systemd 258.1", "\n      fix: unitmeter enable --lost\n"} {
+		if !strings.Contains(report, want) {
+			t.Errorf("the doctor does not say %q:\n%s", want, report)
+		}
+	}
 	code, out, errs := runCommand(t, environ, "enable", "--lost")
 	if code != exitOK || out != "gone.service: counting again\n" {
 		t.Fatalf("enable --lost = %d, %q, %q", code, out, errs)
+	}
+	if _, report, _ := runCommand(t, environ, "doctor", "--here"); !strings.Contains(report, "\nok    counters ") {
+		t.Errorf("after enable --lost:\n%s", report)
 	}
 }

@@ -39,27 +39,9 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if *quarantined && (flags.NFlag() > 1 || len(units) > 0) {
 		return usageError{errors.New("--quarantined takes no other argument; give it alone")}
 	}
-	now := time.Now()
-	query := store.Query{}
-	if query.Since, err = parseMoment("since", *since, now); err != nil {
+	query, err := parseQuery(*since, *until, *step, units)
+	if err != nil {
 		return err
-	}
-	if query.Until, err = parseMoment("until", *until, now); err != nil {
-		return err
-	}
-	if !query.Since.Before(query.Until) {
-		return usageError{fmt.Errorf("--since %s is not before --until %s; give an earlier --since", *since, *until)}
-	}
-	if *step != "" {
-		if query.Step, err = parseLength("step", *step); err != nil {
-			return err
-		}
-		if query.Step <= 0 {
-			return usageError{fmt.Errorf("--step %s is not above zero; use a length such as 1h", *step)}
-		}
-	}
-	for _, u := range units {
-		query.Units = append(query.Units, accounting.FullName(u))
 	}
 	cfg, err := loadConfig(t)
 	if err != nil {
@@ -80,21 +62,8 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	if usage.Damaged > 0 {
-		fmt.Fprintf(t.stderr, "unitmeter history: %d parts of the history are damaged and left out\n", usage.Damaged)
-	}
-	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
-		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
-	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
-		return accounting.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
-	})
-	switch {
-	case len(usage.Units) == 0 && len(units) > 0:
-		return fmt.Errorf("find %s in the history: %s", strings.Join(units, " "), none)
-	case len(usage.Units) == 0:
-		fmt.Fprintf(t.stderr, "unitmeter history: %s\n", none)
-	case len(missing) > 0:
-		fmt.Fprintf(t.stderr, "unitmeter history: of %s, %s\n", strings.Join(missing, ", "), none)
+	if err := explainGaps(t.stderr, query, usage); err != nil {
+		return err
 	}
 	switch {
 	case *asJSON:
@@ -105,6 +74,54 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return historyCharts(t.stdout, usage, query)
 	}
 	return historyTable(t.stdout, usage)
+}
+
+// parseQuery checks the flags that say what to read.
+func parseQuery(since, until, step string, units []string) (query store.Query, err error) {
+	now := time.Now()
+	if query.Since, err = parseMoment("since", since, now); err != nil {
+		return query, err
+	}
+	if query.Until, err = parseMoment("until", until, now); err != nil {
+		return query, err
+	}
+	if !query.Since.Before(query.Until) {
+		return query, usageError{fmt.Errorf("--since %s is not before --until %s; give an earlier --since", since, until)}
+	}
+	if step != "" {
+		if query.Step, err = parseLength("step", step); err != nil {
+			return query, err
+		}
+		if query.Step <= 0 {
+			return query, usageError{fmt.Errorf("--step %s is not above zero; use a length such as 1h", step)}
+		}
+	}
+	for _, u := range units {
+		query.Units = append(query.Units, accounting.FullName(u))
+	}
+	return query, nil
+}
+
+// explainGaps writes what is missing in the answer. It is an error if that is all of
+// the units that were asked for.
+func explainGaps(w io.Writer, query store.Query, usage store.Usage) error {
+	if usage.Damaged > 0 {
+		fmt.Fprintf(w, "unitmeter history: %d parts of the history are damaged and left out\n", usage.Damaged)
+	}
+	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
+		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
+	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
+		return accounting.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
+	})
+	switch {
+	case len(usage.Units) == 0 && len(query.Units) > 0:
+		return fmt.Errorf("find %s in the history: %s", strings.Join(query.Units, " "), none)
+	case len(usage.Units) == 0:
+		fmt.Fprintf(w, "unitmeter history: %s\n", none)
+	case len(missing) > 0:
+		fmt.Fprintf(w, "unitmeter history: of %s, %s\n", strings.Join(missing, ", "), none)
+	}
+	return nil
 }
 
 // historyDir is the state directory to read: where none is named, that of the

@@ -160,7 +160,7 @@ func TestHistoryNamesWhatIsMissing(t *testing.T) {
 	}{
 		{[]string{"here", "gone", "also.socket"}, 0, "of gone.service, also.socket, nothing was recorded between", "here.service"},
 		{[]string{"here", "*.socket"}, 0, "", "here.service"},
-		{[]string{"gone", "*.socket"}, 1, "find gone *.socket in the history: nothing was recorded between", ""},
+		{[]string{"gone", "*.socket"}, 1, "find gone.service *.socket in the history: nothing was recorded between", ""},
 		{[]string{"--until", "12h"}, 0, "unitmeter history: nothing was recorded between", "UNIT"},
 	} {
 		code, stdout, stderr := runCommand(t, []string{"UNITMETER_STATE_DIR=" + dir}, append([]string{"history"}, test.args...)...)

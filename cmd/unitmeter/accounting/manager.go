@@ -15,6 +15,7 @@ import (
 )
 
 const (
+	// Name is systemd's on the bus.
 	Name             = "org.freedesktop.systemd1"
 	managerPath      = "/org/freedesktop/systemd1"
 	ManagerInterface = "org.freedesktop.systemd1.Manager"
@@ -95,8 +96,8 @@ func (m *Manager) Default(ctx context.Context) (on bool, err error) {
 		return on, err
 	}
 	const nobody = "unitmeter-asks-for-the-defaults.service"
-	var p dbus.ObjectPath
-	if err := m.Call(ctx, "LoadUnit", nobody).Store(&p); err != nil {
+	p, _, err := m.Load(ctx, nobody)
+	if err != nil {
 		return false, err
 	}
 	err = m.Get(ctx, p, counterInterface(nobody), "IPAccounting", &on)
@@ -120,6 +121,16 @@ type Unit struct {
 func (u Unit) Lost() bool {
 	kind := path.Ext(u.Name)
 	return u.On && !u.HasData && u.Active && (kind == ".service" || kind == ".scope")
+}
+
+// Load loads a unit, if it is not loaded. state is its LoadState: systemd answers for
+// any name, with "not-found" where there is no file.
+func (m *Manager) Load(ctx context.Context, name string) (p dbus.ObjectPath, state string, err error) {
+	if err := m.Call(ctx, "LoadUnit", name).Store(&p); err != nil {
+		return "", "", err
+	}
+	err = m.Get(ctx, p, UnitInterface, "LoadState", &state)
+	return p, state, err
 }
 
 // Loaded lists the loaded units in the given states (none: any) that match.

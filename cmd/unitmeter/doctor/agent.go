@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/godbus/dbus/v5"
-
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -37,12 +35,12 @@ type agentService struct {
 
 // findAgent reads the agent's unit; nil if there is none.
 func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error) {
-	var p dbus.ObjectPath
-	if err := m.Call(ctx, "LoadUnit", agentUnit).Store(&p); err != nil {
+	p, state, err := m.Load(ctx, agentUnit)
+	if err != nil || state != "loaded" {
 		return nil, err
 	}
 	var a agentService
-	var load, group string
+	var group string
 	var groups, environment, stateDirectory []string
 	var stateMode uint32
 	var files []struct {
@@ -55,7 +53,6 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		iface, name string
 		to          any
 	}{
-		{accounting.UnitInterface, "LoadState", &load},
 		{accounting.UnitInterface, "ActiveState", &a.state},
 		{service, "StatusText", &a.status},
 		{service, "User", &a.user},
@@ -71,11 +68,6 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		if err != nil && !accounting.ErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") { // an older systemd
 			return nil, err
 		}
-	}
-	// LoadUnit answers for any name: a unit without a file is one that is not
-	// found.
-	if load != "loaded" {
-		return nil, nil
 	}
 	set := func(name, value string) {
 		if value != "" {

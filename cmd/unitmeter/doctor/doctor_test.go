@@ -453,39 +453,6 @@ func TestParseEndpoint(t *testing.T) {
 	}
 }
 
-// fakeUnit is a service of the fake.
-func fakeUnit(name string, accounting bool, bytes uint64) systemdtest.Unit {
-	return systemdtest.Unit{
-		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: accounting,
-		IngressBytes: bytes, IngressPackets: bytes, EgressBytes: bytes, EgressPackets: bytes,
-	}
-}
-
-// TestDoctorLost plants the fault of systemd 256 and 257, which no systemd of
-// this machine has: running units without data.
-func TestDoctorLost(t *testing.T) {
-	fake := systemdtest.StartFake(t)
-	fake.SetUnit(fakeUnit("fine.service", true, 7))
-	fake.SetUnit(fakeUnit("gone.service", true, systemdtest.NoData))
-	fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
-		switch {
-		case property == "Version":
-			return dbus.MakeVariant("257.13-1~deb13u1"), nil, 0, true
-		case property == "Transient":
-			return dbus.MakeVariant(false), nil, 0, true
-		case property == "DropInPaths":
-			return dbus.MakeVariant([]string{}), nil, 0, true
-		}
-		return dbus.Variant{}, nil, 0, false
-	})
-	environ := []string{"UNITMETER_BUS=" + fake.Address()}
-	findings := examined(t, environ...)
-	want(t, findings, "systemd", statusWarn, "upgrade to systemd 258.1")
-	want(t, findings, "counters", statusWarn, "unitmeter enable --lost")
-	fake.SetUnit(fakeUnit("gone.service", true, 0))
-	want(t, examined(t, environ...), "counters", statusOK, "")
-}
-
 // TestDoctorBadBus plants peers that are no D-Bus at all.
 func TestDoctorBadBus(t *testing.T) {
 	t.Parallel()

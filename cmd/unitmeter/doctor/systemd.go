@@ -192,9 +192,6 @@ func (d *doctor) checkDefault(ctx context.Context) finding {
 	return good("DefaultIPAccounting=yes: future units are counted too")
 }
 
-// oneLine makes one line of a joined error.
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ": ") }
-
 // checkAccounting counts the units that are not counted.
 func (d *doctor) checkAccounting(ctx context.Context) finding {
 	cfg := d.cfg.Receiver()

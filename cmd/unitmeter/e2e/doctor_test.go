@@ -118,7 +118,7 @@ func (w *ward) forward(inside, server string) {
 // TestDoctorFixes plants 23 faults in a real systemd, one after the other. The
 // doctor must name the fix; and the fix, applied as it is written, must help.
 // TestDoctorEndpoint does the same with 25 faults of an endpoint, TestDoctorState
-// with 3, TestDoctorEnvironment with 5, TestDoctorLost with 1, TestDoctorAsAgent
+// with 3, TestDoctorEnvironment with 5, TestEnableLost with 1, TestDoctorAsAgent
 // with 1: 58 in all.
 func TestDoctorFixes(t *testing.T) {
 	t.Parallel()
