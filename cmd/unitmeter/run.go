@@ -91,7 +91,7 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	defer waiting.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // before the Wait: an error must not wait for the state
-	if state.unavailable() {
+	if state.store != nil && state.durable == nil {
 		waiting.Go(func() {
 			if again = state.await(ctx); again {
 				cancel()
@@ -101,7 +101,9 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 
 	rcvConfig := cfg.Receiver()
 	rcvConfig.Logger = log
-	rcvConfig.State = state.restored()
+	if state.durable != nil {
+		rcvConfig.State = state.durable.State()
+	}
 	if len(cfg.Exporters) > 1 {
 		rcvConfig.KeepEnded = 2 * cfg.Interval
 	}
@@ -124,10 +126,23 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	)...)
 	scope := provider.Meter("github.com/unitmeter/unitmeter", metric.WithInstrumentationVersion(buildVersion()))
 	host, _ := res.Set().Value("host.name")
-	if err := errors.Join(rcv.Register(scope), out.main.Register(scope, host.AsString()), state.register(scope, host.AsString())); err != nil {
+	err = errors.Join(rcv.Register(scope), out.main.Register(scope, host.AsString()))
+	if state.durable != nil {
+		err = errors.Join(err, state.durable.Register(scope, host.AsString()))
+	}
+	if err != nil {
 		return false, errors.Join(err, provider.Shutdown(ctx), out.close(ctx))
 	}
 
+	if err := serve(ctx, cfg, rcv, provider, out, log); err != nil {
+		return false, fmt.Errorf("stop: %w", err)
+	}
+	waiting.Wait()
+	return again, nil
+}
+
+// serve collects and sends until ctx ends, and then once more.
+func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provider *sdkmetric.MeterProvider, out *outputs, log *slog.Logger) error {
 	// The receiver must outlive ctx: shutting down collects once more.
 	running, stopReceiver := context.WithCancel(context.WithoutCancel(ctx))
 	var receiving sync.WaitGroup
@@ -157,14 +172,10 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	// state that it was committed to.
 	ending, stopEnding := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer stopEnding()
-	err = errors.Join(provider.Shutdown(ending), out.close(ending))
+	err := errors.Join(provider.Shutdown(ending), out.close(ending))
 	stopReceiver()
 	receiving.Wait()
-	if err != nil {
-		return false, fmt.Errorf("stop: %w", err)
-	}
-	waiting.Wait()
-	return again, nil
+	return err
 }
 
 // outputs are the exporters of a run.
@@ -201,8 +212,10 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 		}
 	}
 	exporterConfig := cfg.OTLP.Exporter()
-	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Ledger = protocol, rcv, state.restored()
-	exporterConfig.Outbox, exporterConfig.Logger = state.outbox(), log
+	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Logger = protocol, rcv, log
+	if state.durable != nil {
+		exporterConfig.Ledger, exporterConfig.Outbox = state.durable.State(), state.durable
+	}
 	out.main, err = exporter.New(ctx, exporterConfig)
 	return out, err
 }

@@ -28,7 +28,7 @@ import (
 // checkTimeout bounds one check.
 const checkTimeout = 8 * time.Second
 
-// Statuses of a check, the worst last.
+// Statuses of a check.
 const (
 	statusOK   = "ok"
 	statusSkip = "skip" // could not be checked, or has no meaning here
@@ -150,7 +150,12 @@ func (d *doctor) withEndpoint(run func(context.Context, endpoint) finding) func(
 		if err != nil {
 			return skipped("the endpoint %q is not valid: %v", d.cfg.OTLP.Endpoint, err)
 		}
-		return run(ctx, ep)
+		f := run(ctx, ep)
+		// Later checks of the same way fail of the same cause.
+		if f.Status == statusFail && d.blocked == "" {
+			d.blocked = f.Fix
+		}
+		return f
 	}
 }
 
@@ -199,13 +204,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	failed := 0
-	for _, f := range findings {
-		if f.Status == statusFail {
-			failed++
-		}
-	}
-	if failed > 0 {
+	if failed := statuses(findings)[statusFail]; failed > 0 {
 		return fmt.Errorf("%d of %d checks failed; apply the fixes from the top, and run it again", failed, len(findings))
 	}
 	return nil
@@ -232,10 +231,6 @@ func examine(ctx context.Context, environ []string, show func(finding)) []findin
 			break
 		}
 		f := runCheck(ctx, c)
-		// Later checks of the same way fail of the same cause.
-		if f.Status == statusFail && d.blocked == "" && (strings.HasPrefix(c.name, "endpoint-") || c.name == "collector") {
-			d.blocked = f.Fix
-		}
 		findings = append(findings, f)
 		show(f)
 	}
@@ -251,26 +246,30 @@ func runCheck(ctx context.Context, c check) finding {
 	return f
 }
 
-// worst is the status that counts for the whole report.
-func worst(findings []finding) string {
-	// From the best to the worst.
-	order := []string{statusOK, statusSkip, statusWarn, statusFail}
-	at := 0
-	for _, f := range findings {
-		at = max(at, slices.Index(order, f.Status))
-	}
-	if order[at] == statusSkip {
-		return statusOK // what has no meaning here is no fault
-	}
-	return order[at]
-}
-
-// summary counts the checks by status, for the last line of the report.
-func summary(findings []finding) string {
+// statuses counts the findings by status.
+func statuses(findings []finding) map[string]int {
 	counts := map[string]int{}
 	for _, f := range findings {
 		counts[f.Status]++
 	}
+	return counts
+}
+
+// worst is the status of the whole report. A skipped check is no fault.
+func worst(findings []finding) string {
+	counts := statuses(findings)
+	switch {
+	case counts[statusFail] > 0:
+		return statusFail
+	case counts[statusWarn] > 0:
+		return statusWarn
+	}
+	return statusOK
+}
+
+// summary is the last line of the report.
+func summary(findings []finding) string {
+	counts := statuses(findings)
 	text := fmt.Sprintf("%d ok", counts[statusOK])
 	for _, status := range []string{statusWarn, statusFail, statusSkip} {
 		if n := counts[status]; n > 0 {

@@ -1,7 +1,7 @@
 package doctor
 
 import (
-	"bufio"
+	"bytes"
 	"cmp"
 	"compress/gzip"
 	"context"
@@ -109,10 +109,10 @@ func (d *doctor) checkKernel(context.Context) finding {
 	}
 	found := "Linux " + release
 	// Without a stored configuration, the check of the counters decides.
-	switch value, err := kernelOption(release, "CONFIG_CGROUP_BPF"); {
-	case err == nil && value != "y":
+	switch on, known := kernelOption(release, "CONFIG_CGROUP_BPF"); {
+	case known && !on:
 		return failure("boot a kernel that is built with CONFIG_CGROUP_BPF=y", "Linux %s is built without CONFIG_CGROUP_BPF, which systemd needs to count", release)
-	case err == nil:
+	case known:
 		found += ", CONFIG_CGROUP_BPF=y"
 	}
 	// Only a hint: whether it keeps systemd from counting depends on the version.
@@ -124,31 +124,21 @@ func (d *doctor) checkKernel(context.Context) finding {
 	return good("%s", found)
 }
 
-// kernelOption reads one setting of the kernel's build.
-func kernelOption(release, option string) (string, error) {
+// kernelOption reads one setting of the kernel's build, where it is stored.
+func kernelOption(release, option string) (on, known bool) {
 	for _, file := range []string{"/proc/config.gz", "/boot/config-" + release, "/lib/modules/" + release + "/config"} {
-		f, err := os.Open(file)
-		if err != nil {
-			continue
-		}
-		defer f.Close()
-		in := io.Reader(f)
-		if strings.HasSuffix(file, ".gz") {
-			if in, err = gzip.NewReader(f); err != nil {
-				continue
+		text, err := os.ReadFile(file)
+		if err == nil && strings.HasSuffix(file, ".gz") {
+			var unzip io.Reader
+			if unzip, err = gzip.NewReader(bytes.NewReader(text)); err == nil {
+				text, err = io.ReadAll(unzip)
 			}
 		}
-		for lines := bufio.NewScanner(in); lines.Scan(); {
-			if value, ok := strings.CutPrefix(lines.Text(), option+"="); ok {
-				return value, nil
-			}
-			if lines.Text() == "# "+option+" is not set" {
-				return "n", nil
-			}
+		if err == nil {
+			return bytes.Contains(text, []byte("\n"+option+"=y\n")), true
 		}
-		return "n", nil
 	}
-	return "", fs.ErrNotExist
+	return false, false
 }
 
 // checkCgroup looks for cgroup v2, to which systemd attaches the programs that

@@ -148,16 +148,10 @@ func (m *topModel) pressInList(name string) {
 		m.back = !m.back
 	case "left", "<", "right", ">":
 		m.nextColumn(name == "left" || name == "<")
-	case "n":
-		m.sortBy(byName)
-	case "i":
-		m.sortBy(byIn)
-	case "o":
-		m.sortBy(byOut)
-	case "t":
-		m.sortBy(byTotal)
-	case "m":
-		m.sortBy(byRecent)
+	default:
+		if c, ok := map[string]column{"n": byName, "i": byIn, "o": byOut, "t": byTotal, "m": byRecent}[name]; ok {
+			m.sortBy(c)
+		}
 	}
 }
 

@@ -263,7 +263,11 @@ func (m *topModel) detail() []string {
 	field("since "+m.board.began.Local().Format("15:04:05"), fmt.Sprintf("   received %s, sent %s", m.volume(r.session[bytesIn]), m.volume(r.session[bytesOut])))
 
 	// What is left of the screen is for the two graphs.
-	room := m.height - 1 - len(lines)
+	return append(lines, m.graphs(r, m.height-1-len(lines))...)
+}
+
+// graphs draws the speeds of a unit or slice over time, in room lines.
+func (m *topModel) graphs(r *topRow, room int) (lines []string) {
 	high := min(max((room-4)/2, 1), 6)
 	// At first a minute, then as much as there is: ten minutes of which nine are
 	// empty would show nothing.
