@@ -301,7 +301,7 @@ func printQuarantined(ctx context.Context, w io.Writer, reader *store.Reader) er
 	}
 	tab := tty.NewTable(w, false, "REQUEST", "OF", "POINTS", "REASON")
 	for _, q := range all {
-		tab.Row(fmt.Sprint(q.ID), q.Time.Local().Format(time.DateTime), fmt.Sprint(q.Points), tty.Line(errors.New(q.Reason)))
+		tab.Row(fmt.Sprint(q.ID), q.Time.Local().Format(time.DateTime), fmt.Sprint(q.Points), q.Reason)
 	}
 	return tab.Flush()
 }

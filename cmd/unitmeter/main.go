@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 )
@@ -171,6 +172,29 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 		return nil, usageError{fmt.Errorf("%q is one argument too many; see \"unitmeter help %s\"", args[maxArgs], flags.Name())}
 	}
 	return args, nil
+}
+
+// parsePatterns reads the flags of a subcommand, and its other arguments as
+// patterns for the names of units.
+func parsePatterns(t *terminal, flags *flag.FlagSet) ([]string, error) {
+	args, err := parse(t, flags, -1)
+	if err != nil {
+		return nil, err
+	}
+	patterns, err := accounting.Patterns(args)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return patterns, nil
+}
+
+// loadConfig reads the environment.
+func loadConfig(t *terminal) (config.Config, error) {
+	cfg, err := config.Load(t.environ)
+	if err != nil {
+		return cfg, usageError{err}
+	}
+	return cfg, nil
 }
 
 func printVersion(_ context.Context, t *terminal, flags *flag.FlagSet) error {

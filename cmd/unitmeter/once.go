@@ -13,7 +13,6 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
-	"github.com/unitmeter/unitmeter/config"
 )
 
 func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
@@ -38,29 +37,6 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return printJSON(t.stdout, units)
 	}
 	return printTable(t.stdout, units, len(patterns) > 0, *interval > 0)
-}
-
-// parsePatterns reads the flags of a subcommand, and its other arguments as
-// patterns for the names of units.
-func parsePatterns(t *terminal, flags *flag.FlagSet) ([]string, error) {
-	args, err := parse(t, flags, -1)
-	if err != nil {
-		return nil, err
-	}
-	patterns, err := accounting.Patterns(args)
-	if err != nil {
-		return nil, usageError{err}
-	}
-	return patterns, nil
-}
-
-// loadConfig reads the environment.
-func loadConfig(t *terminal) (config.Config, error) {
-	cfg, err := config.Load(t.environ)
-	if err != nil {
-		return cfg, usageError{err}
-	}
-	return cfg, nil
 }
 
 // unitJSON is one unit in the output of --json. Counters are null where there

@@ -53,7 +53,7 @@ func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval 
 		return nil, err
 	}
 	defer stop()
-	units, err := Sweep(ctx, r)
+	units, err := sweep(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +68,7 @@ func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval 
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
-		if units, err = Sweep(ctx, r); err != nil {
+		if units, err = sweep(ctx, r); err != nil {
 			return nil, err
 		}
 	}
@@ -82,8 +82,8 @@ func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval 
 	return choose(readings, Resolve(ctx, cfg, patterns))
 }
 
-// Sweep reads all units once. It is an error if a unit could not be read in time.
-func Sweep(ctx context.Context, r *receiver.Receiver) ([]receiver.Unit, error) {
+// sweep reads all units once. It is an error if a unit could not be read in time.
+func sweep(ctx context.Context, r *receiver.Receiver) ([]receiver.Unit, error) {
 	if r.Sweep(ctx).Partial {
 		return nil, errors.New("read all units: systemd did not answer for all of them in time; raise UNITMETER_SWEEP_TIMEOUT, or try again")
 	}

@@ -6,8 +6,8 @@
 //   - board: the units and slices with their speeds, totals and history.
 //   - session: what was counted since top began, over all runs of a unit.
 //
-// Two goroutines run: Bubble Tea's, which owns the screen and the board, and feed,
-// which reads. Both end before Run returns.
+// Run starts Bubble Tea's goroutines, of which one at a time has the board, feed, which
+// reads, and a receiver's. All end before Run returns.
 package top
 
 import (
