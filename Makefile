@@ -42,7 +42,7 @@ bench: build ## run all benchmarks but BenchmarkIdle, one package after the othe
 
 conformance: ## verdict per scenario for UNITMETER_BINARY, or for this tree (root)
 	.ci/tools
-	$(TESTENV) go test ./cmd/unitmeter -run TestConformance -v -count=1 -timeout 60m
+	$(TESTENV) go test ./cmd/unitmeter/e2e -run TestConformance -v -count=1 -timeout 60m
 
 test-matrix: tools ## conformance suite on systemd 247 to 26x (root; fetches five Debian trees once)
 	.ci/matrix

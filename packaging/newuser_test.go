@@ -53,25 +53,25 @@ func newUser(t testing.TB) time.Duration {
 	rig.Run(t, "dpkg", "-i", "/root/unitmeter_0.1.0_amd64.deb")
 	report, code := doctor(t, rig)
 	if code != 1 {
-		t.Errorf("before the mends doctor ends with %d, want 1:\n%s", code, report)
+		t.Errorf("before the fixes doctor ends with %d, want 1:\n%s", code, report)
 	}
-	mends := mendsOf(report)
+	fixes := fixesOf(report)
 	for _, want := range []string{"unitmeter enable --default", "unitmeter enable --all", "usermod -aG systemd-journal unitmeter"} {
-		if !slices.Contains(mends, want) {
+		if !slices.Contains(fixes, want) {
 			t.Errorf("doctor does not name %q:\n%s", want, report)
 		}
 	}
-	for _, mend := range mends {
+	for _, fix := range fixes {
 		switch {
-		case strings.Contains(mend, "set OTEL_EXPORTER_OTLP_ENDPOINT"):
+		case strings.Contains(fix, "set OTEL_EXPORTER_OTLP_ENDPOINT"):
 			// The one file to edit; doctor says which.
-			if !strings.Contains(report, "Variables go into /etc/unitmeter/unitmeter.env") {
+			if !strings.Contains(report, "Variables belong in /etc/unitmeter/unitmeter.env") {
 				t.Errorf("doctor does not say where to set it:\n%s", report)
 			}
 			rig.Run(t, "sh", "-c", "echo OTEL_EXPORTER_OTLP_ENDPOINT=http://"+endpoint+" >>/etc/unitmeter/unitmeter.env")
-		case strings.HasPrefix(mend, "timedatectl "): // nobody sets the clock of a rig
+		case strings.HasPrefix(fix, "timedatectl "): // nobody sets the clock of a rig
 		default:
-			rig.Run(t, "sh", "-euc", mend)
+			rig.Run(t, "sh", "-euc", fix)
 		}
 	}
 	bench(t, rig)
@@ -98,8 +98,8 @@ func newUser(t testing.TB) time.Duration {
 		t.Errorf("of what the package has, these are edited: %q", changed)
 	}
 	report, code = doctor(t, rig)
-	if left := mendsOf(report); code != 0 || len(slices.DeleteFunc(left, func(m string) bool { return strings.HasPrefix(m, "timedatectl ") })) > 0 {
-		t.Errorf("after the mends doctor ends with %d, and names %q:\n%s", code, left, report)
+	if left := fixesOf(report); code != 0 || len(slices.DeleteFunc(left, func(m string) bool { return strings.HasPrefix(m, "timedatectl ") })) > 0 {
+		t.Errorf("after the fixes doctor ends with %d, and names %q:\n%s", code, left, report)
 	}
 	// root finds what the service has kept, without being told where.
 	if history := rig.Run(t, "unitmeter", "history"); !strings.Contains(history, "UNIT") {
@@ -140,12 +140,12 @@ func doctor(t testing.TB, rig *systemdtest.Rig) (report string, code int) {
 	return string(out), code
 }
 
-// mendsOf returns the mends of a report, in its order.
-func mendsOf(report string) (mends []string) {
+// fixesOf returns the fixes of a report, in its order.
+func fixesOf(report string) (fixes []string) {
 	for line := range strings.Lines(report) {
-		if mend, ok := strings.CutPrefix(strings.TrimSpace(line), "mend: "); ok {
-			mends = append(mends, mend)
+		if fix, ok := strings.CutPrefix(strings.TrimSpace(line), "fix: "); ok {
+			fixes = append(fixes, fix)
 		}
 	}
-	return mends
+	return fixes
 }

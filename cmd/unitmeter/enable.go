@@ -16,6 +16,8 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 )
 
@@ -45,8 +47,8 @@ func disable(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	return switchAccounting(ctx, t, flags, false)
 }
 
-// switchAccounting finds all units before it changes the first: a name that is
-// wrong must not leave half of the work done.
+// switchAccounting finds all units before it changes the first: with a wrong name,
+// nothing is changed.
 func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on bool) error {
 	s, err := parseSelection(t, flags, on)
 	if err != nil {
@@ -58,12 +60,12 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
 	defer cancel()
-	m, err := openManager(ctx, receiverConfig(cfg).Addresses()...)
+	m, err := accounting.Connect(ctx, cfg.Receiver().Addresses()...)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
-	defer m.close()
-	w := &switcher{m: m, out: t.stdout, on: on, selection: s}
+	defer m.Close()
+	w := &switcher{m: m, out: t.stdout, verb: flags.Name(), on: on, selection: s}
 	if s.byDefault {
 		return w.setDefault(ctx)
 	}
@@ -79,21 +81,23 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 	choices := "names of units, or one of --all and --default"
 	if on {
 		choices = "names of units, or one of --all, --lost and --default"
-		flags.BoolVar(&s.all, "all", false, "all running units that are metered and have IP accounting off, and lost ones")
+		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting off, and lost ones")
 		flags.BoolVar(&s.lost, "lost", false, "the units whose counters systemd has lost")
-		flags.BoolVar(&s.byDefault, "default", false, "all units, those to come too: set DefaultIPAccounting=yes and reload systemd")
+		flags.BoolVar(&s.byDefault, "default", false, "all units, future ones too: set DefaultIPAccounting=yes and reload systemd")
 	} else {
-		flags.BoolVar(&s.all, "all", false, "all running units that are metered and have IP accounting on")
-		flags.BoolVar(&s.byDefault, "default", false, "take back what \"enable --default\" did, and reload systemd")
+		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting on")
+		flags.BoolVar(&s.byDefault, "default", false, "undo \"enable --default\", and reload systemd")
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
-	flags.BoolVar(&s.dry, "dry-run", false, "print what would be done, and do nothing")
-	if s.names, err = parse(t, flags, -1); err != nil {
+	flags.BoolVar(&s.dry, "dry-run", false, "print the changes, and make none")
+	if s.names, err = parsePatterns(t, flags); err != nil {
 		return s, err
 	}
 	ways := 0
 	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault} {
-		ways += count(given)
+		if given {
+			ways++
+		}
 	}
 	if ways != 1 {
 		return s, usageError{fmt.Errorf("want %s; see \"unitmeter help %s\"", choices, flags.Name())}
@@ -103,44 +107,38 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 
 // switcher turns accounting on or off.
 type switcher struct {
-	m   *manager
-	out io.Writer
-	on  bool
+	m    *accounting.Manager
+	out  io.Writer
+	verb string // enable or disable
+	on   bool
 	selection
 }
 
-func (w *switcher) verb() string {
-	if w.on {
-		return "enable"
-	}
-	return "disable"
-}
-
 // choose finds the units that the command line names.
-func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUnit, error) {
+func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accounting.Unit, error) {
 	if w.all || w.lost {
-		units, err := w.m.loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
+		units, err := w.m.Loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
 		if err != nil {
 			return nil, err
 		}
-		return slices.DeleteFunc(units, func(u accountedUnit) bool {
-			if whyExcluded(cfg, u.name) != "" || !carriesTraffic(u.name) && (!u.active || w.on && !w.m.hasProcesses(ctx, u.name)) {
+		return slices.DeleteFunc(units, func(u accounting.Unit) bool {
+			if whyExcluded(cfg, u.Name) != "" || !accounting.CarriesTraffic(u.Name) && (!u.Active || w.on && !w.m.HasProcesses(ctx, u.Name)) {
 				return true
 			}
 			if w.lost {
-				return !u.lost()
+				return !u.Lost()
 			}
-			return u.on == w.on && !(w.on && u.lost()) && !w.keeps(u)
+			return u.On == w.on && !(w.on && u.Lost()) && !w.keeps(u)
 		}), nil
 	}
-	var units []accountedUnit
+	var units []accounting.Unit
 	for _, name := range w.names {
 		found, err := w.named(ctx, name)
 		if err != nil {
 			return nil, err
 		}
 		for _, u := range found {
-			if !slices.ContainsFunc(units, func(v accountedUnit) bool { return v.name == u.name }) {
+			if !slices.ContainsFunc(units, func(v accounting.Unit) bool { return v.Name == u.Name }) {
 				units = append(units, u)
 			}
 		}
@@ -148,52 +146,43 @@ func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUn
 	return units, nil
 }
 
-// keeps reports whether a unit has what is asked for, but until the next boot only.
-func (w *switcher) keeps(u accountedUnit) bool {
-	return u.on == w.on && u.runtime && !u.persistent && !w.runtime
+// keeps reports whether a unit has the wanted setting, but until the next boot only.
+func (w *switcher) keeps(u accounting.Unit) bool {
+	return u.On == w.on && u.Runtime && !u.Persistent && !w.runtime
 }
 
 // named finds the units of one argument: a name, which is loaded if it is not,
 // or a pattern of loaded units.
-func (w *switcher) named(ctx context.Context, name string) ([]accountedUnit, error) {
-	full := fullName(name)
-	if strings.ContainsAny(name, "*?[") {
-		if _, err := path.Match(strings.ReplaceAll(name, `\`, `\\`), ""); err != nil {
-			return nil, usageError{fmt.Errorf("%q is no pattern; use *, ? and [a-z], as in nginx*.service", name)}
-		}
-		units, err := w.m.loaded(ctx, []string{}, name)
+func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, error) {
+	if accounting.IsPattern(name) {
+		units, err := w.m.Loaded(ctx, []string{}, name)
 		if err == nil && len(units) == 0 {
 			err = fmt.Errorf("find units %q: no loaded unit with IP counters matches; see \"systemctl list-units --all '%s'\"", name, name)
 		}
 		return units, err
 	}
-	iface := counterInterface(full)
-	if iface == "" {
-		return nil, fmt.Errorf("find unit %q: units of this type have no IP accounting; those of the types %s have", full, strings.Join(accountable(), ", "))
+	if !accounting.Possible(name) {
+		return nil, fmt.Errorf("find unit %q: units of this type have no IP accounting; the types %s have", name, strings.Join(accounting.Types(), ", "))
 	}
-	var p dbus.ObjectPath
-	if err := w.m.call(ctx, "LoadUnit", full).Store(&p); err != nil {
-		return nil, fmt.Errorf("find unit %q: %w; see \"systemctl list-units\" for names", full, err)
+	p, state, err := w.m.Load(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("find unit %q: %w; see \"systemctl list-units\" for names", name, err)
 	}
-	var load string
-	if err := w.m.get(ctx, p, unitInterface, "LoadState", &load); err != nil {
-		return nil, fmt.Errorf("find unit %q: %w", full, err)
+	if state != "loaded" {
+		return nil, fmt.Errorf("find unit %q: its state is %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", name, state, name)
 	}
-	if load != "loaded" {
-		return nil, fmt.Errorf("find unit %q: systemd says %q; see \"systemctl status %s\", and \"systemctl list-units\" for names", full, load, full)
-	}
-	u, err := w.m.unit(ctx, full, p)
-	return []accountedUnit{u}, err
+	u, err := w.m.Unit(ctx, name, p)
+	return []accounting.Unit{u}, err
 }
 
 // setUnits changes the units one after the other, and goes on after a failure.
-func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
+func (w *switcher) setUnits(ctx context.Context, units []accounting.Unit) error {
 	if len(units) == 0 {
-		why := "no running unit that is metered has IP accounting on"
+		why := "no metered and running unit has IP accounting on"
 		if w.lost {
 			why = "no running unit has lost its counters"
 		} else if w.on {
-			why = "no running unit that has anything to count has IP accounting off"
+			why = "no running unit with traffic to count has IP accounting off"
 		}
 		fmt.Fprintln(w.out, "nothing to do: "+why)
 		return nil
@@ -201,14 +190,14 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 	var errs []error
 	for _, u := range units {
 		err := w.setUnit(ctx, u)
-		if denied(err) { // as it would be for all others
-			which := u.name
+		if accounting.Denied(err) { // as it would be for all others
+			which := u.Name
 			if w.all {
 				which = "--all"
 			} else if w.lost {
 				which = "--lost"
 			}
-			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run it as root, as in \"sudo unitmeter %s %s\"", u.name, os.Geteuid(), err, w.verb(), shellWord(which))
+			return fmt.Errorf("set IPAccounting of %s: systemd refused uid %d: %w; run \"sudo unitmeter %s %s\"", u.Name, os.Geteuid(), err, w.verb, tty.ShellWord(which))
 		}
 		errs = append(errs, err)
 	}
@@ -216,19 +205,18 @@ func (w *switcher) setUnits(ctx context.Context, units []accountedUnit) error {
 }
 
 // setUnit changes one unit, and prints what systemd shows after that.
-func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
-	rearm := w.on && u.on && u.active && !u.hasData
-	if u.on == w.on && !rearm && !w.keeps(u) {
-		fmt.Fprintf(w.out, "%s: IP accounting is %s already\n", u.name, onOff(w.on))
+func (w *switcher) setUnit(ctx context.Context, u accounting.Unit) error {
+	rearm := w.on && u.On && u.Active && !u.HasData
+	if u.On == w.on && !rearm && !w.keeps(u) {
+		fmt.Fprintf(w.out, "%s: IP accounting is already %s\n", u.Name, onOff(w.on))
 		return nil
 	}
-	if w.runtime && u.on != w.on && u.persistent {
-		return fmt.Errorf("set IPAccounting of %s until the next boot: %s/%s.d/%s says %s, and would win at the next daemon-reload; use \"unitmeter %s %s\"",
-			u.name, persistentDir, u.name, settingFile, yesNo(u.on), w.verb(), shellWord(u.name))
+	if w.runtime && u.On != w.on && u.Persistent {
+		return fmt.Errorf("set IPAccounting of %s until the next boot: %s/%s.d/%s says %s, which would win at the next daemon-reload; use \"unitmeter %s %s\"",
+			u.Name, accounting.PersistentDir, u.Name, accounting.SettingFile, yesNo(u.On), w.verb, tty.ShellWord(u.Name))
 	}
-	// The files of a transient unit would outlive it. And to touch the setting
-	// is all that a lost unit needs.
-	runtime := w.runtime || u.transient || rearm
+	// The files of a transient unit would outlive it, and a lost unit needs no file.
+	runtime := w.runtime || u.Transient || rearm
 	if w.dry {
 		w.describe(u, runtime, rearm)
 		return nil
@@ -238,37 +226,37 @@ func (w *switcher) setUnit(ctx context.Context, u accountedUnit) error {
 		Value dbus.Variant
 	}
 	change := []property{{"IPAccounting", dbus.MakeVariant(w.on)}}
-	if err := w.m.call(ctx, "SetUnitProperties", u.name, runtime, change).Err; err != nil {
-		if denied(err) {
+	if err := w.m.Call(ctx, "SetUnitProperties", u.Name, runtime, change).Err; err != nil {
+		if accounting.Denied(err) {
 			return err
 		}
-		return fmt.Errorf("set IPAccounting of %s: %w; see \"journalctl -b _PID=1 -n 20\"", u.name, err)
+		return fmt.Errorf("set IPAccounting of %s: %w; see \"journalctl -b _PID=1 -n 20\"", u.Name, err)
 	}
 	now, err := w.settled(ctx, u)
 	if err != nil {
 		return err
 	}
-	// systemd calls it a success that it could not write the file, and the next
-	// daemon-reload would take the change back.
-	if !runtime && !now.persistent {
-		err := w.m.call(ctx, "SetUnitProperties", u.name, true, change).Err
-		return errors.Join(fmt.Errorf("keep IPAccounting of %s: systemd could not write %s/%s.d/%s, so it is %s until the next boot only; make /etc writable, and run it again",
-			u.name, persistentDir, u.name, settingFile, onOff(now.on)), err)
+	// systemd reports success even if it could not write the file, and the next
+	// daemon-reload would undo the change.
+	if !runtime && !now.Persistent {
+		err := w.m.Call(ctx, "SetUnitProperties", u.Name, true, change).Err
+		return errors.Join(fmt.Errorf("keep IPAccounting of %s: systemd could not write %s/%s.d/%s, so it is %s until the next boot only; make /etc writable and try again",
+			u.Name, accounting.PersistentDir, u.Name, accounting.SettingFile, onOff(now.On)), err)
 	}
-	fmt.Fprintf(w.out, "%s: %s\n", u.name, outcome(u, now, runtime, rearm))
+	fmt.Fprintf(w.out, "%s: %s\n", u.Name, outcome(u, now, runtime, rearm))
 	return nil
 }
 
 // settled reads the unit until it shows the change.
-func (w *switcher) settled(ctx context.Context, u accountedUnit) (accountedUnit, error) {
+func (w *switcher) settled(ctx context.Context, u accounting.Unit) (accounting.Unit, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	for {
-		now, err := w.m.unit(ctx, u.name, u.path)
+		now, err := w.m.Unit(ctx, u.Name, u.Path)
 		// A socket without IP never has counters; anything else with a cgroup has
 		// them as soon as the programs are attached.
-		waits := w.on && now.active && path.Ext(u.name) != ".socket" && !now.hasData
-		if err == nil && now.on == w.on && !waits {
+		waits := w.on && now.Active && path.Ext(u.Name) != ".socket" && !now.HasData
+		if err == nil && now.On == w.on && !waits {
 			return now, nil
 		}
 		select {
@@ -279,62 +267,62 @@ func (w *switcher) settled(ctx context.Context, u accountedUnit) (accountedUnit,
 		switch {
 		case err != nil:
 			return now, err
-		case now.on != w.on:
-			return now, fmt.Errorf("set IPAccounting of %s: systemd took it, and still shows %s; see \"systemctl cat %s\" for what overrides it", u.name, onOff(now.on), u.name)
+		case now.On != w.on:
+			return now, fmt.Errorf("set IPAccounting of %s: systemd accepted it, and still has it %s; see \"systemctl cat %s\" for what overrides it", u.Name, onOff(now.On), u.Name)
 		}
-		return now, fmt.Errorf("switch on IP accounting of %s: it is set, and systemd has no counters for it: it cannot use BPF here; see \"unitmeter doctor\"", u.name)
+		return now, fmt.Errorf("switch on IP accounting of %s: systemd has no counters for it, because it cannot use BPF here; see \"unitmeter doctor\"", u.Name)
 	}
 }
 
-// outcome tells what has changed.
-func outcome(before, now accountedUnit, runtime, rearm bool) string {
+// outcome says what has changed.
+func outcome(before, now accounting.Unit, runtime, rearm bool) string {
 	until := "from now on"
 	if runtime {
 		until = "until the next boot"
 	}
-	if rearm && now.hasData {
+	if rearm && now.HasData {
 		return "counting again"
 	}
-	if before.transient {
-		until = "until it ends, since it is a transient unit"
+	if before.Transient {
+		until = "until the unit ends, because it is transient"
 	}
 	switch {
-	case before.on == now.on:
-		return "IP accounting stays " + onOff(now.on) + ", after the next boot too"
-	case !now.on:
+	case before.On == now.On:
+		return "IP accounting stays " + onOff(now.On) + ", also after the next boot"
+	case !now.On:
 		return "IP accounting is off " + until
-	case now.hasData:
+	case now.HasData:
 		return "IP accounting is on " + until + "; counting from 0"
-	case now.active:
-		return "IP accounting is on " + until + "; it has no IP sockets to count yet"
+	case now.Active:
+		return "IP accounting is on " + until + "; the unit has no IP sockets yet"
 	}
-	return "IP accounting is on " + until + "; it counts when the unit starts"
+	return "IP accounting is on " + until + "; counting begins when the unit starts"
 }
 
 // describe is the dry run of setUnit.
-func (w *switcher) describe(u accountedUnit, runtime, rearm bool) {
-	dir, flag, why := persistentDir, "", ""
+func (w *switcher) describe(u accounting.Unit, runtime, rearm bool) {
+	dir, flag, why := accounting.PersistentDir, "", ""
 	if runtime {
-		dir, flag = runtimeDir, "--runtime "
+		dir, flag = accounting.RuntimeDir, "--runtime "
 	}
 	switch {
-	case u.transient:
+	case u.Transient:
 		dir = "/run/systemd/transient"
 		why = " (it is a transient unit)"
 	case rearm:
 		why = " (its counters are lost)"
 	}
-	fmt.Fprintf(w.out, "%s%s:\n", u.name, why)
-	fmt.Fprintf(w.out, "  would call  %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", managerInterface, u.name, runtime, w.on)
-	fmt.Fprintf(w.out, "  systemd writes  %s/%s.d/%s\n", dir, u.name, settingFile)
-	if strings.HasPrefix(u.name, "-") {
+	fmt.Fprintf(w.out, "%s%s:\n", u.Name, why)
+	fmt.Fprintf(w.out, "  call             %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", accounting.ManagerInterface, u.Name, runtime, w.on)
+	fmt.Fprintf(w.out, "  file             %s/%s.d/%s\n", dir, u.Name, accounting.SettingFile)
+	if strings.HasPrefix(u.Name, "-") {
 		flag += "-- "
 	}
-	fmt.Fprintf(w.out, "  the same as  systemctl set-property %s%s IPAccounting=%s\n", flag, shellWord(u.name), yesNo(w.on))
+	fmt.Fprintf(w.out, "  the same as      systemctl set-property %s%s IPAccounting=%s\n", flag, tty.ShellWord(u.Name), yesNo(w.on))
 }
 
-// setDefault writes or removes the drop-in of systemd's own configuration and
-// has systemd read it.
+// setDefault writes or removes the drop-in of systemd's own configuration, and
+// reloads systemd.
 func (w *switcher) setDefault(ctx context.Context) error {
 	dir := "/etc/systemd"
 	if w.runtime {
@@ -346,7 +334,7 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("read %s: %w", file, err)
 	case err == nil && !strings.HasPrefix(string(present), "# Written by \"unitmeter"):
-		return fmt.Errorf("change %s: it was not written by unitmeter; look at it, and remove it by hand", file)
+		return fmt.Errorf("change %s: it was not written by unitmeter; check it and remove it by hand", file)
 	case err != nil && !w.on:
 		fmt.Fprintf(w.out, "nothing to do: there is no %s\n", file)
 		return w.checkDefault(ctx)
@@ -355,46 +343,35 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	if w.dry {
 		return nil
 	}
-	before, err := w.m.loaded(ctx, []string{"active"}, "*")
+	before, err := w.m.Loaded(ctx, []string{"active"}, "*")
 	if err != nil {
 		return err
 	}
 	if err := w.writeDefault(file); err != nil {
 		return err
 	}
-	if err := w.m.call(ctx, "Reload").Err; err != nil {
-		if denied(err) {
-			return fmt.Errorf("reload systemd: it refused uid %d: %w; run \"systemctl daemon-reload\" as root", os.Geteuid(), err)
-		}
-		return fmt.Errorf("reload systemd: %w; run \"systemctl daemon-reload\"", err)
-	}
-	if err := w.restoreLost(ctx, before); err != nil {
-		return err
+	if err := w.m.Call(ctx, "Reload").Err; err != nil {
+		return fmt.Errorf("reload systemd as uid %d: %w; run \"systemctl daemon-reload\" as root", os.Geteuid(), err)
 	}
 	return w.verifyDefault(ctx, before)
 }
 
-// explainDefault tells what is about to be done.
+// explainDefault says what setDefault does next.
 func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	would := ""
 	if w.dry {
 		would = "would "
 	}
-	var b strings.Builder
+	text := fmt.Sprintf("%sremove %s\n", would, file)
 	if w.on {
-		fmt.Fprintf(&b, "%swrite %s:\n", would, file)
-		for line := range strings.Lines(defaultText) {
-			b.WriteString("  " + line)
-		}
-	} else {
-		fmt.Fprintf(&b, "%sremove %s\n", would, file)
+		text = fmt.Sprintf("%swrite %s:\n  %s\n", would, file, strings.ReplaceAll(strings.TrimSpace(defaultText), "\n", "\n  "))
 	}
-	fmt.Fprintf(&b, "%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, managerInterface)
-	b.WriteString("No unit is restarted. A reload costs the units that are counted about 0.1 s of counting.\n")
+	text += fmt.Sprintf("%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, accounting.ManagerInterface) +
+		"No unit is restarted. While it reloads (about 0.1 s, longer with slow generators), systemd counts nothing.\n"
 	if w.reloadLoses(ctx) {
-		b.WriteString("This systemd loses the counters of running units at a reload; they are made to count again at once.\n")
+		text += "This systemd loses the counters of running units at a reload; unitmeter restores them at once.\n"
 	}
-	return b.String()
+	return text
 }
 
 // writeDefault writes or removes the drop-in.
@@ -405,75 +382,61 @@ func (w *switcher) writeDefault(file string) error {
 	} else if err == nil {
 		err = os.Remove(file)
 	}
-	if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("change systemd's configuration: %w; run it as root, as in \"sudo unitmeter %s --default\"", err, w.verb())
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("change systemd's configuration: %w; run \"sudo unitmeter %s --default\"", err, w.verb)
+	case err != nil:
 		return fmt.Errorf("change systemd's configuration: %w", err)
 	}
 	return nil
 }
 
-// reloadLoses reports whether this systemd makes units lose their counters at a
-// reload, and leaves units without that get accounting by it (systemd#38112).
+// reloadLoses reports whether a reload of this systemd loses counters.
 func (w *switcher) reloadLoses(ctx context.Context) bool {
-	v, err := w.m.version(ctx)
-	return err == nil && !v.before(256, 0) && v.before(258, 0)
+	v, err := w.m.Version(ctx)
+	return err == nil && v.LosesAtReload()
 }
 
-// restoreLost makes what the reload has lost count again.
-func (w *switcher) restoreLost(ctx context.Context, units []accountedUnit) error {
-	if !w.reloadLoses(ctx) {
-		return nil
-	}
+// verifyDefault restores the counters that the reload has lost, and reports the
+// effect of the new default on units that ran before.
+func (w *switcher) verifyDefault(ctx context.Context, before []accounting.Unit) error {
 	arm := *w
 	arm.on = true
-	var errs []error
-	for _, u := range units {
-		if now, err := w.m.unit(ctx, u.name, u.path); err == nil && now.lost() {
-			errs = append(errs, arm.setUnit(ctx, now))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// verifyDefault asks systemd what it has made of it.
-func (w *switcher) verifyDefault(ctx context.Context, before []accountedUnit) error {
+	loses := w.reloadLoses(ctx)
 	changed, on := 0, 0
 	for _, u := range before {
-		now, err := w.m.unit(ctx, u.name, u.path)
-		if err != nil {
+		now, err := w.m.Unit(ctx, u.Name, u.Path)
+		switch {
+		case err != nil:
 			continue // it ended meanwhile
+		case now.On:
+			on++
 		}
-		changed += count(now.on != u.on)
-		on += count(now.on)
+		if now.On != u.On {
+			changed++
+		}
+		if loses && now.Lost() {
+			if err := arm.setUnit(ctx, now); err != nil {
+				return err
+			}
+		}
 	}
-	fmt.Fprintf(w.out, "%d running units have IP accounting on; it changed for %d\n", on, changed)
+	fmt.Fprintf(w.out, "IP accounting is on for %d running units; it changed for %d\n", on, changed)
 	return w.checkDefault(ctx)
 }
 
-// checkDefault tells if systemd's default is not what was asked for.
+// checkDefault returns an error if systemd has another default.
 func (w *switcher) checkDefault(ctx context.Context) error {
-	now, err := w.m.defaultAccounting(ctx)
+	now, err := w.m.Default(ctx)
 	if err != nil {
 		return fmt.Errorf("check systemd's default: %w", err)
 	}
 	if now != w.on {
-		return fmt.Errorf("set DefaultIPAccounting: systemd still has %s; another file decides it: see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
+		return fmt.Errorf("set DefaultIPAccounting: systemd still has %s because of another file; see \"systemd-analyze cat-config systemd/system.conf\"", yesNo(now))
 	}
 	return nil
 }
 
-func onOff(on bool) string {
-	if on {
-		return "on"
-	}
-	return "off"
-}
+func onOff(on bool) string { return map[bool]string{true: "on", false: "off"}[on] }
 
-func yesNo(on bool) string {
-	if on {
-		return "yes"
-	}
-	return "no"
-}
+func yesNo(on bool) string { return map[bool]string{true: "yes", false: "no"}[on] }

@@ -47,11 +47,10 @@ Commands:
 		fmt.Fprintf(w, "  %-12s%s\n", c.name, c.summary)
 	}
 	fmt.Fprint(w, `
-Configuration is by environment variables, none of which is needed where an
-OpenTelemetry Collector listens on this host: see "unitmeter help environment".
+Environment variables configure unitmeter: see "unitmeter help environment". With
+an OpenTelemetry Collector on this host, none is needed.
 
-Exit codes: 0 done; 1 the work could not be done; 2 the command line or the
-environment is wrong.
+Exit codes: 0 success; 1 failure; 2 wrong command line or environment.
 `)
 }
 
@@ -68,7 +67,7 @@ func printCommandHelp(w io.Writer, c command, flags *flag.FlagSet) {
 			first = false
 		}
 		usage := f.Usage
-		// These are what a flag is without being set, in whatever form.
+		// A flag with one of these has no default.
 		if !slices.Contains([]string{"", "false", "0s"}, f.DefValue) {
 			usage += " (default " + f.DefValue + ")"
 		}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/csv"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -15,20 +14,21 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
 
 func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
-	since := flags.String("since", "24h", "from when: a duration ago (90m, 24h, 7d), a day (2026-11-23) or a time (2026-11-23T14:00)")
-	until := flags.String("until", "0s", "until when, in the same forms")
-	step := flags.String("step", "", "one row for each step of this length (1m, 1h, 1d); without it one row for each unit")
+	since := flags.String("since", "24h", "begin: a duration ago (90m, 24h, 7d), a day (2026-11-23) or a time (2026-11-23T14:00)")
+	until := flags.String("until", "0s", "end, in the same forms")
+	step := flags.String("step", "", "one row for each step of this length (1m, 1h, 1d); default: one row for each unit")
 	asJSON := flags.Bool("json", false, "print JSON")
 	asCSV := flags.Bool("csv", false, "print comma-separated values")
-	quarantined := flags.Bool("quarantined", false, "list the requests that the Collector refused, instead")
+	quarantined := flags.Bool("quarantined", false, "list the requests that the Collector refused")
 	units, err := parse(t, flags, -1)
 	if err != nil {
 		return err
@@ -37,36 +37,18 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return usageError{errors.New("--json and --csv exclude each other; give one of them")}
 	}
 	if *quarantined && (flags.NFlag() > 1 || len(units) > 0) {
-		return usageError{errors.New("--quarantined lists all that there is; give it alone")}
+		return usageError{errors.New("--quarantined takes no other argument; give it alone")}
 	}
-	now := time.Now()
-	query := store.Query{}
-	if query.Since, err = parseMoment("since", *since, now); err != nil {
+	query, err := parseQuery(*since, *until, *step, units)
+	if err != nil {
 		return err
-	}
-	if query.Until, err = parseMoment("until", *until, now); err != nil {
-		return err
-	}
-	if !query.Since.Before(query.Until) {
-		return usageError{fmt.Errorf("--since %s is not before --until %s; give an earlier --since", *since, *until)}
-	}
-	if *step != "" {
-		if query.Step, err = parseLength("step", *step); err != nil {
-			return err
-		}
-		if query.Step <= 0 {
-			return usageError{fmt.Errorf("--step %s is not above zero; use a length such as 1h", *step)}
-		}
-	}
-	for _, u := range units {
-		query.Units = append(query.Units, fullName(u))
 	}
 	cfg, err := loadConfig(t)
 	if err != nil {
 		return err
 	}
 	if cfg.StateDir == "" {
-		return usageError{errors.New("there is no state directory, and so no history; set UNITMETER_STATE_DIR to the one of the agent, as in /var/lib/unitmeter")}
+		return usageError{errors.New("there is no state directory and so no history; set UNITMETER_STATE_DIR to the agent's, such as /var/lib/unitmeter")}
 	}
 	reader, err := store.OpenReader(ctx, historyDir(cfg))
 	if err != nil {
@@ -80,31 +62,66 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	if usage.Damaged > 0 {
-		fmt.Fprintf(t.stderr, "unitmeter history: %d pieces of the history are damaged and left out\n", usage.Damaged)
-	}
-	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
-		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
-	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
-		return strings.ContainsAny(name, "*?[") || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
-	})
-	switch {
-	case len(usage.Units) == 0 && len(units) > 0:
-		return fmt.Errorf("find %s in the history: %s", strings.Join(units, " "), none)
-	case len(usage.Units) == 0:
-		fmt.Fprintf(t.stderr, "unitmeter history: %s\n", none)
-	case len(missing) > 0:
-		fmt.Fprintf(t.stderr, "unitmeter history: of %s, %s\n", strings.Join(missing, ", "), none)
+	if err := explainGaps(t.stderr, query, usage); err != nil {
+		return err
 	}
 	switch {
 	case *asJSON:
-		return historyJSON(t.stdout, usage)
+		return tty.WriteJSON(t.stdout, historyRows(usage))
 	case *asCSV:
 		return historyCSV(t.stdout, usage)
 	case query.Step > 0:
 		return historyCharts(t.stdout, usage, query)
 	}
 	return historyTable(t.stdout, usage)
+}
+
+// parseQuery checks the flags that say what to read.
+func parseQuery(since, until, step string, units []string) (query store.Query, err error) {
+	now := time.Now()
+	if query.Since, err = parseMoment("since", since, now); err != nil {
+		return query, err
+	}
+	if query.Until, err = parseMoment("until", until, now); err != nil {
+		return query, err
+	}
+	if !query.Since.Before(query.Until) {
+		return query, usageError{fmt.Errorf("--since %s is not before --until %s; give an earlier --since", since, until)}
+	}
+	if step != "" {
+		if query.Step, err = parseLength("step", step); err != nil {
+			return query, err
+		}
+		if query.Step <= 0 {
+			return query, usageError{fmt.Errorf("--step %s is not above zero; use a length such as 1h", step)}
+		}
+	}
+	for _, u := range units {
+		query.Units = append(query.Units, accounting.FullName(u))
+	}
+	return query, nil
+}
+
+// explainGaps writes what is missing in the answer. It is an error if that is all of
+// the units that were asked for.
+func explainGaps(w io.Writer, query store.Query, usage store.Usage) error {
+	if usage.Damaged > 0 {
+		fmt.Fprintf(w, "unitmeter history: %d parts of the history are damaged and left out\n", usage.Damaged)
+	}
+	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
+		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
+	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
+		return accounting.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
+	})
+	switch {
+	case len(usage.Units) == 0 && len(query.Units) > 0:
+		return fmt.Errorf("find %s in the history: %s", strings.Join(query.Units, " "), none)
+	case len(usage.Units) == 0:
+		fmt.Fprintf(w, "unitmeter history: %s\n", none)
+	case len(missing) > 0:
+		fmt.Fprintf(w, "unitmeter history: of %s, %s\n", strings.Join(missing, ", "), none)
+	}
+	return nil
 }
 
 // historyDir is the state directory to read: where none is named, that of the
@@ -126,14 +143,6 @@ func historyDir(cfg config.Config) string {
 	return cfg.StateDir
 }
 
-// fullName completes a name without a type, as systemctl does.
-func fullName(unit string) string {
-	if strings.ContainsAny(unit, ".*?[(") { // "(overflow)" has no type
-		return unit
-	}
-	return unit + ".service"
-}
-
 // parseMoment reads a flag that is a moment, or a length of time before now.
 func parseMoment(name, text string, now time.Time) (time.Time, error) {
 	for _, layout := range []string{time.DateOnly, "2006-01-02T15:04", "2006-01-02 15:04", "2006-01-02T15:04:05", time.DateTime} {
@@ -146,7 +155,7 @@ func parseMoment(name, text string, now time.Time) (time.Time, error) {
 	}
 	ago, err := parseLength(name, text)
 	if err != nil {
-		return now, usageError{fmt.Errorf("--%s %q is no time; use one such as 90m or 7d (ago), 2026-11-23 or 2026-11-23T14:00", name, text)}
+		return now, usageError{fmt.Errorf("--%s %q is not a time; use one such as 90m or 7d (ago), 2026-11-23 or 2026-11-23T14:00", name, text)}
 	}
 	return now.Add(-ago), nil
 }
@@ -160,7 +169,7 @@ func parseLength(name, text string) (time.Duration, error) {
 	} else if d, err := time.ParseDuration(text); err == nil && d >= 0 {
 		return d, nil
 	}
-	return 0, usageError{fmt.Errorf("--%s %q is no length of time; use one such as 90m, 24h or 7d", name, text)}
+	return 0, usageError{fmt.Errorf("--%s %q is not a duration; use one such as 90m, 24h or 7d", name, text)}
 }
 
 // historyRow is one unit, or one step of a unit. The names of the eight numbers
@@ -198,19 +207,13 @@ func historyRows(usage store.Usage) []historyRow {
 	return rows
 }
 
-func historyJSON(w io.Writer, usage store.Usage) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(historyRows(usage))
-}
-
 func historyCSV(w io.Writer, usage store.Usage) error {
 	out := csv.NewWriter(w)
 	_ = out.Write([]string{"unit", "time", "ingress_bytes", "ingress_packets", "egress_bytes", "egress_packets",
 		"ingress_bytes_per_second", "ingress_packets_per_second", "egress_bytes_per_second", "egress_packets_per_second", "measured_seconds"})
 	decimal := func(v float64) string { return strconv.FormatFloat(v, 'f', 3, 64) }
 	for _, r := range historyRows(usage) {
-		_ = out.Write([]string{r.Unit, r.Time.Format(time.RFC3339),
+		_ = out.Write([]string{tty.Clean(r.Unit), r.Time.Format(time.RFC3339),
 			strconv.FormatUint(r.IngressBytes, 10), strconv.FormatUint(r.IngressPackets, 10),
 			strconv.FormatUint(r.EgressBytes, 10), strconv.FormatUint(r.EgressPackets, 10),
 			decimal(r.IngressBytesPerSec), decimal(r.IngressPacketsPerSec), decimal(r.EgressBytesPerSec), decimal(r.EgressPacketsPerSec),
@@ -226,11 +229,12 @@ func historyTable(w io.Writer, usage store.Usage) error {
 	slices.SortStableFunc(rows, func(a, b historyRow) int {
 		return cmp.Compare(b.IngressBytes+b.EgressBytes, a.IngressBytes+a.EgressBytes)
 	})
-	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tab, "\tIN BYTES\tIN PACKETS\tOUT BYTES\tOUT PACKETS\tIN B/S\tIN P/S\tOUT B/S\tOUT P/S\t UNIT")
+	tab := tty.NewTable(w, true, "IN BYTES", "IN PACKETS", "OUT BYTES", "OUT PACKETS", "IN B/S", "IN P/S", "OUT B/S", "OUT P/S", "UNIT")
 	for _, r := range rows {
-		fmt.Fprintf(tab, "\t%d\t%d\t%d\t%d\t%.0f\t%.1f\t%.0f\t%.1f\t %s\n", r.IngressBytes, r.IngressPackets, r.EgressBytes, r.EgressPackets,
-			r.IngressBytesPerSec, r.IngressPacketsPerSec, r.EgressBytesPerSec, r.EgressPacketsPerSec, r.Unit)
+		count := func(n uint64) string { return strconv.FormatUint(n, 10) }
+		rate := func(v float64, decimals int) string { return strconv.FormatFloat(v, 'f', decimals, 64) }
+		tab.Row(count(r.IngressBytes), count(r.IngressPackets), count(r.EgressBytes), count(r.EgressPackets),
+			rate(r.IngressBytesPerSec, 0), rate(r.IngressPacketsPerSec, 1), rate(r.EgressBytesPerSec, 0), rate(r.EgressPacketsPerSec, 1), r.Unit)
 	}
 	return tab.Flush()
 }
@@ -251,7 +255,7 @@ func historyCharts(w io.Writer, usage store.Usage, query store.Query) error {
 		for _, r := range rows {
 			most = max(most, r.IngressBytesPerSec+r.EgressBytesPerSec)
 		}
-		fmt.Fprintf(w, "%s, a step of %s\n", u.Unit, query.Step)
+		fmt.Fprintf(w, "%s, a step of %s\n", tty.Clean(u.Unit), query.Step)
 		fmt.Fprintf(w, "%-16s %11s %11s %9s %9s\n", "TIME", "IN B/S", "OUT B/S", "IN P/S", "OUT P/S")
 		layout, last := "2006-01-02 15:04", time.Time{}
 		if query.Step < time.Minute {
@@ -295,10 +299,9 @@ func printQuarantined(ctx context.Context, w io.Writer, reader *store.Reader) er
 		_, err := fmt.Fprintln(w, "No request is in quarantine.")
 		return err
 	}
-	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tab, "REQUEST\tOF\tPOINTS\tREASON")
+	tab := tty.NewTable(w, false, "REQUEST", "OF", "POINTS", "REASON")
 	for _, q := range all {
-		fmt.Fprintf(tab, "%d\t%s\t%d\t%s\n", q.ID, q.Time.Local().Format(time.DateTime), q.Points, oneLine(errors.New(q.Reason)))
+		tab.Row(fmt.Sprint(q.ID), q.Time.Local().Format(time.DateTime), fmt.Sprint(q.Points), q.Reason)
 	}
 	return tab.Flush()
 }

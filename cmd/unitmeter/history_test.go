@@ -11,6 +11,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
 
@@ -33,7 +34,7 @@ func TestParseMoment(t *testing.T) {
 	}
 	for _, text := range []string{"", "yesterday", "-1h", "-1d", "NaNd", "1e9d", "2026-13-01", "5"} {
 		_, err := parseMoment("since", text, now)
-		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), `--since "`+text+`" is no time; use one such as`) {
+		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), `--since "`+text+`" is not a time; use one such as`) {
 			t.Errorf("%q: got error %v", text, err)
 		}
 	}
@@ -52,7 +53,7 @@ func someUsage() store.Usage {
 
 func TestHistoryOutputs(t *testing.T) {
 	var out bytes.Buffer
-	if err := historyJSON(&out, someUsage()); err != nil {
+	if err := tty.WriteJSON(&out, historyRows(someUsage())); err != nil {
 		t.Fatal(err)
 	}
 	var rows []historyRow
@@ -159,7 +160,7 @@ func TestHistoryNamesWhatIsMissing(t *testing.T) {
 	}{
 		{[]string{"here", "gone", "also.socket"}, 0, "of gone.service, also.socket, nothing was recorded between", "here.service"},
 		{[]string{"here", "*.socket"}, 0, "", "here.service"},
-		{[]string{"gone", "*.socket"}, 1, "find gone *.socket in the history: nothing was recorded between", ""},
+		{[]string{"gone", "*.socket"}, 1, "find gone.service *.socket in the history: nothing was recorded between", ""},
 		{[]string{"--until", "12h"}, 0, "unitmeter history: nothing was recorded between", "UNIT"},
 	} {
 		code, stdout, stderr := runCommand(t, []string{"UNITMETER_STATE_DIR=" + dir}, append([]string{"history"}, test.args...)...)

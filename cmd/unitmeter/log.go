@@ -2,18 +2,17 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"io"
 	"log/slog"
-	"sync"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 )
 
 // newLogger makes the logger that OTEL_LOG_LEVEL and UNITMETER_LOG_FORMAT ask
-// for.
+// for. It bounds each text: an error may have the message of a Collector in it.
 func newLogger(w io.Writer, cfg config.Config) *slog.Logger {
-	options := &slog.HandlerOptions{}
+	options := &slog.HandlerOptions{ReplaceAttr: bounded}
 	switch cfg.LogLevel {
 	case "none":
 		return slog.New(slog.DiscardHandler)
@@ -28,64 +27,46 @@ func newLogger(w io.Writer, cfg config.Config) *slog.Logger {
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, options))
 	case "journal":
-		return slog.New(newJournalHandler(w, options))
+		options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{} // the journal has it
+			}
+			return bounded(groups, a)
+		}
+		return slog.New(slog.NewTextHandler(journal{w}, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
-// journalHandler writes one text line for each record, with the priority in
-// front that journald takes off (sd-daemon(3)). The journal has the time.
-type journalHandler struct {
-	slog.Handler
-	lines *lines
-}
-
-// lines puts a prefix before the line that the text handler writes.
-type lines struct {
-	mu     sync.Mutex
-	w      io.Writer
-	prefix string
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	_, err := l.w.Write(bytes.Join([][]byte{[]byte(l.prefix), p}, nil))
-	return len(p), err
-}
-
-func newJournalHandler(w io.Writer, options *slog.HandlerOptions) slog.Handler {
-	options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-		if len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey) {
-			return slog.Attr{}
+// bounded cuts texts and errors. The handlers escape control characters.
+func bounded(_ []string, a slog.Attr) slog.Attr {
+	switch v := a.Value.Resolve(); v.Kind() {
+	case slog.KindString:
+		a.Value = slog.StringValue(tty.Cut(v.String()))
+	case slog.KindAny:
+		if err, ok := v.Any().(error); ok {
+			a.Value = slog.StringValue(tty.Cut(err.Error()))
 		}
-		return a
 	}
-	l := &lines{w: w}
-	return journalHandler{slog.NewTextHandler(l, options), l}
+	return a
 }
 
-// Handle implements slog.Handler.
-func (h journalHandler) Handle(ctx context.Context, record slog.Record) error {
-	h.lines.mu.Lock()
-	defer h.lines.mu.Unlock()
-	switch {
-	case record.Level >= slog.LevelError:
-		h.lines.prefix = "<3>"
-	case record.Level >= slog.LevelWarn:
-		h.lines.prefix = "<4>"
-	case record.Level >= slog.LevelInfo:
-		h.lines.prefix = "<6>"
-	default:
-		h.lines.prefix = "<7>"
+// journal replaces the level, with which a line of the text handler begins, by the
+// priority that journald takes off (sd-daemon(3)).
+type journal struct{ w io.Writer }
+
+// Write gets one whole line.
+func (j journal) Write(line []byte) (int, error) {
+	level, rest, _ := bytes.Cut(line, []byte(" "))
+	priority := "<6>"
+	switch string(level) {
+	case "level=ERROR":
+		priority = "<3>"
+	case "level=WARN":
+		priority = "<4>"
+	case "level=DEBUG":
+		priority = "<7>"
 	}
-	return h.Handler.Handle(ctx, record)
-}
-
-// WithAttrs implements slog.Handler.
-func (h journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return journalHandler{h.Handler.WithAttrs(attrs), h.lines}
-}
-
-// WithGroup implements slog.Handler.
-func (h journalHandler) WithGroup(name string) slog.Handler {
-	return journalHandler{h.Handler.WithGroup(name), h.lines}
+	_, err := j.w.Write(append([]byte(priority), rest...))
+	return len(line), err
 }

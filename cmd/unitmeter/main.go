@@ -19,6 +19,8 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 )
 
@@ -69,13 +71,13 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"run", "", "meter all units and send the metrics until stopped (the default)", run},
-		{"once", "[--json] [--interval D] [UNIT...]", "read all units once and print what they received and sent", once},
-		{"top", "[--once] [--interval D] [--bytes] [UNIT...]", "show the speeds of all units, live", top},
-		{"units", "[--json] [UNIT...]", "list what is metered, and why the rest is not", units},
-		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch on the IP accounting of units", enable},
-		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch off the IP accounting of units", disable},
-		{"doctor", "[--json] [--here]", "check everything that the agent needs, and say what mends it", diagnose},
-		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print what units received and sent in the past three weeks", history},
+		{"once", "[--json] [--interval D] [UNIT...]", "read all units once and print their traffic", once},
+		{"top", "[--once] [--interval D] [--bytes] [UNIT...]", "show the speeds of all units, live", showSpeeds},
+		{"units", "[--json] [UNIT...]", "list all units: metered or not, and why", units},
+		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch IP accounting on", enable},
+		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch IP accounting off", disable},
+		{"doctor", "[--json] [--here]", "check everything that the agent needs, and name the fix for each fault", diagnose},
+		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print the traffic of units in the past three weeks", history},
 		{"version", "", "print the version", printVersion},
 		{"help", "[COMMAND|environment]", "print this help, or the variables that configure unitmeter", help},
 	}
@@ -126,9 +128,13 @@ func dispatch(ctx context.Context, t *terminal) int {
 	}
 }
 
-// indent sets the lines of a joined error below each other.
+// indent sets the lines of a joined error below each other, cleaned.
 func indent(err error) string {
-	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "\n  ")
+	lines := strings.Split(strings.TrimSpace(err.Error()), "\n")
+	for i := range lines {
+		lines[i] = tty.Clean(lines[i])
+	}
+	return strings.Join(lines, "\n  ")
 }
 
 // parse reads the flags of a subcommand and checks the number of its
@@ -166,6 +172,29 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 		return nil, usageError{fmt.Errorf("%q is one argument too many; see \"unitmeter help %s\"", args[maxArgs], flags.Name())}
 	}
 	return args, nil
+}
+
+// parsePatterns reads the flags of a subcommand, and its other arguments as
+// patterns for the names of units.
+func parsePatterns(t *terminal, flags *flag.FlagSet) ([]string, error) {
+	args, err := parse(t, flags, -1)
+	if err != nil {
+		return nil, err
+	}
+	patterns, err := accounting.Patterns(args)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return patterns, nil
+}
+
+// loadConfig reads the environment.
+func loadConfig(t *terminal) (config.Config, error) {
+	cfg, err := config.Load(t.environ)
+	if err != nil {
+		return cfg, usageError{err}
+	}
+	return cfg, nil
 }
 
 func printVersion(_ context.Context, t *terminal, flags *flag.FlagSet) error {

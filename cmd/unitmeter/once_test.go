@@ -3,15 +3,15 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
-func someUnits() []reading {
+func someUnits() []accounting.Reading {
 	at := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	on := func(name string, n uint64) receiver.Unit {
 		return receiver.Unit{
@@ -19,42 +19,13 @@ func someUnits() []reading {
 			Counters: receiver.Counters{IngressBytes: n, IngressPackets: 2, EgressBytes: 1<<63 - 1 - n, EgressPackets: 4},
 		}
 	}
-	return []reading{
+	return []accounting.Reading{
 		{Unit: on("a.service", 1)},
-		{Unit: on("b.service", 1000), speed: &[4]float64{1.5, 2, 3, 4}},
+		{Unit: on("b.service", 1000), Speed: &[4]float64{1.5, 2, 3, 4}},
 		{Unit: receiver.Unit{Name: "off.service", Accounting: "off"}},
 		{Unit: receiver.Unit{Name: "lost.service", Accounting: "lost"}},
 		{Unit: receiver.Unit{Name: "tmp.mount", Accounting: "no_data"}},
 		{Unit: receiver.Unit{Name: "boot.mount", Accounting: "off"}},
-	}
-}
-
-func TestSelectUnits(t *testing.T) {
-	for _, test := range []struct {
-		patterns []string
-		want     string // names, or the error
-		usage    bool
-	}{
-		{nil, "a.service b.service off.service lost.service tmp.mount boot.mount", false},
-		{[]string{"a"}, "a.service", false},
-		{[]string{"b.service", "tmp.mount"}, "b.service tmp.mount", false},
-		{[]string{"*.service"}, "a.service b.service off.service lost.service", false},
-		{[]string{"[ab].service"}, "a.service b.service", false},
-		{[]string{"a", "nope"}, `find unit "nope": it is not running, or not among the metered units; see "systemctl status nope.service", UNITMETER_INCLUDE and UNITMETER_UNIT_TYPES`, false},
-		{[]string{"[a"}, `"[a" is no unit name and no pattern; use a name such as nats.service or a pattern such as nats*`, true},
-	} {
-		units, err := selectUnits(someUnits(), test.patterns)
-		var names []string
-		for _, u := range units {
-			names = append(names, u.Name)
-		}
-		got := strings.Join(names, " ")
-		if err != nil {
-			got = err.Error()
-		}
-		if got != test.want || errors.As(err, new(usageError)) != test.usage {
-			t.Errorf("%q: got %s, want %s", test.patterns, got, test.want)
-		}
 	}
 }
 
@@ -110,20 +81,5 @@ func TestOnceTable(t *testing.T) {
 	// "enable --all" leaves out the mount: it would be told to for ever.
 	if want := "off: 1. To switch it on: unitmeter enable --all\n"; !strings.Contains(out.String(), want) {
 		t.Errorf("the short table lacks %q:\n%s", want, &out)
-	}
-}
-
-func TestSpeed(t *testing.T) {
-	at := time.Unix(1000, 0)
-	before := receiver.Unit{Time: at, Counters: receiver.Counters{IngressBytes: 100, IngressPackets: 10, EgressBytes: 5, EgressPackets: 1}}
-	now := receiver.Unit{Time: at.Add(2 * time.Second), Counters: receiver.Counters{IngressBytes: 300, IngressPackets: 11, EgressBytes: 5, EgressPackets: 1}}
-	if got := speed(before, now); got == nil || *got != [4]float64{100, 0.5, 0, 0} {
-		t.Errorf("speed is %v", got)
-	}
-	if speed(now, before) != nil {
-		t.Error("counters that fell have no speed")
-	}
-	if speed(before, before) != nil {
-		t.Error("without time there is no speed")
 	}
 }

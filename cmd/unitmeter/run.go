@@ -18,6 +18,8 @@ import (
 	"go.opentelemetry.io/otel/metric"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
 	"github.com/unitmeter/unitmeter/exporter/otlp"
@@ -90,7 +92,7 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	defer waiting.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // before the Wait: an error must not wait for the state
-	if state.unavailable() {
+	if state.store != nil && state.durable == nil {
 		waiting.Go(func() {
 			if again = state.await(ctx); again {
 				cancel()
@@ -98,9 +100,11 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 		})
 	}
 
-	rcvConfig := receiverConfig(cfg)
+	rcvConfig := cfg.Receiver()
 	rcvConfig.Logger = log
-	rcvConfig.State = state.restored()
+	if state.durable != nil {
+		rcvConfig.State = state.durable.State()
+	}
 	if len(cfg.Exporters) > 1 {
 		rcvConfig.KeepEnded = 2 * cfg.Interval
 	}
@@ -123,10 +127,23 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	)...)
 	scope := provider.Meter("github.com/unitmeter/unitmeter", metric.WithInstrumentationVersion(buildVersion()))
 	host, _ := res.Set().Value("host.name")
-	if err := errors.Join(rcv.Register(scope), out.main.Register(scope, host.AsString()), state.register(scope, host.AsString())); err != nil {
+	err = errors.Join(rcv.Register(scope), out.main.Register(scope, host.AsString()))
+	if state.durable != nil {
+		err = errors.Join(err, state.durable.Register(scope, host.AsString()))
+	}
+	if err != nil {
 		return false, errors.Join(err, provider.Shutdown(ctx), out.close(ctx))
 	}
 
+	if err := serve(ctx, cfg, rcv, provider, out, log); err != nil {
+		return false, fmt.Errorf("stop: %w", err)
+	}
+	waiting.Wait()
+	return again, nil
+}
+
+// serve collects and sends until ctx ends, and then once more.
+func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provider *sdkmetric.MeterProvider, out *outputs, log *slog.Logger) error {
 	// The receiver must outlive ctx: shutting down collects once more.
 	running, stopReceiver := context.WithCancel(context.WithoutCancel(ctx))
 	var receiving sync.WaitGroup
@@ -156,14 +173,10 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	// state that it was committed to.
 	ending, stopEnding := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer stopEnding()
-	err = errors.Join(provider.Shutdown(ending), out.close(ending))
+	err := errors.Join(provider.Shutdown(ending), out.close(ending))
 	stopReceiver()
 	receiving.Wait()
-	if err != nil {
-		return false, fmt.Errorf("stop: %w", err)
-	}
-	waiting.Wait()
-	return again, nil
+	return err
 }
 
 // outputs are the exporters of a run.
@@ -199,19 +212,13 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			log.Info("listening for Prometheus", "address", out.prometheus.Addr().String())
 		}
 	}
-	out.main, err = exporter.New(ctx, exporter.Config{
-		OTLP: to, Temporality: cfg.OTLP.Temporality,
-		Source: rcv, Ledger: state.restored(), Outbox: state.outbox(), Logger: log,
-	})
-	return out, err
-}
-
-// otlpConfig maps the settings of the connection; the doctor tries the same.
-func otlpConfig(o config.OTLP) *otlp.Config {
-	return &otlp.Config{
-		Protocol: o.Protocol, Endpoint: o.Endpoint, Insecure: o.Insecure, TLS: o.TLS,
-		Headers: o.Headers, Gzip: o.Compression == "gzip", Timeout: o.Timeout,
+	exporterConfig := cfg.OTLP.Exporter()
+	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Logger = protocol, rcv, log
+	if state.durable != nil {
+		exporterConfig.Ledger, exporterConfig.Outbox = state.durable.State(), state.durable
 	}
+	out.main, err = exporter.New(ctx, exporterConfig)
+	return out, err
 }
 
 // readers makes one reader for each exporter.
@@ -238,7 +245,7 @@ func (o *outputs) close(ctx context.Context) error {
 	return nil
 }
 
-// status tells the service manager how it goes, and feeds its watchdog for as
+// status reports the state to the service manager, and feeds its watchdog for as
 // long as there are signs of life, until ctx ends: ask gives what to say ("" is
 // nothing), and when the last sign was. What it says is in "systemctl status", and
 // where the doctor finds why nothing is delivered.
@@ -277,13 +284,10 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func()
 	}
 }
 
-// failingSince is what stands before the reason in a status text.
-const failingSince = "; failing since "
-
 func statusText(sweep *receiver.Sweep, health exporter.Health) string {
 	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
 	if health.Err != nil {
-		text += failingSince + health.Since.UTC().Format(time.RFC3339) + ": " + oneLine(health.Err)
+		text += doctor.FailingSince + health.Since.UTC().Format(time.RFC3339) + ": " + tty.Line(health.Err)
 	}
 	return text
 }
@@ -291,6 +295,6 @@ func statusText(sweep *receiver.Sweep, health exporter.Health) string {
 // notify sends a message to the service manager, if there is one (sd_notify(3)).
 func notify(log *slog.Logger, message string) {
 	if _, err := daemon.SdNotify(false, message); err != nil {
-		log.Debug("tell the service manager", "err", err)
+		log.Debug("notify the service manager", "err", err)
 	}
 }

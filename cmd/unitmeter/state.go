@@ -7,13 +7,10 @@ import (
 	"log/slog"
 	"time"
 
-	"go.opentelemetry.io/otel/metric"
-
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/store"
-	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // stateRetry is the pause between tries to read a state that is unavailable.
@@ -25,8 +22,8 @@ type state struct {
 	durable *exporter.Durable // nil: there is none, or it cannot be read now
 }
 
-// openState opens the state directory. A disk that is full or failing is no
-// error: then the agent sends directly, and unavailable is true.
+// openState opens the state directory. A full or failing disk is no error: then
+// the agent sends directly, and there is a store without durable.
 func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state, error) {
 	s := &state{}
 	if cfg.StateDir == "" {
@@ -51,9 +48,6 @@ func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state
 	return s, nil
 }
 
-// unavailable reports that there is a state and it could not be read.
-func (s *state) unavailable() bool { return s.store != nil && s.durable == nil }
-
 // await waits until the state can be read, or ctx ends.
 func (s *state) await(ctx context.Context) bool {
 	for {
@@ -66,30 +60,6 @@ func (s *state) await(ctx context.Context) bool {
 			return true
 		}
 	}
-}
-
-// restored is what the receiver goes on from.
-func (s *state) restored() receiver.State {
-	if s.durable == nil {
-		return receiver.State{}
-	}
-	return s.durable.State()
-}
-
-// outbox is nil where there is none.
-func (s *state) outbox() exporter.Outbox {
-	if s.durable == nil {
-		return nil
-	}
-	return s.durable
-}
-
-// register makes the instruments of the outbox, where there is one.
-func (s *state) register(meter metric.Meter, hostName string) error {
-	if s.durable == nil {
-		return nil
-	}
-	return s.durable.Register(meter, hostName)
 }
 
 func (s *state) close() error {

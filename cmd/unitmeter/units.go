@@ -2,15 +2,15 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
 	"path"
 	"slices"
 	"strings"
-	"text/tabwriter"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
 )
@@ -21,10 +21,9 @@ type unitState struct {
 	// State is metered, excluded, or why there are no numbers: off, lost,
 	// no-data, failed, unknown.
 	State string `json:"state"`
-	// Reason says why, Mend what to do about it; empty where nothing is to be
-	// done.
+	// Reason says why, Fix what to do about it; empty where nothing is to be done.
 	Reason string `json:"reason"`
-	Mend   string `json:"mend,omitempty"`
+	Fix    string `json:"fix,omitempty"`
 	// Series is the systemd.unit.name under which the unit is sent, empty where
 	// it is not.
 	Series string `json:"series,omitempty"`
@@ -34,7 +33,7 @@ type unitState struct {
 // units prints every unit that could be metered, and what becomes of it.
 func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON array with one object for each unit")
-	patterns, err := parse(t, flags, -1)
+	patterns, err := parsePatterns(t, flags)
 	if err != nil {
 		return err
 	}
@@ -43,13 +42,10 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	// All units that could be metered, so that it can be said why they are not.
-	everything := cfg
-	everything.Include, everything.Exclude, everything.UnitTypes = nil, nil, accountable()
-	readings, err := readOnce(ctx, everything, 0)
+	everything := cfg.Receiver()
+	everything.Include, everything.Exclude, everything.Types = nil, nil, accounting.Types()
+	readings, err := accounting.Read(ctx, everything, patterns, 0)
 	if err != nil {
-		return err
-	}
-	if readings, err = selectUnits(readings, realNames(ctx, cfg, patterns)); err != nil {
 		return err
 	}
 	states := make([]unitState, 0, len(readings))
@@ -57,9 +53,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		states = append(states, stateOf(cfg, r.Unit))
 	}
 	if *asJSON {
-		encoder := json.NewEncoder(t.stdout)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(states)
+		return tty.WriteJSON(t.stdout, states)
 	}
 	return printStates(t.stdout, states, len(patterns) > 0)
 }
@@ -71,59 +65,49 @@ func stateOf(cfg config.Config, u receiver.Unit) unitState {
 		s.State, s.Reason = "excluded", why
 		return s
 	}
-	switch u.Accounting {
-	case "on":
-		s.State, s.Series, s.Reason = "metered", u.Name, "in a series of its own"
-		if fold := matching(cfg.Fold, u.Name); fold != "" {
-			s.Series, s.Reason = fold, "folded into "+fold
-		}
-	case "off":
-		s.Reason, s.Mend = "IPAccounting=no", enableCommand([]string{u.Name})
-		if !carriesTraffic(u.Name) {
-			s.Reason, s.Mend = "IPAccounting=no; a mount has traffic only where a program serves it", ""
-		}
-	case "lost":
-		s.Reason, s.Mend = "systemd has no counters for it although it runs", "unitmeter enable --runtime "+shellWord(u.Name)
-	case "no_data":
-		s.Reason = "it has no processes or IP sockets that systemd could count"
-	case "failed":
-		s.Reason, s.Mend = "systemd's answer made no sense", "report it, with the output of: systemctl show "+shellWord(u.Name)
-	default:
-		s.Reason, s.Mend = "it has not been read", "unitmeter units "+shellWord(u.Name)
+	if u.Accounting != "on" {
+		s.Reason, s.Fix = withoutNumbers(u)
+		return s
+	}
+	s.State, s.Series, s.Reason = "metered", u.Name, "in a series of its own"
+	if fold := accounting.Match(cfg.Fold, u.Name); fold != "" {
+		s.Series, s.Reason = fold, "folded into "+fold
 	}
 	return s
 }
 
-// carriesTraffic is false for the types of unit that hardly ever have anything
-// to count: most mounts and swaps are served by the kernel, which is not.
-func carriesTraffic(name string) bool {
-	kind := path.Ext(name)
-	return kind != ".mount" && kind != ".swap"
+// withoutNumbers says why a unit has no numbers, and the command that helps; "" if
+// nothing is to be done.
+func withoutNumbers(u receiver.Unit) (reason, fix string) {
+	name := tty.ShellWord(u.Name)
+	switch u.Accounting {
+	case "off":
+		if !accounting.CarriesTraffic(u.Name) {
+			return "IP accounting is off; a mount has traffic only if a program serves it", ""
+		}
+		return "IP accounting is off", "unitmeter enable " + name
+	case "lost":
+		return "systemd lost its counters", "unitmeter enable --runtime " + name
+	case "no_data":
+		return "it has no processes or IP sockets that systemd could count", ""
+	case "failed":
+		return "systemd's answer is not valid", "report a bug with the output of: systemctl show " + name
+	}
+	return "it could not be read", "unitmeter units " + name
 }
 
 // whyExcluded says which setting keeps a unit from being metered, or "".
 func whyExcluded(cfg config.Config, name string) string {
 	kind := strings.TrimPrefix(path.Ext(name), ".")
-	switch pattern := matching(cfg.Exclude, name); {
+	switch pattern := accounting.Match(cfg.Exclude, name); {
 	case len(cfg.UnitTypes) > 0 && !slices.Contains(cfg.UnitTypes, kind) && kind == "slice":
 		return "a slice has the traffic of the units in it; UNITMETER_UNIT_TYPES leaves it out"
 	case len(cfg.UnitTypes) > 0 && !slices.Contains(cfg.UnitTypes, kind):
 		return "UNITMETER_UNIT_TYPES has no " + kind
-	case len(cfg.Include) > 0 && matching(cfg.Include, name) == "":
+	case len(cfg.Include) > 0 && accounting.Match(cfg.Include, name) == "":
 		return "no pattern of UNITMETER_INCLUDE matches"
 	case pattern != "":
 		return "UNITMETER_EXCLUDE has " + pattern
-	}
-	return ""
-}
-
-// matching returns the first pattern that matches a unit, or "". The backslash
-// is an ordinary character, as in the receiver.
-func matching(patterns []string, name string) string {
-	for _, p := range patterns {
-		if ok, _ := path.Match(strings.ReplaceAll(p, `\`, `\\`), name); ok {
-			return p
-		}
 	}
 	return ""
 }
@@ -135,15 +119,14 @@ func printStates(w io.Writer, states []unitState, all bool) error {
 	slices.SortStableFunc(states, func(a, b unitState) int {
 		return slices.Index(order, a.State) - slices.Index(order, b.State)
 	})
-	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tab, "STATE\tUNIT\tREASON\tMEND")
+	tab := tty.NewTable(w, false, "STATE", "UNIT", "REASON", "FIX")
 	counts := map[string]int{}
 	for _, s := range states {
 		counts[s.State]++
 		if s.State == "excluded" && !all {
 			continue
 		}
-		fmt.Fprintf(tab, "%s\t%s\t%s\t%s\n", s.State, s.Unit, s.Reason, s.Mend)
+		tab.Row(s.State, s.Unit, s.Reason, s.Fix)
 	}
 	if err := tab.Flush(); err != nil {
 		return err

@@ -12,21 +12,21 @@ import (
 func TestStateOf(t *testing.T) {
 	plain := config.Config{UnitTypes: []string{"service", "scope", "mount"}}
 	for _, test := range []struct {
-		name                string
-		cfg                 config.Config
-		unit                receiver.Unit
-		state, reason, mend string
-		series              string
+		name               string
+		cfg                config.Config
+		unit               receiver.Unit
+		state, reason, fix string
+		series             string
 	}{
 		{"metered", plain, receiver.Unit{Name: "a.service", Accounting: "on"}, "metered", "of its own", "", "a.service"},
 		{"folded", config.Config{Fold: []string{"session-*.scope"}}, receiver.Unit{Name: "session-3.scope", Accounting: "on"}, "metered", "folded into session-*.scope", "", "session-*.scope"},
-		{"off", plain, receiver.Unit{Name: "a.service", Accounting: "off"}, "off", "IPAccounting=no", "unitmeter enable a.service", ""},
-		{"off, to be copied", plain, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "off", "IPAccounting=no", `unitmeter enable 'a\x2db.service'`, ""},
-		{"off mount", plain, receiver.Unit{Name: "tmp.mount", Accounting: "off"}, "off", "a program serves it", "", ""},
-		{"lost", plain, receiver.Unit{Name: "a.service", Accounting: "lost"}, "lost", "although it runs", "unitmeter enable --runtime a.service", ""},
+		{"off", plain, receiver.Unit{Name: "a.service", Accounting: "off"}, "off", "IP accounting is off", "unitmeter enable a.service", ""},
+		{"off, to be copied", plain, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "off", "IP accounting is off", `unitmeter enable 'a\x2db.service'`, ""},
+		{"off mount", plain, receiver.Unit{Name: "tmp.mount", Accounting: "off"}, "off", "if a program serves it", "", ""},
+		{"lost", plain, receiver.Unit{Name: "a.service", Accounting: "lost"}, "lost", "lost its counters", "unitmeter enable --runtime a.service", ""},
 		{"no data", plain, receiver.Unit{Name: "a.service", Accounting: "no_data"}, "no-data", "no processes", "", ""},
-		{"failed", plain, receiver.Unit{Name: "a.service", Accounting: "failed"}, "failed", "no sense", "systemctl show a.service", ""},
-		{"unknown", plain, receiver.Unit{Name: "a.service", Accounting: "unknown"}, "unknown", "not been read", "unitmeter units a.service", ""},
+		{"failed", plain, receiver.Unit{Name: "a.service", Accounting: "failed"}, "failed", "not valid", "systemctl show a.service", ""},
+		{"unknown", plain, receiver.Unit{Name: "a.service", Accounting: "unknown"}, "unknown", "could not be read", "unitmeter units a.service", ""},
 		{"slice", plain, receiver.Unit{Name: "a.slice", Accounting: "on"}, "excluded", "traffic of the units in it", "", ""},
 		{"type", plain, receiver.Unit{Name: "a.socket", Accounting: "on"}, "excluded", "UNITMETER_UNIT_TYPES has no socket", "", ""},
 		{"not included", config.Config{Include: []string{"b*", "c*"}}, receiver.Unit{Name: "a.service", Accounting: "on"}, "excluded", "UNITMETER_INCLUDE", "", ""},
@@ -34,7 +34,7 @@ func TestStateOf(t *testing.T) {
 	} {
 		got := stateOf(test.cfg, test.unit)
 		if got.Unit != test.unit.Name || got.State != test.state || !strings.Contains(got.Reason, test.reason) ||
-			!strings.Contains(got.Mend, test.mend) || (got.Mend == "") != (test.mend == "") || got.Series != test.series {
+			!strings.Contains(got.Fix, test.fix) || (got.Fix == "") != (test.fix == "") || got.Series != test.series {
 			t.Errorf("%s: %+v", test.name, got)
 		}
 	}
@@ -42,7 +42,7 @@ func TestStateOf(t *testing.T) {
 
 func TestPrintStates(t *testing.T) {
 	states := []unitState{
-		{Unit: "x.slice", State: "excluded", Reason: "r"}, {Unit: "o.service", State: "off", Reason: "r", Mend: "unitmeter enable o.service"},
+		{Unit: "x.slice", State: "excluded", Reason: "r"}, {Unit: "o.service", State: "off", Reason: "r", Fix: "unitmeter enable o.service"},
 		{Unit: "m.service", State: "metered", Reason: "r"}, {Unit: "l.service", State: "lost", Reason: "r"},
 	}
 	var out bytes.Buffer

@@ -1,0 +1,352 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/unitmeter/unitmeter/receiver"
+)
+
+const conformanceDoc = "../../../docs/conformance.md"
+
+// long says that the variants that take an hour are wanted.
+func long() bool { return os.Getenv("UNITMETER_CONFORMANCE_LONG") != "" }
+
+// times returns how often to do a thing: normally, and in the long run.
+func times(normal, longRun int) int {
+	if long() {
+		return longRun
+	}
+	return normal
+}
+
+// TestConformance runs the agent (UNITMETER_BINARY, or one built from this tree)
+// beside a real systemd, sends traffic of known size through units of all kinds,
+// and compares what systemd accounted with what an OTLP receiver got. It prints
+// a verdict for each scenario; with -update=conformance it writes docs/conformance.md too.
+func TestConformance(t *testing.T) {
+	report := &report{rows: map[string]row{}}
+	groups := conformance()
+	t.Run("scenarios", func(t *testing.T) {
+		for _, g := range groups {
+			t.Run(g.name, func(t *testing.T) {
+				t.Parallel()
+				g.run(t, report)
+			})
+		}
+	})
+	table := report.table(groups)
+	t.Logf("verdicts for %s, systemd %s\n%s", report.binary(), report.version, table)
+	if *update == "conformance" && !t.Failed() {
+		if err := os.WriteFile(conformanceDoc, []byte(report.document(table)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// group is a rig with an agent, and what is tried on it, one after the other.
+type group struct {
+	name      string
+	agent     agent
+	scenarios []scenario
+}
+
+// scenario is one row of the table.
+type scenario struct {
+	// id is the name of the scenario's slice, without ".slice", and what the
+	// names of all its units begin with.
+	id, title string
+	// units are unit files. {slice} and {send} are replaced, see expand.
+	units map[string]string
+	run   func(*scene)
+}
+
+// expand fills in a text of the scenario: its slice, and the command that sends
+// so many datagrams of 128 B, IP header included.
+func (s *scenario) expand(text string) string {
+	return strings.NewReplacer("{id}", s.id, "{slice}", s.id+".slice", "{send}", sendCommand, "{traffic}", "/usr/local/bin/traffic").Replace(text)
+}
+
+// run boots the rig and runs the scenarios.
+func (g group) run(t *testing.T, report *report) {
+	l := newLab(t, nil)
+	version, _ := l.systemd()
+	report.setVersion(version)
+	for _, s := range g.scenarios {
+		l.WriteFile(t, "/etc/systemd/system/"+s.id+".slice", "[Slice]\nIPAccounting=yes\n")
+		for name, text := range s.units {
+			l.WriteFile(t, "/etc/systemd/system/"+name, s.expand(text))
+		}
+	}
+	l.Run(t, "systemctl", "daemon-reload")
+	for _, s := range g.scenarios {
+		l.Run(t, "systemctl", "start", s.id+".slice")
+	}
+	l.startAgent(g.agent)
+	var scenes []*scene
+	for _, s := range g.scenarios {
+		t.Run(s.id, func(t *testing.T) {
+			scene := &scene{lab: l, scenario: s, t: t, report: report}
+			scenes = append(scenes, scene)
+			defer scene.finish()
+			l.t = t // the lab's helpers fail the scenario that they help
+			scene.scenario.run(scene)
+		})
+		l.t = t
+	}
+	// What is counted twice may come late: the journal is read behind the bus.
+	time.Sleep(1500 * time.Millisecond)
+	for _, s := range scenes {
+		if s.again != nil && !s.t.Failed() && !s.t.Skipped() {
+			if now := s.again(); now != s.row.received {
+				t.Errorf("%s: received %s, and later %s", s.id, show(s.row.received), show(now))
+			}
+		}
+	}
+	for i, problem := range l.wrong() {
+		if i < 10 {
+			t.Errorf("a point that breaks the rules: %s", problem)
+		}
+	}
+}
+
+// scene is a scenario on its rig.
+type scene struct {
+	*lab
+	scenario
+	t      *testing.T
+	report *report
+	row    row
+	again  func() receiver.Counters // what has been received, once more
+}
+
+// row is one row of the table.
+type row struct {
+	sent                string // as the scenario knows it
+	accounted, received receiver.Counters
+	unattributed        receiver.Counters // bytes only
+	counted             bool              // accounted and received mean something
+	verdict, note       string
+}
+
+// finish files the row, whichever way the scenario ended.
+func (s *scene) finish() {
+	switch {
+	case s.t.Failed():
+		s.row.verdict = "**FAILED**"
+	case s.t.Skipped():
+		s.row.verdict = "not run"
+	case s.row.verdict == "":
+		s.t.Error("the scenario has no verdict")
+		s.row.verdict = "**FAILED**"
+	}
+	s.report.add(s.id, s.row)
+}
+
+// skip ends the scenario with the reason why it cannot be run here.
+func (s *scene) skip(reason string) {
+	s.t.Helper()
+	s.row.note = reason
+	s.t.Skip(reason)
+}
+
+// mine reports whether a unit belongs to the scenario.
+func (s *scene) mine(unit string) bool {
+	rest, ok := strings.CutPrefix(unit, s.id)
+	return ok && rest != "" && (strings.ContainsRune(".@-*", rune(rest[0])))
+}
+
+func (s *scene) receivedNow() receiver.Counters { return s.sum(s.mine) }
+
+func (s *scene) slice() string { return s.id + ".slice" }
+
+// sliceCounted is what systemd accounted to the scenario's slice: all of its
+// units, those that are gone included.
+func (s *scene) sliceCounted() receiver.Counters {
+	s.t.Helper()
+	c, ok := s.counted(s.slice())
+	if !ok {
+		s.t.Fatalf("systemd has no counters of %s", s.slice())
+	}
+	return c
+}
+
+// sent gives the size of what the scenario sent, as the scenario itself knows it.
+func (s *scene) sent(format string, args ...any) { s.row.sent = fmt.Sprintf(format, args...) }
+
+// datagrams says that the scenario sent n datagrams of 128 B, and that systemd
+// must have accounted exactly these.
+func (s *scene) datagrams(n int) receiver.Counters {
+	s.sent("%d × 128 B", n)
+	return receiver.Counters{EgressBytes: uint64(n) * packetBytes, EgressPackets: uint64(n)}
+}
+
+// exact wants all that systemd accounted to the slice to arrive in the series of
+// its units, and nothing to be unattributed. known, if it is not zero, is what
+// systemd must have accounted.
+func (s *scene) exact(known receiver.Counters) {
+	s.t.Helper()
+	accounted := s.sliceCounted()
+	if known != (receiver.Counters{}) && accounted != known {
+		s.t.Errorf("systemd accounted %s, sent were %s", show(accounted), show(known))
+	}
+	s.equal(accounted, s.receivedNow)
+	if u := s.lab.unattributed(s.slice()); u != (receiver.Counters{}) {
+		s.t.Errorf("unattributed are %s", show(u))
+	}
+}
+
+// equal wants what arrives to become what systemd accounted.
+func (s *scene) equal(accounted receiver.Counters, received func() receiver.Counters) {
+	s.t.Helper()
+	s.arrives(time.Minute, func() bool { return received() == accounted })
+	s.row.accounted, s.row.received, s.row.counted = accounted, received(), true
+	s.row.unattributed = s.lab.unattributed(s.slice())
+	s.again = received
+	if s.row.received != accounted {
+		s.t.Errorf("systemd accounted %s, received were %s; unattributed %s", show(accounted), show(s.row.received), show(s.row.unattributed))
+	}
+	if accounted == (receiver.Counters{}) {
+		s.t.Error("nothing was accounted: this shows nothing")
+	}
+	s.row.verdict = "exact"
+}
+
+// note adds a remark to the row.
+func (s *scene) note(format string, args ...any) {
+	if s.row.note != "" {
+		s.row.note += "; "
+	}
+	s.row.note += fmt.Sprintf(format, args...)
+}
+
+// in runs a script of the scenario.
+func (s *scene) in(script string, args ...string) string {
+	s.t.Helper()
+	return s.shell(s.t, s.expand(script), args...)
+}
+
+// report collects the rows.
+type report struct {
+	mu      sync.Mutex
+	rows    map[string]row
+	version string
+}
+
+func (r *report) add(id string, row row) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.rows[id] = row
+}
+
+func (r *report) setVersion(version string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.version = version
+}
+
+func (r *report) binary() string {
+	if given := os.Getenv("UNITMETER_BINARY"); given != "" {
+		return given
+	}
+	return "the agent of this tree"
+}
+
+// table is the table in Markdown, in the order of the groups.
+func (r *report) table(groups []group) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var b strings.Builder
+	b.WriteString("| Scenario | Sent | Accounted by systemd | Received | Difference | Verdict |\n|---|---|---|---|---|---|\n")
+	for _, g := range groups {
+		for _, s := range g.scenarios {
+			row, ok := r.rows[s.id]
+			if !ok {
+				continue // -run has left it out
+			}
+			verdict := row.verdict
+			if row.note != "" {
+				verdict += ": " + row.note
+			}
+			accounted, received, difference := "", "", ""
+			if row.counted {
+				accounted, received, difference = show(row.accounted), show(row.received), showDifference(row.accounted, row.received)
+			}
+			fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n", s.title, row.sent, accounted, received, difference, verdict)
+		}
+	}
+	return b.String()
+}
+
+// document is docs/conformance.md.
+func (r *report) document(table string) string {
+	return `<!-- Written by "go test ./cmd/unitmeter/e2e -run TestConformance -update=conformance"; do not edit. -->
+# Conformance
+
+Each scenario runs the agent beside a real systemd with real cgroup-BPF
+accounting, sends traffic of known size through units, and compares what systemd
+accounted with what an OTLP/gRPC receiver got. The difference is for all four
+counters. Any agent can be tried:
+
+` + "```" + `
+UNITMETER_BINARY=/path/to/unitmeter make conformance
+` + "```" + `
+
+` + "`UNITMETER_CONFORMANCE_LONG=1`" + ` makes the long variants, ` + "`UNITMETER_TEST_ROOT=DIR`" + ` boots
+the systemd of another root tree. Needs root on Linux with cgroup v2.
+
+- "accounted" is what ` + "`systemctl show`" + ` says of the scenario's own slice, which holds
+  all of its units, those that are gone included; where systemd itself loses
+  traffic (reload, re-execution), it is what ` + "`systemctl show`" + ` says of the unit, and
+  where its counter of the slice left out short runs, the sum of its records of them.
+- "exact" means that the difference is 0, that it stayed so, and that no point of
+  any series broke the rules: no total fell, no start moved, no delta was negative
+  or overlapped with another. Where the truth is the slice's, nothing was in
+  ` + "`unitmeter.unattributed`" + ` of it either, unless the row says so; that is not looked
+  at over reloads, the reboot, in the overflow and in the fold by default.
+- "stated" means that the difference is not 0, and that ` + "`unitmeter.unattributed`" + `
+  said just how much it is.
+
+Last run: ` + time.Now().UTC().Format(time.DateOnly) + `, systemd ` + r.version + `, ` + mode() + `.
+
+` + table
+}
+
+func mode() string {
+	if long() {
+		return "with UNITMETER_CONFORMANCE_LONG=1"
+	}
+	return "without the long variants"
+}
+
+// show prints counters for the table.
+func show(c receiver.Counters) string {
+	var parts []string
+	add := func(name string, bytes, packets uint64) {
+		if bytes+packets > 0 {
+			parts = append(parts, fmt.Sprintf("%s %d B / %d p", name, bytes, packets))
+		}
+	}
+	add("out", c.EgressBytes, c.EgressPackets)
+	add("in", c.IngressBytes, c.IngressPackets)
+	if len(parts) == 0 {
+		return "0"
+	}
+	return strings.Join(parts, ", ")
+}
+
+// showDifference prints a - b.
+func showDifference(a, b receiver.Counters) string {
+	if a == b {
+		return "0"
+	}
+	diff := []string{
+		fmt.Sprintf("out %+d B", int64(b.EgressBytes-a.EgressBytes)), fmt.Sprintf("%+d p", int64(b.EgressPackets-a.EgressPackets)),
+		fmt.Sprintf("in %+d B", int64(b.IngressBytes-a.IngressBytes)), fmt.Sprintf("%+d p", int64(b.IngressPackets-a.IngressPackets)),
+	}
+	return strings.Join(diff, ", ")
+}

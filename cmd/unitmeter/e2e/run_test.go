@@ -1,0 +1,94 @@
+package e2e
+
+import (
+	"bufio"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// runAgent starts the agent with nothing but env, without a systemd. Its log is
+// what is returned; it is killed at the end of the test.
+func runAgent(t *testing.T, env ...string) *bufio.Scanner {
+	t.Helper()
+	binary, err := agentBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent := exec.Command(binary, "run")
+	agent.Env = append(env, "UNITMETER_STATE_DIR=none", "UNITMETER_BUS=unix:path="+t.TempDir()+"/nobody")
+	stderr, err := agent.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = agent.Process.Kill()
+		_ = agent.Wait()
+	})
+	return bufio.NewScanner(stderr)
+}
+
+// scan reads a log up to the line with the text.
+func scan(t *testing.T, log *bufio.Scanner, text string) (lines []string) {
+	t.Helper()
+	for log.Scan() {
+		if lines = append(lines, log.Text()); strings.Contains(log.Text(), text) {
+			return lines
+		}
+	}
+	t.Fatalf("the log ends without %q: %q", text, lines)
+	return nil
+}
+
+// A variable that is not used may hold a secret as well, and the official
+// exporters log what they cannot read in it.
+func TestUnusedSecretIsNotLogged(t *testing.T) {
+	t.Parallel()
+	for _, protocol := range []string{"grpc", "http/protobuf"} {
+		log := runAgent(t, "OTEL_EXPORTER_OTLP_PROTOCOL="+protocol,
+			"OTEL_EXPORTER_OTLP_HEADERS=authorization: Bearer s3cr3t", "OTEL_EXPORTER_OTLP_METRICS_HEADERS=a=1",
+			"OTEL_EXPORTER_OTLP_ENDPOINT=https://user:s3cr3t%@localhost:1", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://localhost:1",
+			"OTEL_EXPORTER_OTLP_TIMEOUT=s3cr3t", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT=1000")
+		for _, line := range scan(t, log, "msg=started") {
+			if strings.Contains(line, "s3cr3t") {
+				t.Errorf("%s: %s", protocol, line)
+			}
+		}
+	}
+}
+
+// A service that is disabled by OTEL_SDK_DISABLED is up all the same: it would be
+// started for ever if it did not say so, and killed if it left the watchdog alone.
+func TestDisabledIsReady(t *testing.T) {
+	t.Parallel()
+	address := &net.UnixAddr{Net: "unixgram", Name: filepath.Join(t.TempDir(), "notify")}
+	manager, err := net.ListenUnixgram("unixgram", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	if err := manager.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	runAgent(t, "OTEL_SDK_DISABLED=true", "NOTIFY_SOCKET="+address.Name, "WATCHDOG_USEC=300000")
+	want := []string{"READY=1", "STATUS=nothing to do: OTEL_SDK_DISABLED is true", "WATCHDOG=1", "WATCHDOG=1"}
+	var got []string
+	for len(got) < len(want) {
+		message := make([]byte, 1024)
+		n, err := manager.Read(message)
+		if err != nil {
+			t.Fatalf("after %q: %v", got, err)
+		}
+		got = append(got, string(message[:n]))
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}

@@ -1,0 +1,73 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
+)
+
+// runCommand runs the program in this process.
+func runCommand(t *testing.T, environ []string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = dispatch(t.Context(), &terminal{args: args, environ: environ, stdout: &out, stderr: &errs})
+	return code, out.String(), errs.String()
+}
+
+// fakeUnit is a service of the fake.
+func fakeUnit(name string, accounting bool, bytes uint64) systemdtest.Unit {
+	return systemdtest.Unit{
+		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: accounting,
+		IngressBytes: bytes, IngressPackets: bytes, EgressBytes: bytes, EgressPackets: bytes,
+	}
+}
+
+// TestEnableLost plants the fault of systemd 256 and 257, which no systemd of
+// this machine has: running units without data.
+func TestEnableLost(t *testing.T) {
+	fake := systemdtest.StartFake(t)
+	fake.SetUnit(fakeUnit("fine.service", true, 7))
+	fake.SetUnit(fakeUnit("gone.service", true, systemdtest.NoData))
+	fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
+		switch {
+		case property == "Version":
+			return dbus.MakeVariant("257.13-1~deb13u1"), nil, 0, true
+		case property == "Transient":
+			return dbus.MakeVariant(false), nil, 0, true
+		case property == "DropInPaths":
+			return dbus.MakeVariant([]string{}), nil, 0, true
+		}
+		return dbus.Variant{}, nil, 0, false
+	})
+	fake.OnCall(func(member string, args []any) ([]any, *dbus.Error, time.Duration, bool) {
+		if member != "SetUnitProperties" {
+			return nil, nil, 0, false
+		}
+		if name, runtime := args[0], args[1]; name != "gone.service" || runtime != true {
+			t.Errorf("SetUnitProperties(%v, %v), want gone.service at run time", name, runtime)
+		}
+		go fake.SetUnit(fakeUnit("gone.service", true, 0)) // the fake is locked now
+		return []any{}, nil, 0, true
+	})
+	environ := []string{"UNITMETER_BUS=" + fake.Address(), "UNITMETER_STATE_DIR=none", "OTEL_METRICS_EXPORTER=console"}
+	// The doctor finds it, and names the command that fixes it.
+	_, report, _ := runCommand(t, environ, "doctor", "--here")
+	for _, want := range []string{"\n      fix: upgrade to systemd 258.1", "\n      fix: unitmeter enable --lost\n"} {
+		if !strings.Contains(report, want) {
+			t.Errorf("the doctor does not say %q:\n%s", want, report)
+		}
+	}
+	code, out, errs := runCommand(t, environ, "enable", "--lost")
+	if code != exitOK || out != "gone.service: counting again\n" {
+		t.Fatalf("enable --lost = %d, %q, %q", code, out, errs)
+	}
+	if _, report, _ := runCommand(t, environ, "doctor", "--here"); !strings.Contains(report, "\nok    counters ") {
+		t.Errorf("after enable --lost:\n%s", report)
+	}
+}
