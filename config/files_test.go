@@ -44,6 +44,7 @@ func writeFiles(t *testing.T) string {
 	write("future.pem", certificate(t, key, future, future.Add(day)), 0o644)
 	write("bundle.pem", append(old[:len(old):len(old)], ca...), 0o644)
 	write("damaged.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("not DER")}), 0o644)
+	write("odd.pem", append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("not DER")}), ca...), 0o644)
 	write("cut.pem", append(ca[:len(ca):len(ca)], ca[:len(ca)/2]...), 0o644)
 	write("key.pem", keyPEM(t, key), 0o600)
 	write("openkey.pem", keyPEM(t, key), 0o644)

@@ -4,19 +4,26 @@ import (
 	"fmt"
 	"net/url"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
+
+	"github.com/unitmeter/unitmeter/exporter"
 )
 
 // finishOTLP brings together what depends on more than one variable.
 func (l *loader) finishOTLP() {
-	l.checkClientPair()
 	o := &l.cfg.OTLP
-	if o.Protocol == "" { // not used, or refused
+	if !slices.Contains(l.cfg.Exporters, "otlp") {
+		*o = exporter.Config{Protocol: "none"}
 		return
 	}
-	l.checkHeaderNames()
+	l.finishTLS()
+	l.finishHeaders()
+	if o.Protocol == "" { // refused
+		return
+	}
 	l.checkProxies()
 	at, ok := l.endpoint()
 	if !ok {

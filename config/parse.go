@@ -118,6 +118,8 @@ func milliseconds(v Variable, to *time.Duration) entry {
 	}}
 }
 
+func inMilliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+
 func parseWhole(text string, low, high int64, what string, bad report) (int64, bool) {
 	n, err := strconv.ParseInt(text, 10, 64)
 	hint := fmt.Sprintf("use %s from %d to %d", what, low, high)
@@ -134,7 +136,7 @@ func parseWhole(text string, low, high int64, what string, bad report) (int64, b
 }
 
 // duration is a row for one of the agent's own times, which have a unit.
-// optional allows none, which is stored as 0.
+// optional allows none, which is stored as -1.
 func duration(v Variable, to *time.Duration, low, high time.Duration, optional bool) entry {
 	v.Values = fmt.Sprintf("a time such as %s, %s to %s", v.Default, showTime(low), showTime(high))
 	if optional {
@@ -142,7 +144,7 @@ func duration(v Variable, to *time.Duration, low, high time.Duration, optional b
 	}
 	return entry{Variable: v, parse: func(text string, bad report) {
 		if optional && strings.EqualFold(text, "none") {
-			*to = 0
+			*to = -1
 			return
 		}
 		d, ok := parseTime(text)

@@ -11,17 +11,21 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 )
 
-// defaultTimeout is that of the specification.
-const defaultTimeout = 10 * time.Second
+// Fields of a Config that are empty mean these, which are the specification's.
+const (
+	DefaultProtocol    = "grpc"
+	DefaultTemporality = "cumulative"
+	DefaultTimeout     = 10 * time.Second
+)
 
 // connection is one official exporter, which encodes, and the wire over which
 // its requests go.
 type connection struct {
 	encoder
-	transport *http.Transport // nil with gRPC
-	wire      wire
-	target    string // for logs; without secrets
-	empty     []byte // a request without metrics
+	client *http.Client // nil with gRPC
+	wire   wire
+	target string // for logs; without secrets
+	empty  []byte // a request without metrics
 }
 
 // open makes the connection that cfg describes. It does not wait for anybody to
@@ -32,11 +36,11 @@ func open(ctx context.Context, cfg Config) (*connection, error) {
 	if cfg.Endpoint == "" {
 		return nil, errors.New("make OTLP exporter: it has no endpoint; set OTEL_EXPORTER_OTLP_ENDPOINT")
 	}
-	switch cfg.Protocol {
-	case "", "grpc":
+	switch cmp.Or(cfg.Protocol, DefaultProtocol) {
+	case "grpc":
 		c.official, err = newGRPC(ctx, cfg)
 	case "http/protobuf":
-		c.official, c.transport, err = newHTTP(ctx, cfg)
+		c.official, c.client, err = newHTTP(ctx, cfg)
 	default:
 		return nil, fmt.Errorf("make exporter: unknown protocol %q; set OTEL_EXPORTER_OTLP_PROTOCOL to grpc or http/protobuf", cfg.Protocol)
 	}
@@ -49,14 +53,14 @@ func open(ctx context.Context, cfg Config) (*connection, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make OTLP exporter: %w", err), c.close(ctx))
 	}
-	c.wire, c.target, c.empty = first.wire(cmp.Or(cfg.Timeout, defaultTimeout)), first.target, first.request
+	c.wire, c.target, c.empty = first.wire(cmp.Or(cfg.Timeout, DefaultTimeout)), first.target, first.request
 	return &c, nil
 }
 
 // close closes the connection, also when ctx has ended.
 func (c *connection) close(ctx context.Context) error {
-	if c.transport != nil {
-		c.transport.CloseIdleConnections()
+	if c.client != nil {
+		c.client.CloseIdleConnections()
 	}
 	if err := c.official.Shutdown(context.WithoutCancel(ctx)); err != nil {
 		return fmt.Errorf("close OTLP exporter: %w", err)

@@ -26,7 +26,7 @@ type Source interface {
 // histograms, and the headers where Headers is nil.
 type Config struct {
 	// Protocol is "grpc", "http/protobuf", or "none" for an exporter that
-	// sends nothing and only commits the ledger. Default: grpc.
+	// sends nothing and only commits the ledger. Default: DefaultProtocol.
 	Protocol string
 	// Endpoint is a gRPC target ("host:port", "unix:/path") or, for HTTP, the
 	// whole URL. Needed unless Protocol is "none".
@@ -34,18 +34,22 @@ type Config struct {
 	// Insecure says that the connection to Endpoint has no TLS. HTTP has it in
 	// the URL.
 	Insecure bool
-	// TLS has the roots to trust and the client's certificate. Default: the
-	// system's roots, and no client certificate.
-	TLS *tls.Config
+	// TLS returns the roots to trust and the client's certificate. It is asked
+	// before each connection, and answers with the same pointer as long as nothing
+	// has changed. With an error come the settings of before. It must be safe for
+	// concurrent use. Default: the system's roots, and no client certificate.
+	TLS func() (*tls.Config, error)
 	// Gzip compresses requests.
 	Gzip bool
-	// Timeout bounds one call. Default: 10 s.
+	// Timeout bounds one call. Default: DefaultTimeout.
 	Timeout time.Duration
-	// Headers go with each request. Not nil, they replace those of
-	// OTEL_EXPORTER_OTLP_HEADERS.
-	Headers map[string]string
+	// Headers returns the headers of the next request, instead of those of
+	// OTEL_EXPORTER_OTLP_HEADERS. With an error come those of before. It must be
+	// safe for concurrent use. Default: those of the variable.
+	Headers func() (map[string]string, error)
 	// Temporality is "cumulative", "delta" or "lowmemory", as in
-	// OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE. Default: cumulative.
+	// OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE. Default:
+	// DefaultTemporality.
 	Temporality string
 	// Source has the sweep of each cycle. Without one, points of the unit
 	// instruments are dropped: their start times are not known.
@@ -90,14 +94,14 @@ type Exporter struct {
 // bounds New only. It fails for unknown settings, not for a receiver that cannot
 // be reached.
 func New(ctx context.Context, cfg Config) (*Exporter, error) {
-	e := &Exporter{source: cfg.Source, outbox: cfg.Outbox, stop: func() {}, timeout: cmp.Or(cfg.Timeout, defaultTimeout)}
+	e := &Exporter{source: cfg.Source, outbox: cfg.Outbox, stop: func() {}, timeout: cmp.Or(cfg.Timeout, DefaultTimeout)}
 	log := cfg.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
 	e.tally, e.encode = newTally(log), episode{logger: log}
-	switch cfg.Temporality {
-	case "", "cumulative":
+	switch cmp.Or(cfg.Temporality, DefaultTemporality) {
+	case "cumulative":
 		e.selector = sdkmetric.CumulativeTemporalitySelector
 	case "delta":
 		e.selector = sdkmetric.DeltaTemporalitySelector

@@ -489,8 +489,9 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		client := Config{Protocol: protocol, TLS: trusting(t, ca), Gzip: true}
-		client.TLS.Certificates = []tls.Certificate{pair}
+		settings := trusting(t, ca)
+		settings.Certificates = []tls.Certificate{pair}
+		client := Config{Protocol: protocol, TLS: always(settings), Gzip: true}
 		t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "tenant=from%20env,authorization=Bearer%20abc")
 		server := otlptest.Start(t, cfg)
 		server.Stop()
@@ -505,7 +506,7 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		if r.Header["tenant"] != "from env" || r.Header["authorization"] != "Bearer abc" || r.Encoding != "gzip" || r.ClientCert != "unitmeter-test" {
 			t.Errorf("headers %v, encoding %q, client certificate %q", r.Header, r.Encoding, r.ClientCert)
 		}
-		client.Outbox, client.Headers = nil, map[string]string{"tenant": "from file"}
+		client.Outbox, client.Headers = nil, always(map[string]string{"tenant": "from file"})
 		b := newAgent(t, server.URL(), client)
 		if err := b.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
 			t.Fatal(err)
@@ -523,7 +524,7 @@ func TestWrongCertificate(t *testing.T) {
 		server := otlptest.Start(t, cfg)
 		another := trusting(t, otlptest.NewCA(t))
 		// Time for all tries: one that is cut short has another cause.
-		a := newAgent(t, server.URL(), Config{Protocol: protocol, TLS: another, Timeout: time.Minute})
+		a := newAgent(t, server.URL(), Config{Protocol: protocol, TLS: always(another), Timeout: time.Minute})
 		for i := range 3 {
 			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 5)); err != nil {
 				t.Fatal(err)
@@ -723,7 +724,7 @@ func TestNewRefusesBadSettings(t *testing.T) {
 func TestProbe(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		server := otlptest.Start(t, cfg)
-		probe := to(server.URL(), Config{Protocol: protocol, Headers: map[string]string{"tenant": "t"}, Gzip: true, Timeout: 5 * time.Second})
+		probe := to(server.URL(), Config{Protocol: protocol, Headers: always(map[string]string{"tenant": "t"}), Gzip: true, Timeout: 5 * time.Second})
 		if err := Probe(t.Context(), probe); err != nil {
 			t.Fatal(err)
 		}
@@ -802,7 +803,7 @@ func TestDeadConnectionIsReplaced(t *testing.T) {
 			}
 		}
 	})
-	a := newAgent(t, "https://"+door.Addr().String(), Config{Protocol: "http/protobuf", TLS: trusting(t, ca), Timeout: 2 * time.Second, Outbox: &memory{}})
+	a := newAgent(t, "https://"+door.Addr().String(), Config{Protocol: "http/protobuf", TLS: always(trusting(t, ca)), Timeout: 2 * time.Second, Outbox: &memory{}})
 	t.Cleanup(func() {
 		door.Close()
 		server.Stop()

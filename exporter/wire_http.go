@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -28,7 +29,8 @@ import (
 type httpWire struct {
 	client  *http.Client
 	url     *url.URL
-	header  http.Header
+	header  http.Header // the official exporter's
+	own     *renewed[map[string]string]
 	gzip    bool
 	timeout time.Duration
 }
@@ -37,26 +39,28 @@ type httpWire struct {
 // made under withCapture. An exporter that is given a client leaves TLS, proxy
 // and time limits to it, so they are set here. Compression is left to the wire:
 // the outbox wants the plain bytes.
-func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transport, error) {
+func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Client, error) {
 	// As in otlpmetrichttp, which does not use the changeable
 	// http.DefaultTransport either.
-	timeout := cmp.Or(cfg.Timeout, defaultTimeout)
-	transport := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		ForceAttemptHTTP2:     true,
-		MaxIdleConns:          2,
-		IdleConnTimeout:       90 * time.Second,
-		TLSHandshakeTimeout:   10 * time.Second,
-		ExpectContinueTimeout: time.Second,
-		TLSClientConfig:       cfg.TLS,
-		// HTTP/1 makes a new connection after a call that took too long. HTTP/2
-		// would go on with one on which nothing comes through, for as long as TCP
-		// tries, which is a quarter of an hour; so it asks now and then.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * timeout, PingTimeout: timeout, WriteByteTimeout: timeout},
+	timeout := cmp.Or(cfg.Timeout, DefaultTimeout)
+	open := func(settings *tls.Config) *http.Transport {
+		return &http.Transport{
+			Proxy:                 http.ProxyFromEnvironment,
+			DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+			ForceAttemptHTTP2:     true,
+			MaxIdleConns:          2,
+			IdleConnTimeout:       90 * time.Second,
+			TLSHandshakeTimeout:   10 * time.Second,
+			ExpectContinueTimeout: time.Second,
+			TLSClientConfig:       settings.Clone(), // it adds to them
+			// HTTP/1 makes a new connection after a call that took too long. HTTP/2
+			// would go on with one on which nothing comes through, for as long as TCP
+			// tries, which is a quarter of an hour; so it asks now and then.
+			HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * timeout, PingTimeout: timeout, WriteByteTimeout: timeout},
+		}
 	}
 	client := &http.Client{
-		Transport: transport,
+		Transport: &renewedTransport{settings: newRenewed("TLS files", cfg.TLS, cfg.Logger), open: open},
 		// A redirect of a POST may turn into a GET, whose 200 would look like
 		// success. It is an answer of its own: a wrong endpoint.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -65,19 +69,20 @@ func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transpo
 		otlpmetrichttp.WithEndpointURL(cfg.Endpoint),
 		otlpmetrichttp.WithRetry(otlpmetrichttp.RetryConfig{Enabled: false}),
 		otlpmetrichttp.WithCompression(otlpmetrichttp.NoCompression),
-		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, gzip: cfg.Gzip}}),
+		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, own: newRenewed("headers", cfg.Headers, cfg.Logger), gzip: cfg.Gzip}}),
 	}
 	if cfg.Headers != nil {
-		opts = append(opts, otlpmetrichttp.WithHeaders(cfg.Headers))
+		opts = append(opts, otlpmetrichttp.WithHeaders(map[string]string{})) // the wire adds them
 	}
 	exp, err := otlpmetrichttp.New(ctx, opts...)
-	return exp, transport, err
+	return exp, client, err
 }
 
 // captureTripper stands where the official exporter has its transport. It never
 // reaches the network: all sending is done by httpWire.
 type captureTripper struct {
 	client *http.Client
+	own    *renewed[map[string]string]
 	gzip   bool
 }
 
@@ -102,7 +107,7 @@ func (t captureTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	c.request = body
 	c.target = target.Redacted()
 	c.wire = func(timeout time.Duration) wire {
-		return &httpWire{client: t.client, url: &target, header: header, gzip: t.gzip, timeout: timeout}
+		return &httpWire{client: t.client, url: &target, header: header, own: t.own, gzip: t.gzip, timeout: timeout}
 	}
 	return &http.Response{
 		StatusCode: http.StatusOK, Status: "200 OK", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -126,6 +131,9 @@ func (w *httpWire) send(ctx context.Context, request []byte) answer {
 		return answer{verdict: misconfigured, kind: "request", err: fmt.Errorf("make request: %w", err)}
 	}
 	req.Header = w.header.Clone()
+	for name, value := range w.own.get() {
+		req.Header.Set(name, value)
+	}
 	if w.gzip {
 		req.Header.Set("Content-Encoding", "gzip")
 	}

@@ -7,22 +7,6 @@ import (
 	"strings"
 )
 
-// DefaultTypes are the unit types that a Receiver meters. Slices are not among
-// them, since a slice contains the traffic of the units in it; the others are
-// disjoint.
-func DefaultTypes() []string {
-	return []string{"service", "scope", "socket", "mount", "swap"}
-}
-
-// defaultFold are the patterns of units that live once and never come back
-// under the same name. Each pattern is one series.
-func defaultFold() []string {
-	return []string{
-		"run-*.service", "run-*.scope", "session-*.scope",
-		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",
-	}
-}
-
 // CounterInterface returns the D-Bus interface that has IPAccounting and the IP
 // counters of a unit type such as "service", or "" for a type without.
 func CounterInterface(unitType string) string {

@@ -46,7 +46,7 @@ func TestGlobs(t *testing.T) {
 }
 
 func TestDefaultFoldTakesWhatLivesOnce(t *testing.T) {
-	g, err := parseGlobs(defaultFold())
+	g, err := parseGlobs(DefaultFold())
 	if err != nil {
 		t.Fatal(err)
 	}

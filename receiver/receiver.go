@@ -24,7 +24,7 @@ import (
 type Config struct {
 	// Bus is "private" for PID 1's own socket (root only, half the cost),
 	// "system" for the system bus, a D-Bus address, or "auto" for the private
-	// socket where it can be opened and else the system bus. Default: auto.
+	// socket where it can be opened and else the system bus. Default: DefaultBus.
 	Bus string
 	// SystemBus is the D-Bus address of the system bus. Default:
 	// unix:path=/run/dbus/system_bus_socket.
@@ -35,11 +35,10 @@ type Config struct {
 	// Types are the unit types to meter. Default: DefaultTypes.
 	Types []string
 	// Fold are patterns of units that share one series each, named by the
-	// pattern. Nil means those that live once and never come back under the same
-	// name (run-*.service, session-*.scope, docker-*.scope ...); empty means none.
+	// pattern. Nil means DefaultFold; empty means none.
 	Fold []string
 	// MaxSeries bounds the number of series. What is over it is added to one
-	// overflow series. Default: 5000.
+	// overflow series. Default: DefaultMaxSeries.
 	MaxSeries int
 	// UnitType and UnitSlice put systemd.unit.type and systemd.unit.slice on
 	// each point.
@@ -48,13 +47,13 @@ type Config struct {
 	HostName string
 	// StopRecords is "off" to read no stop records of PID 1 in the journal. "auto"
 	// and "on" read them, which root and the systemd-journal group may; where they
-	// cannot be read, the Receiver goes on without. Default: auto.
+	// cannot be read, the Receiver goes on without. Default: DefaultStopRecords.
 	StopRecords string
 	// KeepEnded is how long the last point of a unit that has gone is repeated, so
 	// that each of several readers gets it: more than the longest time between two
 	// collections of one. Default, and the least: 2 minutes.
 	KeepEnded time.Duration
-	// SweepTimeout bounds one reading of all units. Default: 10 s.
+	// SweepTimeout bounds one reading of all units. Default: DefaultSweepTimeout.
 	SweepTimeout time.Duration
 	// State continues the series of an earlier Receiver.
 	State State
@@ -152,7 +151,7 @@ func New(cfg Config) (*Receiver, error) {
 		return nil, err
 	}
 	if cfg.Fold == nil {
-		r.cfg.Fold = defaultFold()
+		r.cfg.Fold = DefaultFold()
 	}
 	if r.fold, err = parseGlobs(r.cfg.Fold); err != nil {
 		return nil, err
@@ -166,17 +165,17 @@ func New(cfg Config) (*Receiver, error) {
 		}
 	}
 	r.cfg.KeepEnded = max(cfg.KeepEnded, keepClosed)
-	r.cfg.StopRecords = cmp.Or(cfg.StopRecords, "auto")
+	r.cfg.StopRecords = cmp.Or(cfg.StopRecords, DefaultStopRecords)
 	if !slices.Contains([]string{"auto", "on", "off"}, r.cfg.StopRecords) {
 		return nil, fmt.Errorf("read stop records %q: unknown value; use auto, on or off", cfg.StopRecords)
 	}
 	if cfg.MaxSeries < 0 || cfg.SweepTimeout < 0 {
 		return nil, fmt.Errorf("meter %d series within %v: neither can be negative; use 0 for the default", cfg.MaxSeries, cfg.SweepTimeout)
 	}
-	r.cfg.Bus = cmp.Or(cfg.Bus, "auto")
+	r.cfg.Bus = cmp.Or(cfg.Bus, DefaultBus)
 	r.cfg.SystemBus = cmp.Or(cfg.SystemBus, UsualSystemBus)
-	r.cfg.MaxSeries = cmp.Or(cfg.MaxSeries, 5000)
-	r.cfg.SweepTimeout = cmp.Or(cfg.SweepTimeout, 10*time.Second)
+	r.cfg.MaxSeries = cmp.Or(cfg.MaxSeries, DefaultMaxSeries)
+	r.cfg.SweepTimeout = cmp.Or(cfg.SweepTimeout, DefaultSweepTimeout)
 	if r.cfg.HostName == "" {
 		if r.cfg.HostName, err = os.Hostname(); err != nil {
 			return nil, fmt.Errorf("find out the host name: %w; set OTEL_RESOURCE_ATTRIBUTES=host.name=NAME", err)

@@ -34,7 +34,7 @@ type endpoint struct {
 }
 
 // parseEndpoint takes apart what config.Load has checked.
-func parseEndpoint(o config.OTLP) (endpoint, error) {
+func parseEndpoint(o exporter.Config) (endpoint, error) {
 	ep := endpoint{network: "tcp", plain: o.Insecure, grpc: o.Protocol != "http/protobuf"}
 	// HTTP has a URL with a scheme, of which the port follows where it has none.
 	if !ep.grpc {
@@ -189,7 +189,7 @@ func (d *doctor) checkTLS(ctx context.Context) finding {
 	case none != nil:
 		return *none
 	// Headers are there to carry secrets.
-	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && len(d.cfg.OTLP.Headers) > 0:
+	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && headerCount(d.cfg.OTLP) > 0:
 		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "off: headers go over the network in clear text")
 	case ep.plain:
 		return good("off, as the endpoint says")
@@ -198,7 +198,7 @@ func (d *doctor) checkTLS(ctx context.Context) finding {
 	case !d.reachable:
 		return skipped("there is no connection")
 	}
-	return tlsFinding(ctx, ep, d.cfg.OTLP)
+	return tlsFinding(ctx, ep, d.cfg)
 }
 
 // loopback reports whether an endpoint is on this host: nobody listens in.
@@ -208,10 +208,12 @@ func loopback(host string) bool {
 }
 
 // tlsFinding shakes hands and judges the certificates of both sides.
-func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
+func tlsFinding(ctx context.Context, ep endpoint, settings config.Config) finding {
 	cfg := &tls.Config{}
-	if o.TLS != nil {
-		cfg = o.TLS.Clone()
+	if settings.OTLP.TLS != nil {
+		if read, err := settings.OTLP.TLS(); err == nil { // the check of the environment has read them
+			cfg = read.Clone()
+		}
 	}
 	cfg.NextProtos = []string{"h2", "http/1.1"}
 	if ep.grpc {
@@ -230,7 +232,7 @@ func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
 	}
 	conn, err := (&tls.Dialer{Config: cfg}).DialContext(ctx, ep.network, ep.address)
 	if err != nil {
-		return tlsFailure(err, ep, o)
+		return tlsFailure(err, ep, settings.Files)
 	}
 	defer conn.Close() // nothing was written
 	state := conn.(*tls.Conn).ConnectionState()
@@ -239,7 +241,7 @@ func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
 		// client's side of the handshake is done.
 		_ = conn.SetReadDeadline(time.Now().Add(time.Second))
 		if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			return tlsFailure(err, ep, o)
+			return tlsFailure(err, ep, settings.Files)
 		}
 	}
 	found := fmt.Sprintf("%s, certificate of %s", tls.VersionName(state.Version), certName(state.PeerCertificates[0]))
@@ -259,7 +261,7 @@ func certName(c *x509.Certificate) string {
 }
 
 // tlsFailure names the setting that is wrong.
-func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
+func tlsFailure(err error, ep endpoint, files config.Files) finding {
 	var plain tls.RecordHeaderError
 	var alert tls.AlertError
 	var unknown x509.UnknownAuthorityError
@@ -281,8 +283,8 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 			issuer = fmt.Sprintf("%q", unknown.Cert.Issuer.String())
 		}
 		found := "the system's authorities do not know who signed the certificate"
-		if o.CertificateFile != "" {
-			found = o.CertificateFile + " is not the authority that signed the certificate"
+		if files.Certificate != "" {
+			found = files.Certificate + " is not the authority that signed the certificate"
 		}
 		return failure("set OTEL_EXPORTER_OTLP_CERTIFICATE to the PEM file of "+issuer, "%s: %v", found, err)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
@@ -290,11 +292,11 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 	// An alert is what a server sends that wants a client certificate, or another
 	// one than it got.
 	case errors.As(err, &alert), isAlert(err):
-		if o.ClientCertificateFile == "" {
+		if files.ClientCertificate == "" {
 			return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY", "the Collector wants a client certificate, and none is set: %v", err)
 		}
 		return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE to a certificate of an authority that the Collector trusts",
-			"the Collector does not take the client certificate %s: %v", o.ClientCertificateFile, err)
+			"the Collector does not take the client certificate %s: %v", files.ClientCertificate, err)
 	// Servers that read a TLS handshake as something else hang up.
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s ends the connection during the TLS handshake: it may not speak TLS", ep.address)
@@ -306,6 +308,15 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 func isAlert(err error) bool {
 	var op *net.OpError
 	return errors.As(err, &op) && op.Op == "remote error"
+}
+
+// headerCount is how many headers each request has.
+func headerCount(o exporter.Config) int {
+	if o.Headers == nil {
+		return 0
+	}
+	headers, _ := o.Headers() // the check of the environment has read them
+	return len(headers)
 }
 
 // checkCollector sends an empty request. Where it fails, the endpoint is asked
@@ -320,11 +331,11 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 	}
 	// Half of the time is for finding out why it failed.
 	attempt, cancel := context.WithTimeout(ctx, checkTimeout/2)
-	err := exporter.Probe(attempt, otlpConfig(d.cfg.OTLP))
+	err := exporter.Probe(attempt, d.cfg.OTLP)
 	cancel()
 	if err == nil {
 		names := "no headers"
-		if n := len(d.cfg.OTLP.Headers); n > 0 {
+		if n := headerCount(d.cfg.OTLP); n > 0 {
 			names = fmt.Sprintf("%d headers", n)
 		}
 		return good("it takes a request (%s, %s)", d.cfg.OTLP.Protocol, names)
@@ -342,7 +353,7 @@ func (d *doctor) checkCollector(ctx context.Context) finding {
 // said of our credentials comes first: nothing else can be wrong if it got that
 // far. Then comes what it turns out to speak, since the libraries' errors for the
 // wrong protocol name frames and bytes, and no setting.
-func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) finding {
+func collectorFailure(err error, peer string, ep endpoint, o exporter.Config) finding {
 	found := oneLine(err)
 	// The answer itself, where there is one: its code is the most that is known.
 	code := codes.OK // of an answer over gRPC
@@ -356,9 +367,9 @@ func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) findin
 	header := "set the header that the Collector wants in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"
 	switch {
 	case code == codes.Unauthenticated, web == http.StatusUnauthorized:
-		return failure(header, "the Collector does not take our credentials (%d headers are set): %s", len(o.Headers), found)
+		return failure(header, "the Collector does not take our credentials (%d headers are set): %s", headerCount(o), found)
 	case code == codes.PermissionDenied, web == http.StatusForbidden:
-		return failure(header, "our credentials may not send metrics (%d headers are set): %s", len(o.Headers), found)
+		return failure(header, "our credentials may not send metrics (%d headers are set): %s", headerCount(o), found)
 	case peer == peerTLS && ep.plain:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings are without: %s", ep.address, found)
 	case peer == peerPlain && !ep.plain:

@@ -24,7 +24,7 @@ func noBus() finding { return skipped("systemd cannot be reached") }
 
 // checkBus connects to systemd as the agent would.
 func (d *doctor) checkBus(ctx context.Context) finding {
-	m, err := openManager(ctx, receiverConfig(d.cfg).Addresses()...)
+	m, err := openManager(ctx, d.cfg.Receiver.Addresses()...)
 	if err == nil {
 		// A bus without systemd on it is no use.
 		var version string
@@ -189,7 +189,7 @@ func (d *doctor) readUnits(ctx context.Context) error {
 	if d.unitsRead {
 		return nil
 	}
-	cfg := d.cfg
+	cfg := d.cfg.Receiver
 	cfg.SweepTimeout = 0 // ctx is shorter
 	units, err := readOnce(ctx, cfg, 0)
 	if err == nil {
@@ -297,7 +297,7 @@ func list(names []string) string {
 // checkStopRecords reads the journal as the agent does, for the last bytes of units.
 func (d *doctor) checkStopRecords(ctx context.Context) finding {
 	// With a configuration that is wrong it is empty, which is auto.
-	mode := d.cfg.StopRecords
+	mode := d.cfg.Receiver.StopRecords
 	if mode == "off" {
 		return warning("unset UNITMETER_STOP_RECORDS", "UNITMETER_STOP_RECORDS=off: what a unit sends between the last sweep and its end is not seen")
 	}
@@ -397,7 +397,7 @@ func (d *doctor) speak(ctx context.Context) (what string, err error) {
 	// counted all the same, whether or not somebody takes it.
 	if d.reachable {
 		if ep, err := parseEndpoint(d.cfg.OTLP); err == nil && ep.network == "tcp" {
-			if exporter.Probe(ctx, otlpConfig(d.cfg.OTLP)) == nil {
+			if exporter.Probe(ctx, d.cfg.OTLP) == nil {
 				return "an empty request to the Collector", nil
 			}
 		}

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/exporter"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -447,7 +448,7 @@ func TestStopRecordsFinding(t *testing.T) {
 
 func TestTLSFailureExpired(t *testing.T) {
 	err := fmt.Errorf("tls: %w", x509.CertificateInvalidError{Reason: x509.Expired})
-	f := tlsFailure(err, endpoint{address: "c:4317"}, config.OTLP{})
+	f := tlsFailure(err, endpoint{address: "c:4317"}, config.Files{})
 	want(t, map[string]finding{"tls": f}, "tls", statusFail, "renew the certificate")
 }
 
@@ -464,12 +465,12 @@ func TestParseEndpoint(t *testing.T) {
 		{"http/protobuf", "https://c.example/v1/metrics", "tcp", "c.example:443", "c.example"},
 		{"http/protobuf", "http://[::1]/v1/metrics", "tcp", "[::1]:80", "::1"},
 	} {
-		got, err := parseEndpoint(config.OTLP{Protocol: test.protocol, Endpoint: test.text})
+		got, err := parseEndpoint(exporter.Config{Protocol: test.protocol, Endpoint: test.text})
 		if err != nil || got.network != test.network || got.address != test.address || got.host != test.host {
 			t.Errorf("parseEndpoint(%q) = %+v, %v, want %+v", test.text, got, err, test)
 		}
 	}
-	if got, err := parseEndpoint(config.OTLP{Protocol: "grpc", Endpoint: "nothing"}); err == nil {
+	if got, err := parseEndpoint(exporter.Config{Protocol: "grpc", Endpoint: "nothing"}); err == nil {
 		t.Errorf("an endpoint without a port is taken: %+v", got)
 	}
 }

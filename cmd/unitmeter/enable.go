@@ -16,7 +16,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 const (
@@ -58,7 +58,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
 	defer cancel()
-	m, err := openManager(ctx, receiverConfig(cfg).Addresses()...)
+	m, err := openManager(ctx, cfg.Receiver.Addresses()...)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
@@ -67,7 +67,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if s.byDefault {
 		return w.setDefault(ctx)
 	}
-	units, err := w.choose(ctx, cfg)
+	units, err := w.choose(ctx, cfg.Receiver)
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func (w *switcher) verb() string {
 }
 
 // choose finds the units that the command line names.
-func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accountedUnit, error) {
+func (w *switcher) choose(ctx context.Context, cfg receiver.Config) ([]accountedUnit, error) {
 	if w.all || w.lost {
 		units, err := w.m.loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
 		if err != nil {

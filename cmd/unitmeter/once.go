@@ -36,11 +36,11 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	units, err := readOnce(ctx, cfg, *interval)
+	units, err := readOnce(ctx, cfg.Receiver, *interval)
 	if err != nil {
 		return err
 	}
-	if units, err = selectUnits(units, realNames(ctx, cfg, patterns)); err != nil {
+	if units, err = selectUnits(units, realNames(ctx, cfg.Receiver, patterns)); err != nil {
 		return err
 	}
 	if *asJSON {
@@ -66,10 +66,9 @@ type reading struct {
 }
 
 // readOnce connects, reads all units, and disconnects.
-func readOnce(ctx context.Context, cfg config.Config, interval time.Duration) ([]reading, error) {
-	receiverConfig := receiverConfig(cfg)
-	receiverConfig.StopRecords = "off" // nothing is left running behind
-	r, err := receiver.New(receiverConfig)
+func readOnce(ctx context.Context, cfg receiver.Config, interval time.Duration) ([]reading, error) {
+	cfg.StopRecords = "off" // nothing is left running behind
+	r, err := receiver.New(cfg)
 	if err != nil {
 		return nil, usageError{err}
 	}
@@ -279,22 +278,4 @@ func explain(state string) string {
 		return "systemd's answer made no sense"
 	}
 	return "not read"
-}
-
-// receiverConfig maps the settings of the receiver.
-func receiverConfig(cfg config.Config) receiver.Config {
-	return receiver.Config{
-		Bus:          cfg.Bus,
-		SystemBus:    cfg.SystemBusAddress,
-		Include:      cfg.Include,
-		Exclude:      cfg.Exclude,
-		Types:        cfg.UnitTypes,
-		Fold:         cfg.Fold,
-		MaxSeries:    cfg.MaxUnits,
-		UnitType:     slices.Contains(cfg.Attributes, "systemd.unit.type"),
-		UnitSlice:    slices.Contains(cfg.Attributes, "systemd.unit.slice"),
-		StopRecords:  cfg.StopRecords,
-		SweepTimeout: cfg.SweepTimeout,
-		HostName:     cfg.ResourceAttributes["host.name"],
-	}
 }

@@ -6,9 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
-	"strconv"
 	"sync"
 	"time"
 
@@ -97,13 +95,8 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 		})
 	}
 
-	rcvConfig := receiverConfig(cfg)
-	rcvConfig.Logger = log
-	rcvConfig.State = state.restored()
-	if len(cfg.Exporters) > 1 {
-		rcvConfig.KeepEnded = 2 * cfg.Interval
-	}
-	rcv, err := receiver.New(rcvConfig)
+	cfg.Receiver.Logger, cfg.Receiver.State = log, state.restored()
+	rcv, err := receiver.New(cfg.Receiver)
 	if err != nil {
 		return false, usageError{err}
 	}
@@ -179,38 +172,23 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			err = errors.Join(err, out.close(ctx))
 		}
 	}()
-	protocol := "none"
 	for _, name := range cfg.Exporters {
 		switch name {
-		case "otlp":
-			protocol = cfg.OTLP.Protocol
 		case "console":
 			if out.console, err = exporter.NewConsole(t.stdout, rcv); err != nil {
 				return out, err
 			}
 		case "prometheus":
-			out.prometheus, err = exporter.NewPrometheus(ctx, exporter.PrometheusConfig{
-				Address: net.JoinHostPort(cfg.PrometheusHost, strconv.Itoa(cfg.PrometheusPort)), Logger: log,
-			})
-			if err != nil {
+			cfg.Prometheus.Logger = log
+			if out.prometheus, err = exporter.NewPrometheus(ctx, cfg.Prometheus); err != nil {
 				return out, err
 			}
 			log.Info("listening for Prometheus", "address", out.prometheus.Addr().String())
 		}
 	}
-	exporterConfig := otlpConfig(cfg.OTLP)
-	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Ledger = protocol, rcv, state.restored()
-	exporterConfig.Outbox, exporterConfig.Logger = state.outbox(), log
-	out.main, err = exporter.New(ctx, exporterConfig)
+	cfg.OTLP.Source, cfg.OTLP.Ledger, cfg.OTLP.Outbox, cfg.OTLP.Logger = rcv, state.restored(), state.outbox(), log
+	out.main, err = exporter.New(ctx, cfg.OTLP)
 	return out, err
-}
-
-// otlpConfig maps the settings of the connection; the doctor tries the same.
-func otlpConfig(o config.OTLP) exporter.Config {
-	return exporter.Config{
-		Protocol: o.Protocol, Endpoint: o.Endpoint, Insecure: o.Insecure, TLS: o.TLS,
-		Headers: o.Headers, Gzip: o.Compression == "gzip", Timeout: o.Timeout, Temporality: o.Temporality,
-	}
 }
 
 // readers makes one reader for each exporter.

@@ -28,19 +28,12 @@ type state struct {
 // error: then the agent sends directly, and unavailable is true.
 func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state, error) {
 	s := &state{}
-	if cfg.StateDir == "" {
+	if cfg.Store.Dir == "" {
 		return s, nil
 	}
-	history := cfg.History
-	if history == 0 {
-		history = -1
-	}
+	cfg.Store.Merge, cfg.Store.Logger = exporter.Merge, log
 	var err error
-	s.store, err = store.Open(ctx, store.Config{
-		Dir: cfg.StateDir, OutboxMaxBytes: cfg.OutboxMaxBytes, OutboxMaxAge: cfg.OutboxMaxAge,
-		History: history, Merge: exporter.Merge, Logger: log,
-	})
-	if err != nil {
+	if s.store, err = store.Open(ctx, cfg.Store); err != nil {
 		return nil, fmt.Errorf("%w; UNITMETER_STATE_DIR can name another", err)
 	}
 	s.durable, err = exporter.NewDurable(ctx, s.store)

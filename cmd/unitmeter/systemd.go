@@ -11,7 +11,6 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -198,13 +197,13 @@ func (m *manager) hasProcesses(ctx context.Context, unit string) bool {
 
 // realNames replaces aliases by the names of the units that have them. What is no
 // loaded unit stays, and so do patterns.
-func realNames(ctx context.Context, cfg config.Config, names []string) []string {
+func realNames(ctx context.Context, cfg receiver.Config, names []string) []string {
 	if len(names) == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	m, err := openManager(ctx, receiverConfig(cfg).Addresses()...)
+	m, err := openManager(ctx, cfg.Addresses()...)
 	if err != nil {
 		return names // the reading of the units tells it
 	}

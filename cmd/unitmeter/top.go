@@ -49,9 +49,8 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	rcvConfig := receiverConfig(cfg)
-	rcvConfig.StopRecords = "off" // it only looks
-	rcv, err := receiver.New(rcvConfig)
+	cfg.Receiver.StopRecords = "off" // it only looks
+	rcv, err := receiver.New(cfg.Receiver)
 	if err != nil {
 		return usageError{err}
 	}
@@ -63,7 +62,7 @@ func top(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	defer cancel()
 	running.Go(func() { _ = rcv.Run(ctx) }) // it ends with ctx and nothing else
 
-	wanted = realNames(ctx, cfg, wanted)
+	wanted = realNames(ctx, cfg.Receiver, wanted)
 	// Before the screen is taken over: an error can still be read there.
 	ready, stop := context.WithTimeout(ctx, connectTimeout)
 	defer stop()

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -43,18 +42,18 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	// All units that could be metered, so that it can be said why they are not.
-	everything := cfg
-	everything.Include, everything.Exclude, everything.UnitTypes = nil, nil, accountable()
+	everything := cfg.Receiver
+	everything.Include, everything.Exclude, everything.Types = nil, nil, accountable()
 	readings, err := readOnce(ctx, everything, 0)
 	if err != nil {
 		return err
 	}
-	if readings, err = selectUnits(readings, realNames(ctx, cfg, patterns)); err != nil {
+	if readings, err = selectUnits(readings, realNames(ctx, cfg.Receiver, patterns)); err != nil {
 		return err
 	}
 	states := make([]unitState, 0, len(readings))
 	for _, r := range readings {
-		states = append(states, stateOf(cfg, r.Unit))
+		states = append(states, stateOf(cfg.Receiver, r.Unit))
 	}
 	if *asJSON {
 		encoder := json.NewEncoder(t.stdout)
@@ -65,7 +64,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 }
 
 // stateOf says what becomes of a unit under a configuration.
-func stateOf(cfg config.Config, u receiver.Unit) unitState {
+func stateOf(cfg receiver.Config, u receiver.Unit) unitState {
 	s := unitState{Unit: u.Name, State: strings.ReplaceAll(u.Accounting, "_", "-"), Slice: u.Slice}
 	if why := whyExcluded(cfg, u.Name); why != "" {
 		s.State, s.Reason = "excluded", why
@@ -102,12 +101,12 @@ func carriesTraffic(name string) bool {
 }
 
 // whyExcluded says which setting keeps a unit from being metered, or "".
-func whyExcluded(cfg config.Config, name string) string {
+func whyExcluded(cfg receiver.Config, name string) string {
 	kind := strings.TrimPrefix(path.Ext(name), ".")
 	switch pattern := matching(cfg.Exclude, name); {
-	case len(cfg.UnitTypes) > 0 && !slices.Contains(cfg.UnitTypes, kind) && kind == "slice":
+	case len(cfg.Types) > 0 && !slices.Contains(cfg.Types, kind) && kind == "slice":
 		return "a slice has the traffic of the units in it; UNITMETER_UNIT_TYPES leaves it out"
-	case len(cfg.UnitTypes) > 0 && !slices.Contains(cfg.UnitTypes, kind):
+	case len(cfg.Types) > 0 && !slices.Contains(cfg.Types, kind):
 		return "UNITMETER_UNIT_TYPES has no " + kind
 	case len(cfg.Include) > 0 && matching(cfg.Include, name) == "":
 		return "no pattern of UNITMETER_INCLUDE matches"

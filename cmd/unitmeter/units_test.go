@@ -5,21 +5,20 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
 func TestStateOf(t *testing.T) {
-	plain := config.Config{UnitTypes: []string{"service", "scope", "mount"}}
+	plain := receiver.Config{Types: []string{"service", "scope", "mount"}}
 	for _, test := range []struct {
 		name                string
-		cfg                 config.Config
+		cfg                 receiver.Config
 		unit                receiver.Unit
 		state, reason, mend string
 		series              string
 	}{
 		{"metered", plain, receiver.Unit{Name: "a.service", Accounting: "on"}, "metered", "of its own", "", "a.service"},
-		{"folded", config.Config{Fold: []string{"session-*.scope"}}, receiver.Unit{Name: "session-3.scope", Accounting: "on"}, "metered", "folded into session-*.scope", "", "session-*.scope"},
+		{"folded", receiver.Config{Fold: []string{"session-*.scope"}}, receiver.Unit{Name: "session-3.scope", Accounting: "on"}, "metered", "folded into session-*.scope", "", "session-*.scope"},
 		{"off", plain, receiver.Unit{Name: "a.service", Accounting: "off"}, "off", "IPAccounting=no", "unitmeter enable a.service", ""},
 		{"off, to be copied", plain, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "off", "IPAccounting=no", `unitmeter enable 'a\x2db.service'`, ""},
 		{"off mount", plain, receiver.Unit{Name: "tmp.mount", Accounting: "off"}, "off", "a program serves it", "", ""},
@@ -29,8 +28,8 @@ func TestStateOf(t *testing.T) {
 		{"unknown", plain, receiver.Unit{Name: "a.service", Accounting: "unknown"}, "unknown", "not been read", "unitmeter units a.service", ""},
 		{"slice", plain, receiver.Unit{Name: "a.slice", Accounting: "on"}, "excluded", "traffic of the units in it", "", ""},
 		{"type", plain, receiver.Unit{Name: "a.socket", Accounting: "on"}, "excluded", "UNITMETER_UNIT_TYPES has no socket", "", ""},
-		{"not included", config.Config{Include: []string{"b*", "c*"}}, receiver.Unit{Name: "a.service", Accounting: "on"}, "excluded", "UNITMETER_INCLUDE", "", ""},
-		{"excluded", config.Config{Include: []string{"a*"}, Exclude: []string{"x", `a\x2d*`}}, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "excluded", `UNITMETER_EXCLUDE has a\x2d*`, "", ""},
+		{"not included", receiver.Config{Include: []string{"b*", "c*"}}, receiver.Unit{Name: "a.service", Accounting: "on"}, "excluded", "UNITMETER_INCLUDE", "", ""},
+		{"excluded", receiver.Config{Include: []string{"a*"}, Exclude: []string{"x", `a\x2d*`}}, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "excluded", `UNITMETER_EXCLUDE has a\x2d*`, "", ""},
 	} {
 		got := stateOf(test.cfg, test.unit)
 		if got.Unit != test.unit.Name || got.State != test.state || !strings.Contains(got.Reason, test.reason) ||
