@@ -12,6 +12,7 @@
 package config
 
 import (
+	"fmt"
 	"net"
 	"slices"
 	"strconv"
@@ -102,6 +103,7 @@ func Load(environ []string) (Config, error) {
 	l.finishState()
 	l.finishReceiver()
 	l.finishTimeouts()
+	l.checkSeconds()
 	l.finishUnits()
 	l.finishLog()
 	l.checkNames(table)
@@ -176,6 +178,14 @@ func (l *loader) read(e entry) {
 		if reason, hint := malformed(s.text); reason != "" {
 			bad(reason, hint)
 			return
+		}
+		if reason, hint := leftover(s.text); reason != "" && !e.anything {
+			bad(reason, hint)
+			return
+		} else if reason != "" {
+			l.warn(fmt.Sprintf("%s %s: %s", s.name, reason, hint))
+		} else if hasName(s.text) {
+			l.warn(fmt.Sprintf("%s contains $NAME, which nothing expands here: write the value itself", s.name))
 		}
 		before := len(l.problems)
 		if e.parse != nil {

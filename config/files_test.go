@@ -61,6 +61,7 @@ func writeFiles(t *testing.T) string {
 	write("comments", []byte("# nothing\n\n"), 0o600)
 	write("crlf", []byte("api-key="+secret+"\r\n"), 0o600)
 	write("badlines", []byte("ok=1\nauthorization: Bearer "+secret+"\nx=%zz"+secret+"\nbad name="+secret+"\na=1, ,b=\n"), 0o600)
+	write("leftovers", []byte("a="+secret+" # for the vendor\nb=${"+secret+"}\nc=\""+secret+"\"\n"), 0o600)
 	write("reserved", []byte("grpc-timeout="+secret+"\n"), 0o600)
 	if err := syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
 		t.Fatal(err)

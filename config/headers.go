@@ -115,6 +115,7 @@ func parseHeadersFile(content string, bad report) headers {
 func (h headers) add(item, where string, bad report) {
 	name, value, found := strings.Cut(item, "=")
 	name = strings.ToLower(strings.TrimSpace(name))
+	leftover, leftoverHint := itemLeftover(strings.TrimSpace(value))
 	value, err := url.PathUnescape(value)
 	value = strings.TrimSpace(value)
 	_, dup := h[name]
@@ -127,6 +128,8 @@ func (h headers) add(item, where string, bad report) {
 		bad(where+" has no name before '='", "write name=value")
 	case strings.ContainsFunc(name, func(r rune) bool { return !isToken(r) }):
 		bad(where+" has a name with a character that header names cannot have", "use letters, digits and '-', and write a comma in a value as %2C")
+	case leftover != "":
+		bad(fmt.Sprintf("%s, header %s: the value %s", where, shorten(name), leftover), leftoverHint)
 	case err != nil:
 		bad(fmt.Sprintf("%s, header %s: a '%%' is not followed by two hexadecimal digits", where, shorten(name)), "write '%' as %25")
 	case strings.Trim(value, "=") == "":

@@ -78,6 +78,14 @@ func TestGoodInput(t *testing.T) {
 		{"OTEL_LOG_LEVEL=WARN", "LogLevel=warn"},
 		{"JOURNAL_STREAM=9:12345", "LogFormat=journal"},
 		{"JOURNAL_STREAM=9:12345\nUNITMETER_LOG_FORMAT=json", "LogFormat=json"},
+		// What looks like a mistake and is written so that it can only be meant.
+		{"OTEL_RESOURCE_ATTRIBUTES=a=%22x%22,b=%23 1,c=%24{d},e=n#1", "ResourceAttributes=map[a:\"x\" b:# 1 c:${d} e:n#1]"},
+		{"OTEL_SERVICE_NAME=c#", "ResourceAttributes=map[service.name:c#]"},
+		// A proxy that gRPC could not use, and does not.
+		{"HTTPS_PROXY=socks5://proxy:1080\nNO_PROXY=.example.com\nOTEL_EXPORTER_OTLP_ENDPOINT=https://c.example.com:4317", "OTLP.Endpoint=c.example.com:4317"},
+		{"HTTPS_PROXY=socks5://proxy:1080\nOTEL_EXPORTER_OTLP_ENDPOINT=unix:/run/otel.sock", "OTLP.Endpoint=unix:/run/otel.sock"},
+		{"https_proxy=socks5://proxy:1080", "OTLP.Endpoint=localhost:4317"},
+		{"HTTP_PROXY=https://proxy:3128\nOTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318", "OTLP.Endpoint=http://c:4318/v1/metrics"},
 		{"OTEL_SERVICE_NAME=  a b  ", "ResourceAttributes=map[service.name:a b]"},
 		{"OTEL_RESOURCE_ATTRIBUTES= a = 1%2C2 ,b=,c=x%3Dy=z", "ResourceAttributes=map[a:1,2 b: c:x=y=z]"},
 		{"OTEL_RESOURCE_ATTRIBUTES=service.name=attr,a=1\nOTEL_SERVICE_NAME=own", "ResourceAttributes=map[a:1 service.name:own]"},
@@ -85,8 +93,8 @@ func TestGoodInput(t *testing.T) {
 
 		{"OTEL_METRICS_EXPORTER=Console, prometheus,console", "Exporters=[console prometheus]"},
 		{"OTEL_METRICS_EXPORTER=none", "Exporters=[]"},
-		{"OTEL_METRIC_EXPORT_INTERVAL=1000\nOTEL_METRIC_EXPORT_TIMEOUT=500", "Interval=1s ExportTimeout=500ms Receiver.SweepTimeout=250ms"},
-		{"OTEL_METRIC_EXPORT_TIMEOUT=500\nUNITMETER_SWEEP_TIMEOUT=499ms", "Receiver.SweepTimeout=499ms"},
+		{"OTEL_METRIC_EXPORT_INTERVAL=2000\nOTEL_METRIC_EXPORT_TIMEOUT=1000", "Interval=2s ExportTimeout=1s Receiver.SweepTimeout=500ms"},
+		{"OTEL_METRIC_EXPORT_TIMEOUT=1000\nUNITMETER_SWEEP_TIMEOUT=999ms", "Receiver.SweepTimeout=999ms"},
 		{"OTEL_METRIC_EXPORT_INTERVAL=2147483647", "Interval=596h31m23.647s"},
 		// What only the SDK reads.
 		{"OTEL_METRICS_EXEMPLAR_FILTER=always_off\nOTEL_GO_X_OBSERVABILITY=true\nOTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION=base2_exponential_bucket_histogram", "Exporters=[otlp]"},
@@ -104,13 +112,18 @@ func TestGoodInput(t *testing.T) {
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=10.0.0.1:4317\nOTEL_EXPORTER_OTLP_INSECURE=true", "OTLP.Endpoint=10.0.0.1:4317 OTLP.Insecure=true"},
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=[::1]:4317", "OTLP.Endpoint=[::1]:4317 OTLP.Insecure=false"},
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=http://[::1]:4317\nOTEL_EXPORTER_OTLP_INSECURE=true", "OTLP.Endpoint=[::1]:4317 OTLP.Insecure=true"},
+		// gRPC reads the zone of an address in the form that it has in a URL.
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=http://[fe80::1%25lo]:4317", "OTLP.Endpoint=[fe80::1%25lo]:4317"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=[fe80::1%lo]:4317", "OTLP.Endpoint=[fe80::1%25lo]:4317"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=[fe80::1%25lo]:4317", "OTLP.Endpoint=[fe80::1%25lo]:4317"},
+		{"OTEL_EXPORTER_OTLP_ENDPOINT=dns:///[fe80::1%lo]:4317", "OTLP.Endpoint=dns:///[fe80::1%25lo]:4317"},
+		{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=http://[fe80::1%25lo]:4318", "OTLP.Endpoint=http://[fe80::1%25lo]:4318/v1/metrics"},
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=unix:///run/otel.sock", "OTLP.Endpoint=unix:/run/otel.sock OTLP.Insecure=true"},
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=unix:/run/otel.sock", "OTLP.Endpoint=unix:/run/otel.sock OTLP.Insecure=true"},
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=unix-abstract:otel", "OTLP.Endpoint=unix-abstract:otel OTLP.Insecure=true"},
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=dns:///collector:4317", "OTLP.Endpoint=dns:///collector:4317 OTLP.Insecure=false"},
 		{"OTEL_EXPORTER_OTLP_ENDPOINT=dns:collector:4317", "OTLP.Endpoint=dns:collector:4317"},
 		{"OTEL_EXPORTER_OTLP_PROTOCOL=HTTP/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=https://x/otlp/", "OTLP.Endpoint=https://x/otlp/v1/metrics OTLP.Insecure=false"},
-		{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://x:80", "OTLP.Endpoint=http://x:80/ OTLP.Insecure=true"},
 		{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://x/a/", "OTLP.Endpoint=http://x/a/"},
 		// A setting that speaks of TLS turns the default endpoint to TLS.
 		{"OTEL_EXPORTER_OTLP_INSECURE=false", "OTLP.Endpoint=localhost:4317 OTLP.Insecure=false"},
@@ -227,8 +240,26 @@ func TestWarnings(t *testing.T) {
 		{[]string{"OTEL_SERVICE_NAMES=x"}, []string{"OTEL_SERVICE_NAMES is set and not read: did you mean OTEL_SERVICE_NAME?"}},
 		{[]string{"OTEL_SERVICE_NAMES="}, nil},
 		{[]string{"OTEL_GO_X_CARDINALITY_LIMIT=10"}, []string{"OTEL_GO_X_CARDINALITY_LIMIT has no effect: UNITMETER_MAX_UNITS bounds the number of series"}},
+		{[]string{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318/v1/metrics/"}, []string{
+			"OTEL_EXPORTER_OTLP_ENDPOINT ends in /v1/metrics, and /v1/metrics is added to that: remove it, or set OTEL_EXPORTER_OTLP_METRICS_ENDPOINT to the whole URL"}},
+		{[]string{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318/x/v1/traces"}, []string{
+			"OTEL_EXPORTER_OTLP_ENDPOINT ends in /v1/traces, and /v1/metrics is added to that: remove it, or set OTEL_EXPORTER_OTLP_METRICS_ENDPOINT to the whole URL"}},
+		{[]string{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://c:4318"}, []string{
+			"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT has no path, and is used as it is: add /v1/metrics, or set OTEL_EXPORTER_OTLP_ENDPOINT"}},
+		{[]string{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://c:4318/v1/logs"}, []string{
+			"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT ends in /v1/logs, which is not for metrics: write /v1/metrics"}},
+		{[]string{"OTEL_METRIC_EXPORT_INTERVAL=60", "OTEL_METRIC_EXPORT_TIMEOUT=30", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT=10"}, []string{
+			"OTEL_METRIC_EXPORT_INTERVAL is in milliseconds, and 60 is 60ms: for 60 seconds write 60000",
+			"OTEL_METRIC_EXPORT_TIMEOUT is in milliseconds, and 30 is 30ms: for 30 seconds write 30000",
+			"OTEL_EXPORTER_OTLP_METRICS_TIMEOUT is in milliseconds, and 10 is 10ms: for 10 seconds write 10000"}},
+		{[]string{"OTEL_SERVICE_NAME=host-meter# shown in the backend"}, []string{
+			"OTEL_SERVICE_NAME has a comment behind it, which is part of the value here: put the comment on a line of its own"}},
+		{[]string{"OTEL_RESOURCE_ATTRIBUTES=host.name=$HOSTNAME"}, []string{
+			"OTEL_RESOURCE_ATTRIBUTES contains $NAME, which nothing expands here: write the value itself"}},
+		{[]string{"OTEL_EXPORTER_OTLP_HEADERS=authorization=Bearer $TOKEN,a=" + secret + "$a"}, []string{
+			"OTEL_EXPORTER_OTLP_HEADERS contains $NAME, which nothing expands here: write the value itself"}},
 		{[]string{"OTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318"}, []string{"OTEL_EXPORTER_OTLP_ENDPOINT has port 4318, which is that of HTTP by default, and the protocol is grpc"}},
-		{[]string{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://c:4317"}, []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT has port 4317, which is that of grpc by default, and the protocol is http/protobuf"}},
+		{[]string{"OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://c:4317/v1/metrics"}, []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT has port 4317, which is that of grpc by default, and the protocol is http/protobuf"}},
 		{[]string{"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE=TMP/soon.pem", "OTEL_EXPORTER_OTLP_CLIENT_KEY=TMP/openkey.pem"}, []string{
 			"the certificate of OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE expires on " + soon,
 			"OTEL_EXPORTER_OTLP_CLIENT_KEY: every user can read TMP/openkey.pem; take the right away with chmod o-r"}},

@@ -225,7 +225,9 @@ func (l *loader) parseAttributes(text string, bad report) map[string]string {
 	for _, item := range splitList(text, bad) {
 		key, value, found := strings.Cut(item, "=")
 		key = strings.TrimSpace(key)
-		decoded, err := url.PathUnescape(strings.TrimSpace(value))
+		value = strings.TrimSpace(value)
+		leftover, leftoverHint := itemLeftover(value)
+		decoded, err := url.PathUnescape(value)
 		_, dup := out[key]
 		switch {
 		case !found:
@@ -234,6 +236,8 @@ func (l *loader) parseAttributes(text string, bad report) map[string]string {
 			bad(fmt.Sprintf("%q has no key before '='", shorten(item)), "write key=value")
 		case strings.ContainsFunc(key, unicode.IsSpace) || strings.Contains(key, "%"):
 			bad(fmt.Sprintf("the key %q contains white space or '%%'", shorten(key)), "use a plain key such as deployment.environment.name")
+		case leftover != "":
+			bad(fmt.Sprintf("the value of %s %s", shorten(key), leftover), leftoverHint)
 		case err != nil:
 			bad(fmt.Sprintf("the value of %s has a '%%' that is not followed by two hexadecimal digits", shorten(key)), "write '%' as %25")
 		case !utf8.ValidString(decoded):

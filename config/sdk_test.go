@@ -32,7 +32,11 @@ func loadAndSet(t *testing.T, environ []string) Config {
 		name, value, _ := strings.Cut(kv, "=")
 		t.Setenv(name, value)
 	}
-	return load(t, append([]string{"HOME=/home/u"}, environ...))
+	cfg, err := Load(append([]string{"HOME=/home/u"}, environ...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
 }
 
 var emptyMetrics = &metricdata.ResourceMetrics{Resource: resource.Empty()}

@@ -45,6 +45,8 @@ type entry struct {
 	Variable
 	// show gives what an error may show of the value; nil shows all of it.
 	show func(text string) string
+	// anything says that a value may look like a mistake and be meant.
+	anything bool
 	// derived says that Default is a description and not a value.
 	derived bool
 	// parse stores the value, or reports what is wrong with it. It is also given
@@ -147,6 +149,9 @@ agent, and some of its own. ` + "`unitmeter help environment`" + ` prints this l
 - A bad value, and a ` + "`UNITMETER_`" + ` variable that does not exist, keep the agent from
   starting. Each is named, with what to do about it. Values of headers are never
   shown.
+- A comment behind a value, quotes and ${NAME} are part of the value in systemd's
+  EnvironmentFile= and docker's ` + "`--env-file`" + `, and are refused here. In headers and
+  attributes, write a #, $ or quote that is meant as %23, %24 or %22.
 - Where two names are given, the one for metrics only wins, and the other is not
   looked at. Headers of the two are not merged.
 - Variables for traces, logs and other languages are ignored. A variable that
@@ -196,7 +201,7 @@ func (l *loader) general(c *Config) []entry {
 			Values:  "text",
 			Default: "unitmeter",
 			Meaning: "The resource attribute service.name. It wins over one in OTEL_RESOURCE_ATTRIBUTES.",
-		}, derived: true, parse: func(text string, _ report) { l.service = text }},
+		}, anything: true, derived: true, parse: func(text string, _ report) { l.service = text }},
 		{Variable: Variable{
 			Name:    "OTEL_RESOURCE_ATTRIBUTES",
 			Values:  "key=value,key=value; comma, = and % in a value are written as %2C, %3D and %25",
