@@ -39,7 +39,7 @@ func writeFiles(t *testing.T) string {
 	old := certificate(t, key, expired.Add(-day), expired)
 	write("ca.pem", ca, 0o644)
 	write("cert.pem", ca, 0o644)
-	write("soon.pem", certificate(t, key, now.Add(-time.Hour), now.Add(3*day)), 0o644)
+	write("soon.pem", certificate(t, key, now.Add(-60*day), now.Add(3*day)), 0o644)
 	write("expired.pem", old, 0o644)
 	write("future.pem", certificate(t, key, future, future.Add(day)), 0o644)
 	write("bundle.pem", append(old[:len(old):len(old)], ca...), 0o644)

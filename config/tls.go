@@ -213,7 +213,8 @@ func (l *loader) readClientCertificate(s setting) ([]byte, bool) {
 		l.bad(s, reason, hintRenew)
 		return nil, false
 	}
-	if end := certs[0].NotAfter; end.Sub(l.now) < 14*day {
+	// Some live for an hour, and are renewed in time.
+	if begin, end := certs[0].NotBefore, certs[0].NotAfter; end.Sub(l.now) < min(14*day, end.Sub(begin)/10) {
 		l.warn(fmt.Sprintf("the certificate of %s expires on %s", s.name, end.UTC().Format(time.DateOnly)))
 	}
 	return content, true

@@ -56,12 +56,15 @@ func parseEndpoint(o exporter.Config) (endpoint, error) {
 	case "dns":
 		target = rest[strings.LastIndexByte(rest, '/')+1:]
 	}
-	host, _, err := net.SplitHostPort(target)
+	// gRPC asks for the proxy of an https URL, with and without TLS.
+	u, err := url.Parse("https://" + target)
 	if err != nil {
 		return ep, err
 	}
-	// gRPC asks for the proxy of an https URL, with and without TLS.
-	ep.host, ep.address, ep.url = host, target, "https://"+target
+	if u.Port() == "" {
+		return ep, fmt.Errorf("%q has no port", target)
+	}
+	ep.host, ep.address, ep.url = u.Hostname(), u.Host, "https://"+target
 	return ep, nil
 }
 

@@ -456,6 +456,7 @@ func TestParseEndpoint(t *testing.T) {
 	for _, test := range []struct{ protocol, text, network, address, host string }{
 		{"grpc", "localhost:4317", "tcp", "localhost:4317", "localhost"},
 		{"grpc", "[::1]:4317", "tcp", "[::1]:4317", "::1"},
+		{"grpc", "[fe80::1%25eth0]:4317", "tcp", "[fe80::1%eth0]:4317", "fe80::1%eth0"},
 		{"grpc", "dns:///c.example:4317", "tcp", "c.example:4317", "c.example"},
 		{"grpc", "dns://1.1.1.1/c.example:4317", "tcp", "c.example:4317", "c.example"},
 		{"grpc", "dns:c.example:4317", "tcp", "c.example:4317", "c.example"},
