@@ -7,7 +7,7 @@ import (
 )
 
 // BenchmarkGC compares settings of the garbage collector at 1,000 units, one in
-// ten active: the agent's own (see trimMemory), and constant ones that the Go
+// ten active: the agent's own (see frugal), and constant ones that the Go
 // runtime reads in the environment. docs/decisions/weight.md has the figures.
 //
 //	make bench PKG=./cmd/unitmeter BENCH=BenchmarkGC TESTFLAGS='-collections 30'
@@ -17,13 +17,8 @@ func BenchmarkGC(b *testing.B) {
 	for _, agent := range ourContenders(b, time.Second) {
 		for _, setting := range []struct{ name, gogc, limit string }{
 			{"own", "", ""},
-			{"GOGC=50", "50", ""},
 			{"GOGC=100", "100", ""},
-			{"GOGC=50,GOMEMLIMIT=10MiB", "50", "10MiB"},
 			{"GOGC=100,GOMEMLIMIT=10MiB", "100", "10MiB"},
-			{"GOGC=off,GOMEMLIMIT=10MiB", "off", "10MiB"},
-			{"GOGC=100,GOMEMLIMIT=12MiB", "100", "12MiB"},
-			{"GOGC=off,GOMEMLIMIT=14MiB", "off", "14MiB"},
 		} {
 			a := agent
 			a.env = maps.Clone(agent.env)
