@@ -9,6 +9,10 @@
 // go on with the default, Load answers with an error that names the variable.
 // A variable that is set and not used is named too, except those of other
 // signals (traces, logs), which share an environment file with this agent.
+//
+// A setting is the text of one variable. A [Problem] keeps the agent from
+// starting; a warning is about what may be meant. A file is renewed when it gets
+// new content under a running agent.
 package config
 
 import (
@@ -82,7 +86,8 @@ type Files struct {
 }
 
 // Load reads the variables in environ, which has the form of os.Environ. It
-// reads the certificate and header files that they name, and nothing else.
+// reads the certificate and header files that they name, and nothing else;
+// Config's OTLP.TLS and OTLP.Headers read them again when they have changed.
 //
 // The error joins one *Problem for each thing that is wrong, in a stable order;
 // Config is then the zero value. Load keeps no state and may be called from

@@ -36,15 +36,9 @@ func (l *loader) finishHeaders() {
 		}
 		return
 	}
-	path := l.headersPath()
-	if path == "" {
-		return
+	if path := l.headersPath(); path != "" {
+		l.cfg.OTLP.Headers = newRenewed(l, func(l *loader) map[string]string { return l.readHeaders(path) }, path).get
 	}
-	l.readHeaders(path) // for what it reports
-	l.cfg.OTLP.Headers = newRenewed(func() (map[string]string, error) {
-		again := l.again()
-		return again.readHeaders(path), again.err()
-	}, path).get
 }
 
 // headersPath returns where the file is, or "" if it has reported a problem.

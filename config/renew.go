@@ -20,10 +20,18 @@ type renewed[T any] struct {
 	err   error   // of the latest read
 }
 
-// newRenewed makes the first read, of which the caller has its own result.
-func newRenewed[T any](read func() (T, error), files ...string) *renewed[T] {
-	r := &renewed[T]{files: files, read: read}
-	_, _ = r.get()
+// newRenewed reads the value for the first time. What read reports to its loader
+// is then for l, and later it is the error of get.
+func newRenewed[T any](l *loader, read func(*loader) T, files ...string) *renewed[T] {
+	r := &renewed[T]{files: files, seen: stamps(files)}
+	first := l.again()
+	r.value = read(first)
+	l.problems = append(l.problems, first.problems...)
+	l.cfg.Warnings = append(l.cfg.Warnings, first.cfg.Warnings...)
+	r.read = func() (T, error) {
+		again := l.again()
+		return read(again), again.err()
+	}
 	return r
 }
 

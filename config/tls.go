@@ -111,11 +111,7 @@ func (l *loader) finishTLS() {
 	if l.cfg.Files = f; f == (Files{}) {
 		return
 	}
-	l.readTLS() // for what it reports
-	l.cfg.OTLP.TLS = newRenewed(func() (*tls.Config, error) {
-		again := l.again()
-		return again.readTLS(), again.err()
-	}, f.Certificate, f.ClientCertificate, f.ClientKey).get
+	l.cfg.OTLP.TLS = newRenewed(l, (*loader).readTLS, f.Certificate, f.ClientCertificate, f.ClientKey).get
 }
 
 func (l *loader) readTLS() *tls.Config {
