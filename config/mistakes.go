@@ -2,7 +2,6 @@ package config
 
 import (
 	"fmt"
-	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -98,49 +97,43 @@ func (l *loader) checkSeconds() {
 // net/http cannot read is passed over without a word, and gRPC takes every proxy
 // for one that speaks HTTP without TLS.
 func (l *loader) checkProxies(endpoint string) {
-	env := func(upper string) (name string) {
-		if lower := strings.ToLower(upper); l.env[upper] == "" && l.env[lower] != "" {
-			return lower
-		}
-		return upper
-	}
-	names := map[string]string{"https": env("HTTPS_PROXY"), "http": env("HTTP_PROXY")}
-	for _, scheme := range []string{"https", "http"} {
-		name := names[scheme]
-		_, err := url.Parse(l.env[name])
-		_, bare := url.Parse("http://" + l.env[name]) // "host:port" is allowed
+	secure, plain := l.eitherCase("HTTPS_PROXY"), l.eitherCase("HTTP_PROXY")
+	for _, s := range []setting{secure, plain} {
+		_, err := url.Parse(s.text)
+		_, bare := url.Parse("http://" + s.text) // "host:port" is allowed
 		if err != nil && bare != nil {
-			l.warn(name + " is no URL, so that no proxy is used: write it as http://host:port")
+			l.warn(s.name + " is no URL, so that no proxy is used: write it as http://host:port")
 		}
 	}
-	grpc := l.cfg.OTLP.Protocol == "grpc"
-	if grpc {
+	usable, hint := []string{"http", "https", "socks5", "socks5h"}, ""
+	if l.cfg.OTLP.Protocol == "grpc" {
 		if strings.HasPrefix(endpoint, "unix") {
 			return
 		}
 		endpoint = "https://" + endpoint[strings.LastIndexByte(endpoint, '/')+1:] // as gRPC asks for it
+		usable, hint = usable[:1], "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, "
 	}
-	req, err := http.NewRequest(http.MethodPost, endpoint, nil)
+	target, err := url.Parse(endpoint)
 	if err != nil {
 		return
 	}
-	settings := httpproxy.Config{HTTPSProxy: l.env[names["https"]], HTTPProxy: l.env[names["http"]], NoProxy: l.env[env("NO_PROXY")]}
-	proxy, err := settings.ProxyFunc()(req.URL)
-	if err != nil || proxy == nil {
+	rules := httpproxy.Config{HTTPSProxy: secure.text, HTTPProxy: plain.text, NoProxy: l.eitherCase("NO_PROXY").text}
+	proxy, err := rules.ProxyFunc()(target)
+	if err != nil || proxy == nil || slices.Contains(usable, proxy.Scheme) {
 		return
 	}
-	usable := []string{"http", "https", "socks5", "socks5h"}
-	if grpc {
-		usable = usable[:1]
+	s := plain
+	if target.Scheme == "https" {
+		s = secure
 	}
-	if slices.Contains(usable, proxy.Scheme) {
-		return
+	l.bad(s, fmt.Sprintf("%s cannot go through a proxy of the kind %s", l.cfg.OTLP.Protocol, shorten(proxy.Scheme)),
+		hint+"name a proxy of the kind "+strings.Join(usable, ", ")+", or put the endpoint's host into NO_PROXY")
+}
+
+// eitherCase looks up one of the variables for proxies, which may be in lower case.
+func (l *loader) eitherCase(name string) setting {
+	if lower := strings.ToLower(name); l.env[name] == "" && l.env[lower] != "" {
+		name = lower
 	}
-	name := names[req.URL.Scheme]
-	s := setting{name: name, shown: redactURL(l.env[name])}
-	if grpc {
-		l.bad(s, "gRPC cannot go through a proxy of the kind "+shorten(proxy.Scheme), "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, name a proxy with http://, or put the endpoint's host into NO_PROXY")
-		return
-	}
-	l.bad(s, "a proxy of the kind "+shorten(proxy.Scheme)+" is not supported", "name one with "+strings.Join(usable, ", ")+", or put the endpoint's host into NO_PROXY")
+	return setting{name: name, text: l.env[name], shown: redactURL(l.env[name])}
 }
