@@ -9,27 +9,39 @@
 // go on with the default, Load answers with an error that names the variable.
 // A variable that is set and not used is named too, except those of other
 // signals (traces, logs), which share an environment file with this agent.
+//
+// A setting is the text of one variable. A [Problem] keeps the agent from
+// starting; a warning is about what may be meant. A file is renewed when it gets
+// new content under a running agent.
 package config
 
 import (
-	"crypto/tls"
+	"fmt"
+	"net"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
+	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
-// Config is what the environment says. Load fills every field; the comments
-// name what the zero value means to a reader of the struct. What the SDK reads in
-// the environment by itself is checked, and is not here:
-// OTEL_METRICS_EXEMPLAR_FILTER, OTEL_GO_X_OBSERVABILITY, and
+// Config is what the environment says: to the agent itself, and, in their own
+// terms, to the packages that do the work. Load fills every field that a variable
+// decides, and leaves the others of Receiver, OTLP, Prometheus and Store to the
+// caller. What the SDK reads in the environment by itself is checked, and is not
+// here: OTEL_METRICS_EXEMPLAR_FILTER, OTEL_GO_X_OBSERVABILITY, and
 // OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION.
 type Config struct {
 	// Disabled is OTEL_SDK_DISABLED: the agent should collect and send nothing.
 	Disabled bool
-	// LogLevel is "debug", "info", "warn", "error" or "none". "" is "info".
+	// LogLevel is "debug", "info", "warn", "error" or "none".
 	LogLevel string
 	// LogFormat is "text", "json", or "journal": text lines with a <N> priority
-	// prefix (sd-daemon(3)). "" is "text".
+	// prefix (sd-daemon(3)).
 	LogFormat string
 
 	// ResourceAttributes go on top of the detected resource. service.name is
@@ -42,92 +54,43 @@ type Config struct {
 	Interval time.Duration
 	// ExportTimeout bounds a collection with its export, above 0.
 	ExportTimeout time.Duration
-	// OTLP is the zero value unless Exporters has "otlp".
-	OTLP OTLP
-	// PrometheusHost is the host name or address to listen on, IPv6 without
-	// brackets.
-	PrometheusHost string
-	// PrometheusPort is 0 to 65535; 0 asks the kernel for a free port.
-	PrometheusPort int
 
-	// Bus is "auto", "system", "private", or a D-Bus address.
-	Bus string
-	// SystemBusAddress is the D-Bus address behind Bus "auto" and "system", from
-	// DBUS_SYSTEM_BUS_ADDRESS. "" means the usual socket.
-	SystemBusAddress string
-	// StopRecords says whether PID 1's stop records are read in the journal: "auto",
-	// "on" or "off".
-	StopRecords string
-	// SweepTimeout bounds one reading of all units. It is above 0 and below
+	// Receiver is which units are read, and how. Its SweepTimeout is below
 	// ExportTimeout, so that what a slow sweep did read is still exported.
-	SweepTimeout time.Duration
-	// Include and Exclude are patterns of unit names (path.Match, with the
-	// backslash as an ordinary character). A unit is metered if Include is empty
-	// or one of it matches, and none of Exclude does.
-	Include, Exclude []string
-	// Fold are patterns of units that share one series each. Empty and not nil
-	// means no folding.
-	Fold []string
-	// Attributes are the opt-in attributes on each point: "systemd.unit.type",
-	// "systemd.unit.slice".
-	Attributes []string
-	// UnitTypes are the types to meter, such as "service". Never empty.
-	UnitTypes []string
-	// MaxUnits is how many units get a series of their own, 1 to 1000000.
-	MaxUnits int
-
-	// StateDir is where the ledger, outbox and history live: an absolute path,
-	// or "" for no state on disk.
-	StateDir string
+	Receiver receiver.Config
+	// OTLP is where and how metrics are sent; the zero value unless Exporters has
+	// "otlp". It holds everything that OTEL_EXPORTER_OTLP_* says: the official Go
+	// exporters only log what they cannot read in these variables, and go on
+	// without it.
+	OTLP otlp.Config
+	// Temporality is "cumulative", "delta" or "lowmemory".
+	Temporality string
+	// Files are those that OTLP is made from.
+	Files Files
+	// Prometheus is where the Prometheus exporter listens.
+	Prometheus exporter.PrometheusConfig
+	// Store is where the ledger, outbox and history live. An empty Dir means no
+	// state on disk; otherwise it is absolute.
+	Store store.Config
 	// StateDirFrom is the variable that said so: UNITMETER_STATE_DIR,
 	// STATE_DIRECTORY, or XDG_STATE_HOME or HOME, below which it then is; "" for
 	// none of them.
 	StateDirFrom string
-	// OutboxMaxBytes bounds what waits for the Collector, in bytes on disk.
-	OutboxMaxBytes int64
-	// OutboxMaxAge bounds how long it waits.
-	OutboxMaxAge time.Duration
-	// History is how far back samples are kept; 0 keeps none.
-	History time.Duration
 
 	// Warnings are sentences about settings that are legal and probably not
 	// meant. The caller logs each once.
 	Warnings []string
 }
 
-// OTLP says where and how metrics are sent. It holds everything that
-// OTEL_EXPORTER_OTLP_* says, so that an exporter can be given explicit options:
-// the official Go exporters only log what they cannot read in these variables,
-// and then go on without it.
-type OTLP struct {
-	// Protocol is "grpc" or "http/protobuf".
-	Protocol string
-	// Endpoint is a gRPC target ("host:port", "unix:/path", "dns:///host:port")
-	// or, for HTTP, the full URL with its path.
-	Endpoint string
-	// Insecure says that the connection has no TLS.
-	Insecure bool
-	// CertificateFile holds the roots to trust, as PEM. "" means the system's.
-	CertificateFile string
-	// ClientCertificateFile and ClientKeyFile are the pair for mutual TLS, as
-	// PEM. Both are "" or neither is.
-	ClientCertificateFile, ClientKeyFile string
-	// TLS has what was read from these files. Nil means the system's roots and
-	// no client certificate, as for a connection without TLS.
-	TLS *tls.Config
-	// Headers go with each request: those of the environment, with those of
-	// UNITMETER_OTLP_HEADERS_FILE on top. Names are in lower case.
-	Headers Headers
-	// Compression is "gzip" or "none".
-	Compression string
-	// Timeout bounds one request, above 0.
-	Timeout time.Duration
-	// Temporality is "cumulative", "delta" or "lowmemory".
-	Temporality string
+// Files are paths of PEM files, "" for those that are not set. ClientCertificate
+// and ClientKey are the pair for mutual TLS: both are set or neither is.
+type Files struct {
+	Certificate, ClientCertificate, ClientKey string
 }
 
 // Load reads the variables in environ, which has the form of os.Environ. It
-// reads the certificate and header files that they name, and nothing else.
+// reads the certificate and header files that they name, and nothing else;
+// Config's OTLP.TLS and OTLP.Headers read them again when they have changed.
 //
 // The error joins one *Problem for each thing that is wrong, in a stable order;
 // Config is then the zero value. Load keeps no state and may be called from
@@ -143,9 +106,12 @@ func Load(environ []string) (Config, error) {
 		l.read(e)
 	}
 	l.finishOTLP()
+	l.finishPrometheus()
 	l.finishService()
 	l.finishState()
+	l.finishReceiver()
 	l.finishTimeouts()
+	l.checkSeconds()
 	l.finishUnits()
 	l.finishLog()
 	l.checkNames(table)
@@ -165,9 +131,18 @@ type loader struct {
 	cfg      Config
 	given    map[string]setting // set and well-formed, by the name in the table
 	service  string             // OTEL_SERVICE_NAME
+	headers  headers            // OTEL_EXPORTER_OTLP_HEADERS
 	insecure bool               // OTEL_EXPORTER_OTLP_INSECURE
+	host     string             // OTEL_EXPORTER_PROMETHEUS_HOST
+	port     int                // OTEL_EXPORTER_PROMETHEUS_PORT
 	problems []*Problem
 	now      time.Time // for certificates
+}
+
+// again returns a loader that reads files once more, for their new content.
+func (l *loader) again() *loader {
+	return &loader{env: l.env, given: l.given, headers: l.headers, now: time.Now(),
+		cfg: Config{OTLP: otlp.Config{Protocol: l.cfg.OTLP.Protocol}}}
 }
 
 // parseEnviron keeps the first of duplicates, as os.Getenv does.
@@ -212,6 +187,14 @@ func (l *loader) read(e entry) {
 			bad(reason, hint)
 			return
 		}
+		if reason, hint := leftover(s.text); reason != "" && !e.anything {
+			bad(reason, hint)
+			return
+		} else if reason != "" {
+			l.warn(fmt.Sprintf("%s %s: %s", s.name, reason, hint))
+		} else if hasName(s.text) {
+			l.warn(fmt.Sprintf("%s contains $NAME, which nothing expands here: write the value itself", s.name))
+		}
 		before := len(l.problems)
 		if e.parse != nil {
 			e.parse(s.text, bad)
@@ -238,10 +221,24 @@ func (l *loader) finishService() {
 	l.cfg.ResourceAttributes["service.name"] = l.service
 }
 
+// finishPrometheus joins host and port.
+func (l *loader) finishPrometheus() {
+	l.cfg.Prometheus.Address = net.JoinHostPort(l.host, strconv.Itoa(l.port))
+}
+
+// finishReceiver gives the receiver what is said of other parts of the agent too.
+func (l *loader) finishReceiver() {
+	r := &l.cfg.Receiver
+	r.HostName = l.cfg.ResourceAttributes["host.name"]
+	if len(l.cfg.Exporters) > 1 {
+		r.KeepEnded = 2 * l.cfg.Interval
+	}
+}
+
 // finishTimeouts keeps the sweep inside the time that the SDK's reader gives to
 // a whole collection.
 func (l *loader) finishTimeouts() {
-	if l.cfg.ExportTimeout == 0 || l.cfg.SweepTimeout < l.cfg.ExportTimeout { // 0: it was refused
+	if l.cfg.ExportTimeout == 0 || l.cfg.Receiver.SweepTimeout < l.cfg.ExportTimeout { // 0: it was refused
 		return
 	}
 	if s, ok := l.given["UNITMETER_SWEEP_TIMEOUT"]; ok {
@@ -249,7 +246,7 @@ func (l *loader) finishTimeouts() {
 			"lower it, or raise OTEL_METRIC_EXPORT_TIMEOUT")
 		return
 	}
-	l.cfg.SweepTimeout = l.cfg.ExportTimeout / 2
+	l.cfg.Receiver.SweepTimeout = l.cfg.ExportTimeout / 2
 }
 
 // finishLog resolves "auto".

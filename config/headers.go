@@ -9,71 +9,76 @@ import (
 	"strings"
 )
 
-// Headers are names, in lower case, with values. The values are secrets: they
-// are not shown when Headers, or what contains them, are printed, logged or
-// encoded.
-type Headers map[string]string
+const headersFile = "UNITMETER_OTLP_HEADERS_FILE"
 
-// String lists the names.
-func (h Headers) String() string {
-	names := sortedKeys(h)
-	for i, name := range names {
-		names[i] = name + ":***"
-	}
-	return "map[" + strings.Join(names, " ") + "]"
-}
-
-// Format is String for every verb, %#v too.
-func (h Headers) Format(f fmt.State, _ rune) { fmt.Fprint(f, h.String()) }
-
-// MarshalText is String for encoders, that of slog among them.
-func (h Headers) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
+// headers are names, in lower case, with values, which are secrets.
+type headers map[string]string
 
 // parseHeaders reads the list of a variable as the official exporters do
 // (internal/envconfig, stringToHeader), and refuses what they log or drop.
 // Nothing of an item that is not understood is shown: it may be the rest of a
 // secret that had a comma in it.
-func parseHeaders(text string, bad report) Headers {
-	out := make(Headers)
+func parseHeaders(text string, bad report) headers {
+	out := make(headers)
 	for i, item := range strings.Split(text, ",") {
 		out.add(item, fmt.Sprintf("item %d", i+1), bad)
 	}
 	return out
 }
 
-// addHeadersFile merges the headers of a file over those of the environment.
-func (l *loader) addHeadersFile(file string, bad report) {
-	if !filepath.IsAbs(file) {
-		credentials := l.env["CREDENTIALS_DIRECTORY"]
-		switch {
-		case !filepath.IsAbs(credentials):
-			bad("not an absolute path, and there is no CREDENTIALS_DIRECTORY", "write the whole path, or use LoadCredential= in the agent's unit")
-			return
-		case !filepath.IsLocal(file):
-			bad("leads out of CREDENTIALS_DIRECTORY", "use the name of the credential alone")
-			return
+// finishHeaders puts the headers of the file over those of the variable, now and
+// whenever the file is renewed.
+func (l *loader) finishHeaders() {
+	if _, ok := l.given[headersFile]; !ok {
+		if own := l.headers; len(own) > 0 {
+			l.checkHeaderNames(own)
+			l.cfg.OTLP.Headers = func() (map[string]string, error) { return own, nil }
 		}
-		file = filepath.Join(credentials, file)
-	}
-	content, mode, reason := readFile(file)
-	if reason != "" {
-		bad(reason, hintFile)
 		return
+	}
+	if path := l.headersPath(); path != "" {
+		l.cfg.OTLP.Headers = newRenewed(l, func(l *loader) map[string]string { return l.readHeaders(path) }, path).get
+	}
+}
+
+// headersPath returns where the file is, or "" if it has reported a problem.
+func (l *loader) headersPath() string {
+	s := l.given[headersFile]
+	credentials := l.env["CREDENTIALS_DIRECTORY"]
+	switch {
+	case filepath.IsAbs(s.text):
+		return s.text
+	case !filepath.IsAbs(credentials):
+		l.bad(s, "not an absolute path, and there is no CREDENTIALS_DIRECTORY", "write the whole path, or use LoadCredential= in the agent's unit")
+	case !filepath.IsLocal(s.text):
+		l.bad(s, "leads out of CREDENTIALS_DIRECTORY", "use the name of the credential alone")
+	default:
+		return filepath.Join(credentials, s.text)
+	}
+	return ""
+}
+
+// readHeaders returns the headers of the variable, with those of the file on top.
+func (l *loader) readHeaders(path string) headers {
+	s := l.given[headersFile]
+	content, mode, reason := readFile(path)
+	if reason != "" {
+		l.bad(s, reason, hintFile)
+		return nil
 	}
 	if mode&readableByOthers != 0 {
-		l.warn(fmt.Sprintf("UNITMETER_OTLP_HEADERS_FILE: every user can read %s; take the right away with chmod o-r", shorten(file)))
+		l.warn(fmt.Sprintf("%s: every user can read %s; take the right away with chmod o-r", headersFile, shorten(path)))
 	}
-	headers := parseHeadersFile(string(content), bad)
-	if l.cfg.OTLP.Headers == nil {
-		l.cfg.OTLP.Headers = headers
-		return
-	}
-	maps.Copy(l.cfg.OTLP.Headers, headers)
+	all := make(headers)
+	maps.Copy(all, l.headers)
+	maps.Copy(all, parseHeadersFile(string(content), func(reason, hint string) { l.bad(s, reason, hint) }))
+	l.checkHeaderNames(all)
+	return all
 }
 
 // parseHeadersFile reads a file: each line is such a list.
-func parseHeadersFile(content string, bad report) Headers {
-	out := make(Headers)
+func parseHeadersFile(content string, bad report) headers {
+	out := make(headers)
 	if strings.Contains(content, "\r") {
 		bad("its lines end as on Windows (CR LF)", "convert it, for instance with dos2unix")
 		return nil
@@ -101,9 +106,10 @@ func parseHeadersFile(content string, bad report) Headers {
 	return out
 }
 
-func (h Headers) add(item, where string, bad report) {
+func (h headers) add(item, where string, bad report) {
 	name, value, found := strings.Cut(item, "=")
 	name = strings.ToLower(strings.TrimSpace(name))
+	leftover, leftoverHint := itemLeftover(strings.TrimSpace(value))
 	value, err := url.PathUnescape(value)
 	value = strings.TrimSpace(value)
 	_, dup := h[name]
@@ -116,6 +122,8 @@ func (h Headers) add(item, where string, bad report) {
 		bad(where+" has no name before '='", "write name=value")
 	case strings.ContainsFunc(name, func(r rune) bool { return !isToken(r) }):
 		bad(where+" has a name with a character that header names cannot have", "use letters, digits and '-', and write a comma in a value as %2C")
+	case leftover != "":
+		bad(fmt.Sprintf("%s, header %s: the value %s", where, shorten(name), leftover), leftoverHint)
 	case err != nil:
 		bad(fmt.Sprintf("%s, header %s: a '%%' is not followed by two hexadecimal digits", where, shorten(name)), "write '%' as %25")
 	case strings.Trim(value, "=") == "":
@@ -135,14 +143,14 @@ func isToken(r rune) bool { return isAlnum(r) || strings.ContainsRune("!#$%&'*+-
 
 // checkHeaderNames refuses names that the transport sets itself. gRPC drops
 // them without a word (isReservedHeader), HTTP would send a broken request.
-func (l *loader) checkHeaderNames() {
+func (l *loader) checkHeaderNames(all headers) {
 	reserved := []string{"connection", "content-encoding", "content-length", "content-type", "host", "te", "trailer", "transfer-encoding", "upgrade"}
 	grpc := l.cfg.OTLP.Protocol == "grpc"
-	for _, name := range sortedKeys(l.cfg.OTLP.Headers) {
+	for _, name := range sortedKeys(all) {
 		if slices.Contains(reserved, name) || grpc && (name == "user-agent" || strings.HasPrefix(name, "grpc-")) {
-			s, ok := l.given["OTEL_EXPORTER_OTLP_HEADERS"]
-			if file, fromFile := l.given["UNITMETER_OTLP_HEADERS_FILE"]; !ok || fromFile && parseHeaders(s.text, func(string, string) {})[name] == "" {
-				s = file
+			s := l.given[headersFile]
+			if _, ok := l.headers[name]; ok {
+				s = l.given["OTEL_EXPORTER_OTLP_HEADERS"]
 			}
 			l.bad(s, "the header "+shorten(name)+" is set by the transport itself", "remove it")
 		}

@@ -4,25 +4,32 @@ import (
 	"fmt"
 	"net/url"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
+
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 )
 
 // finishOTLP brings together what depends on more than one variable.
 func (l *loader) finishOTLP() {
-	l.checkClientPair()
 	o := &l.cfg.OTLP
-	if o.Protocol == "" { // not used, or refused
+	if !slices.Contains(l.cfg.Exporters, "otlp") {
+		*o = otlp.Config{}
 		return
 	}
-	l.checkHeaderNames()
-	l.checkProxies()
+	l.finishTLS()
+	l.finishHeaders()
+	if o.Protocol == "" { // refused
+		return
+	}
 	at, ok := l.endpoint()
 	if !ok {
 		return
 	}
 	o.Endpoint = at.address
+	l.checkProxies(o.Endpoint)
 	insecure, set := l.given["OTEL_EXPORTER_OTLP_INSECURE"]
 	switch at.scheme {
 	case "https":
@@ -45,18 +52,6 @@ func (l *loader) finishOTLP() {
 	for _, name := range []string{"CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"} {
 		if s, ok := l.given["OTEL_EXPORTER_OTLP_"+name]; ok {
 			l.bad(s, "the endpoint has no TLS, so that this has no effect", "write the endpoint with https://, or unset this")
-		}
-	}
-}
-
-// checkProxies warns of a proxy that net/http cannot read: it would go on without
-// one, and without a word.
-func (l *loader) checkProxies() {
-	for _, name := range []string{"HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"} {
-		_, err := url.Parse(l.env[name])
-		_, bare := url.Parse("http://" + l.env[name]) // "host:port" is allowed
-		if err != nil && bare != nil {
-			l.warn(name + " is no URL, so that no proxy is used: write it as http://host:port")
 		}
 	}
 }
@@ -154,13 +149,14 @@ func (l *loader) urlEndpoint(s setting, grpc, base bool, bad report) target {
 			l.warn(s.name + " has port 4318, which is that of HTTP by default, and the protocol is grpc")
 		}
 		if port == "" {
-			return target{u.Host + ":443", scheme} // as gRPC does by itself
+			return target{escapeZone(u.Host) + ":443", scheme} // as gRPC does by itself
 		}
-		return target{u.Host, scheme}
+		return target{escapeZone(u.Host), scheme}
 	}
 	if port == "4317" {
 		l.warn(s.name + " has port 4317, which is that of grpc by default, and the protocol is http/protobuf")
 	}
+	l.checkPath(s, base, u.Path)
 	u.Scheme = scheme
 	// path.Join is what the exporter does too: it mends double slashes.
 	if u.RawPath = ""; base {
@@ -233,7 +229,7 @@ func grpcTarget(text string, bad report) target {
 		if port, ok := checkAuthority(name, bad); ok && port == "" {
 			bad("has no port", "write dns:///host:port, such as dns:///collector:4317")
 		}
-		return target{"dns:" + rest, ""}
+		return target{"dns:" + escapeZone(rest), ""}
 	case strings.HasPrefix(rest, "//"):
 		bad(fmt.Sprintf("the scheme %q is not known", shorten(scheme)), "write http://host:port for no TLS, https://host:port for TLS")
 		return target{}
@@ -247,5 +243,11 @@ func grpcTarget(text string, bad report) target {
 	if port, ok := checkAuthority(text, bad); ok && port == "" {
 		bad("has no port", "write host:port, such as http://localhost:4317")
 	}
-	return target{text, ""}
+	return target{escapeZone(text), ""}
+}
+
+// escapeZone writes the zone of an IPv6 address as gRPC wants it, which reads every
+// target as a URL (RFC 6874).
+func escapeZone(address string) string {
+	return strings.Replace(strings.Replace(address, "%25", "%", 1), "%", "%25", 1)
 }

@@ -118,6 +118,8 @@ func milliseconds(v Variable, to *time.Duration) entry {
 	}}
 }
 
+func inMilliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+
 func parseWhole(text string, low, high int64, what string, bad report) (int64, bool) {
 	n, err := strconv.ParseInt(text, 10, 64)
 	hint := fmt.Sprintf("use %s from %d to %d", what, low, high)
@@ -134,7 +136,7 @@ func parseWhole(text string, low, high int64, what string, bad report) (int64, b
 }
 
 // duration is a row for one of the agent's own times, which have a unit.
-// optional allows none, which is stored as 0.
+// optional allows none, which is stored as -1.
 func duration(v Variable, to *time.Duration, low, high time.Duration, optional bool) entry {
 	v.Values = fmt.Sprintf("a time such as %s, %s to %s", v.Default, showTime(low), showTime(high))
 	if optional {
@@ -142,7 +144,7 @@ func duration(v Variable, to *time.Duration, low, high time.Duration, optional b
 	}
 	return entry{Variable: v, parse: func(text string, bad report) {
 		if optional && strings.EqualFold(text, "none") {
-			*to = 0
+			*to = -1
 			return
 		}
 		d, ok := parseTime(text)
@@ -223,7 +225,9 @@ func (l *loader) parseAttributes(text string, bad report) map[string]string {
 	for _, item := range splitList(text, bad) {
 		key, value, found := strings.Cut(item, "=")
 		key = strings.TrimSpace(key)
-		decoded, err := url.PathUnescape(strings.TrimSpace(value))
+		value = strings.TrimSpace(value)
+		leftover, leftoverHint := itemLeftover(value)
+		decoded, err := url.PathUnescape(value)
 		_, dup := out[key]
 		switch {
 		case !found:
@@ -232,6 +236,8 @@ func (l *loader) parseAttributes(text string, bad report) map[string]string {
 			bad(fmt.Sprintf("%q has no key before '='", shorten(item)), "write key=value")
 		case strings.ContainsFunc(key, unicode.IsSpace) || strings.Contains(key, "%"):
 			bad(fmt.Sprintf("the key %q contains white space or '%%'", shorten(key)), "use a plain key such as deployment.environment.name")
+		case leftover != "":
+			bad(fmt.Sprintf("the value of %s %s", shorten(key), leftover), leftoverHint)
 		case err != nil:
 			bad(fmt.Sprintf("the value of %s has a '%%' that is not followed by two hexadecimal digits", shorten(key)), "write '%' as %25")
 		case !utf8.ValidString(decoded):

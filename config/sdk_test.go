@@ -32,7 +32,11 @@ func loadAndSet(t *testing.T, environ []string) Config {
 		name, value, _ := strings.Cut(kv, "=")
 		t.Setenv(name, value)
 	}
-	return load(t, append([]string{"HOME=/home/u"}, environ...))
+	cfg, err := Load(append([]string{"HOME=/home/u"}, environ...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
 }
 
 var emptyMetrics = &metricdata.ResourceMetrics{Resource: resource.Empty()}
@@ -92,7 +96,7 @@ func TestHTTPExporterAgrees(t *testing.T) {
 			if got.Host != want.Host || got.URL.Path != want.Path || (got.TLS == nil) != cfg.OTLP.Insecure || (want.Scheme == "http") != cfg.OTLP.Insecure {
 				t.Errorf("the exporter sent to %s%s, TLS %v; Config has %+v", got.Host, got.URL.Path, got.TLS != nil, cfg.OTLP)
 			}
-			for name, value := range cfg.OTLP.Headers {
+			for name, value := range headersOf(t, cfg) {
 				if got.Header.Get(name) != value {
 					t.Errorf("header %s: the exporter sent %q, Config has %q", name, got.Header.Get(name), value)
 				}
@@ -100,10 +104,10 @@ func TestHTTPExporterAgrees(t *testing.T) {
 			if _, y := got.Header["Y"]; y {
 				t.Error("the general headers were merged")
 			}
-			if (got.Header.Get("Content-Encoding") == "gzip") != (cfg.OTLP.Compression == "gzip") {
-				t.Errorf("the exporter's encoding is %q, Config has %q", got.Header.Get("Content-Encoding"), cfg.OTLP.Compression)
+			if (got.Header.Get("Content-Encoding") == "gzip") != (cfg.OTLP.Gzip) {
+				t.Errorf("the exporter's encoding is %q, Config has %v", got.Header.Get("Content-Encoding"), cfg.OTLP.Gzip)
 			}
-			if mutual := cfg.OTLP.ClientKeyFile != ""; mutual != (got.TLS != nil && len(got.TLS.PeerCertificates) > 0) {
+			if mutual := cfg.Files.ClientKey != ""; mutual != (got.TLS != nil && len(got.TLS.PeerCertificates) > 0) {
 				t.Errorf("client certificate: Config %v, connection otherwise", mutual)
 			}
 		})
@@ -174,7 +178,7 @@ func TestGRPCExporterAgrees(t *testing.T) {
 						name, _, _ := strings.Cut(kv, "=")
 						t.Setenv(name, "")
 					}
-					options = explicitOptions(cfg.OTLP)
+					options = explicitOptions(t, cfg)
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 				defer cancel()
@@ -188,7 +192,7 @@ func TestGRPCExporterAgrees(t *testing.T) {
 				if err := exp.Shutdown(ctx); err != nil {
 					t.Error(err)
 				}
-				for name, value := range cfg.OTLP.Headers {
+				for name, value := range headersOf(t, cfg) {
 					if got := tt.server.md.Get(name); len(got) != 1 || got[0] != value {
 						t.Errorf("explicit %v: header %s: the exporter sent %q, Config has %q", explicit, name, got, value)
 					}
@@ -202,15 +206,21 @@ func TestGRPCExporterAgrees(t *testing.T) {
 }
 
 // explicitOptions is what an exporter makes of OTLP.
-func explicitOptions(o OTLP) []otlpmetricgrpc.Option {
-	options := []otlpmetricgrpc.Option{otlpmetricgrpc.WithEndpoint(o.Endpoint), otlpmetricgrpc.WithHeaders(o.Headers), otlpmetricgrpc.WithTimeout(o.Timeout)}
+func explicitOptions(t *testing.T, cfg Config) []otlpmetricgrpc.Option {
+	t.Helper()
+	o := cfg.OTLP
+	options := []otlpmetricgrpc.Option{otlpmetricgrpc.WithEndpoint(o.Endpoint), otlpmetricgrpc.WithHeaders(headersOf(t, cfg)), otlpmetricgrpc.WithTimeout(o.Timeout)}
 	if o.Insecure {
 		options = append(options, otlpmetricgrpc.WithInsecure())
 	}
 	if o.TLS != nil {
-		options = append(options, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(o.TLS)))
+		settings, err := o.TLS()
+		if err != nil {
+			t.Fatal(err)
+		}
+		options = append(options, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(settings)))
 	}
-	if o.Compression == "gzip" {
+	if o.Gzip {
 		options = append(options, otlpmetricgrpc.WithCompressor("gzip"))
 	}
 	return options

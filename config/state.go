@@ -60,7 +60,7 @@ func (l *loader) defaultStateDir() {
 			l.warn(candidate.name + " is not an absolute path, and is ignored for the state directory")
 			continue
 		}
-		l.cfg.StateDir, l.cfg.StateDirFrom = filepath.Join(candidate.base, candidate.below), candidate.name
+		l.cfg.Store.Dir, l.cfg.StateDirFrom = filepath.Join(candidate.base, candidate.below), candidate.name
 		return
 	}
 	l.warn("there is no state directory, so each start of the agent starts every series anew: " +

@@ -58,8 +58,9 @@ const (
 	hintRenew = "renew the certificate, or check the clock"
 )
 
-// parseCertificates reads all certificates of a PEM file.
-func parseCertificates(content []byte) (certs []*x509.Certificate, reason string) {
+// parseCertificates reads all certificates of a PEM file. odd is how many it
+// cannot read: a newer Go is stricter than what made some of them.
+func parseCertificates(content []byte) (certs []*x509.Certificate, odd int, reason string) {
 	other, begun := "", bytes.Count(content, []byte("-----BEGIN CERTIFICATE-----"))
 	for {
 		var block *pem.Block
@@ -68,25 +69,24 @@ func parseCertificates(content []byte) (certs []*x509.Certificate, reason string
 		}
 		if block.Type != "CERTIFICATE" {
 			other = block.Type
-			continue
+		} else if cert, err := x509.ParseCertificate(block.Bytes); err == nil {
+			certs = append(certs, cert)
 		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Sprintf("certificate %d in it is damaged", len(certs)+1)
-		}
-		certs = append(certs, cert)
 	}
 	// pem.Decode passes over a block that was cut off.
-	if len(certs) < begun {
-		return nil, fmt.Sprintf("%d of the %d certificates in it cannot be read to their end", begun-len(certs), begun)
+	odd = begun - len(certs)
+	switch {
+	case len(certs) > 0:
+	case begun == 1:
+		reason = "the certificate in it is damaged or cut off"
+	case begun > 1:
+		reason = fmt.Sprintf("all %d certificates in it are damaged or cut off", begun)
+	case other != "":
+		reason = "holds a " + strings.ToLower(shorten(printable(other))) + " and no certificate"
+	default:
+		reason = "holds no certificate in PEM form"
 	}
-	if len(certs) == 0 && other != "" {
-		return nil, "holds a " + strings.ToLower(shorten(printable(other))) + " and no certificate"
-	}
-	if len(certs) == 0 {
-		return nil, "holds no certificate in PEM form"
-	}
-	return certs, ""
+	return certs, odd, reason
 }
 
 // validNow says why a certificate cannot be used now.
@@ -101,18 +101,40 @@ func (l *loader) validNow(cert *x509.Certificate) string {
 	return ""
 }
 
-// checkRoots checks OTEL_EXPORTER_OTLP_CERTIFICATE. A bundle may have expired
-// certificates among others, as those of distributions have.
-func (l *loader) checkRoots(file string, bad report) {
-	content, _, reason := readFile(file)
-	if reason != "" {
-		bad(reason, hintFile)
+// finishTLS reads the files for TLS, now and whenever one of them is renewed.
+func (l *loader) finishTLS() {
+	f := Files{
+		Certificate:       l.given["OTEL_EXPORTER_OTLP_CERTIFICATE"].text,
+		ClientCertificate: l.given["OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"].text,
+		ClientKey:         l.given["OTEL_EXPORTER_OTLP_CLIENT_KEY"].text,
+	}
+	if l.cfg.Files = f; f == (Files{}) {
 		return
 	}
-	certs, reason := parseCertificates(content)
+	l.cfg.OTLP.TLS = newRenewed(l, (*loader).readTLS, f.Certificate, f.ClientCertificate, f.ClientKey).get
+}
+
+func (l *loader) readTLS() *tls.Config {
+	settings := &tls.Config{MinVersion: tls.VersionTLS12}
+	if s, ok := l.given["OTEL_EXPORTER_OTLP_CERTIFICATE"]; ok {
+		settings.RootCAs = l.readRoots(s)
+	}
+	settings.Certificates = l.readClientPair()
+	return settings
+}
+
+// readRoots reads OTEL_EXPORTER_OTLP_CERTIFICATE. A bundle may have expired
+// certificates among others, as those of distributions have.
+func (l *loader) readRoots(s setting) *x509.CertPool {
+	content, _, reason := readFile(s.text)
 	if reason != "" {
-		bad(reason, hintPEM)
-		return
+		l.bad(s, reason, hintFile)
+		return nil
+	}
+	certs, odd, reason := parseCertificates(content)
+	if reason != "" {
+		l.bad(s, reason, hintPEM)
+		return nil
 	}
 	pool, usable := x509.NewCertPool(), false
 	for _, cert := range certs {
@@ -122,23 +144,18 @@ func (l *loader) checkRoots(file string, bad report) {
 		}
 	}
 	if !usable {
-		bad(reason, hintRenew)
-		return
+		l.bad(s, reason, hintRenew)
+		return nil
 	}
-	l.tls().RootCAs = pool
+	if odd > 0 {
+		l.warn(fmt.Sprintf("%s: %d of the %d certificates in %s cannot be read, and only the others are trusted: remove or replace them", s.name, odd, odd+len(certs), shorten(s.text)))
+	}
+	return pool
 }
 
-// tls returns the TLS settings of OTLP, to be filled.
-func (l *loader) tls() *tls.Config {
-	if l.cfg.OTLP.TLS == nil {
-		l.cfg.OTLP.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
-	}
-	return l.cfg.OTLP.TLS
-}
-
-// checkClientPair reads the certificate and key for mutual TLS. As in the
+// readClientPair reads the certificate and key for mutual TLS. As in the
 // official exporters both come from the same pair of variables.
-func (l *loader) checkClientPair() {
+func (l *loader) readClientPair() []tls.Certificate {
 	const general, metrics = "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_METRICS_"
 	cert, hasCert := l.given[general+"CLIENT_CERTIFICATE"]
 	key, hasKey := l.given[general+"CLIENT_KEY"]
@@ -158,19 +175,19 @@ func (l *loader) checkClientPair() {
 	case certPrefix != keyPrefix:
 		alone(key, metrics+"CLIENT_CERTIFICATE")
 	default:
-		l.cfg.OTLP.ClientCertificateFile, l.cfg.OTLP.ClientKeyFile = cert.text, key.text
 		certPEM, ok := l.readClientCertificate(cert)
 		keyPEM, keyOK := l.readClientKey(key)
 		if !ok || !keyOK {
-			return
+			return nil
 		}
 		pair, err := tls.X509KeyPair(certPEM, keyPEM)
 		if err != nil {
 			l.bad(key, strings.TrimPrefix(err.Error(), "tls: "), "name the key that belongs to "+cert.name)
-			return
+			return nil
 		}
-		l.tls().Certificates = []tls.Certificate{pair}
+		return []tls.Certificate{pair}
 	}
+	return nil
 }
 
 // readClientCertificate answers false if it has reported a problem.
@@ -180,7 +197,10 @@ func (l *loader) readClientCertificate(s setting) ([]byte, bool) {
 		l.bad(s, reason, hintFile)
 		return nil, false
 	}
-	certs, reason := parseCertificates(content)
+	certs, odd, reason := parseCertificates(content)
+	if odd > 0 && reason == "" {
+		reason = fmt.Sprintf("%d of the %d certificates in it are damaged or cut off", odd, odd+len(certs))
+	}
 	if reason != "" {
 		l.bad(s, reason, hintPEM)
 		return nil, false
@@ -189,7 +209,8 @@ func (l *loader) readClientCertificate(s setting) ([]byte, bool) {
 		l.bad(s, reason, hintRenew)
 		return nil, false
 	}
-	if end := certs[0].NotAfter; end.Sub(l.now) < 14*day {
+	// Some live for an hour, and are renewed in time.
+	if begin, end := certs[0].NotBefore, certs[0].NotAfter; end.Sub(l.now) < min(14*day, end.Sub(begin)/10) {
 		l.warn(fmt.Sprintf("the certificate of %s expires on %s", s.name, end.UTC().Format(time.DateOnly)))
 	}
 	return content, true

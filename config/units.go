@@ -6,10 +6,12 @@ import (
 	"path"
 	"slices"
 	"strings"
+
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // unitTypes are the types that have IP counters (org.freedesktop.systemd1(5)).
-func unitTypes() []string { return []string{"service", "scope", "socket", "mount", "swap", "slice"} }
+func unitTypes() []string { return append(receiver.DefaultTypes(), "slice") }
 
 // parseGlobs reads a comma list of patterns for unit names.
 func parseGlobs(text string, bad report) []string {
@@ -86,16 +88,16 @@ func (l *loader) finishUnits() {
 		}
 		for _, p := range patterns {
 			suffix := p[strings.LastIndexByte(p, '.')+1:]
-			if slices.Contains(unitTypes(), suffix) && !slices.Contains(l.cfg.UnitTypes, suffix) {
+			if slices.Contains(unitTypes(), suffix) && !slices.Contains(l.cfg.Receiver.Types, suffix) {
 				l.warn(fmt.Sprintf("%s has %s, and UNITMETER_UNIT_TYPES does not have %s", name, shorten(p), suffix))
 			}
-			if slices.Contains(l.cfg.Exclude, p) {
+			if slices.Contains(l.cfg.Receiver.Exclude, p) {
 				l.warn(fmt.Sprintf("%s has %s, and so does UNITMETER_EXCLUDE, which wins", name, shorten(p)))
 			}
 		}
 	}
-	check("UNITMETER_INCLUDE", l.cfg.Include)
-	check("UNITMETER_FOLD", l.cfg.Fold)
+	check("UNITMETER_INCLUDE", l.cfg.Receiver.Include)
+	check("UNITMETER_FOLD", l.cfg.Receiver.Fold)
 }
 
 // parseBus reads UNITMETER_BUS.

@@ -4,8 +4,14 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
+	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // A Variable is one row of the reference.
@@ -40,6 +46,8 @@ type entry struct {
 	Variable
 	// show gives what an error may show of the value; nil shows all of it.
 	show func(text string) string
+	// anything says that a value may look like a mistake and be meant.
+	anything bool
 	// derived says that Default is a description and not a value.
 	derived bool
 	// parse stores the value, or reports what is wrong with it. It is also given
@@ -142,6 +150,9 @@ agent, and some of its own. ` + "`unitmeter help environment`" + ` prints this l
 - A bad value, and a ` + "`UNITMETER_`" + ` variable that does not exist, keep the agent from
   starting. Each is named, with what to do about it. Values of headers are never
   shown.
+- A comment behind a value, quotes and ${NAME} are part of the value in systemd's
+  EnvironmentFile= and docker's ` + "`--env-file`" + `, and are refused here. In headers and
+  attributes, write a #, $ or quote that is meant as %23, %24 or %22.
 - Where two names are given, the one for metrics only wins, and the other is not
   looked at. Headers of the two are not merged.
 - Variables for traces, logs and other languages are ignored. A variable that
@@ -191,7 +202,7 @@ func (l *loader) general(c *Config) []entry {
 			Values:  "text",
 			Default: "unitmeter",
 			Meaning: "The resource attribute service.name. It wins over one in OTEL_RESOURCE_ATTRIBUTES.",
-		}, derived: true, parse: func(text string, _ report) { l.service = text }},
+		}, anything: true, derived: true, parse: func(text string, _ report) { l.service = text }},
 		{Variable: Variable{
 			Name:    "OTEL_RESOURCE_ATTRIBUTES",
 			Values:  "key=value,key=value; comma, = and % in a value are written as %2C, %3D and %25",
@@ -252,12 +263,12 @@ func (l *loader) export(c *Config) []entry {
 			Values:  "a host name or address, without a port",
 			Default: "localhost",
 			Meaning: "Where the Prometheus exporter listens. 0.0.0.0 is every IPv4 address, :: every address.",
-		}, parse: func(text string, bad report) { c.PrometheusHost = parseListenHost(text, bad) }},
+		}, parse: func(text string, bad report) { l.host = parseListenHost(text, bad) }},
 		whole(Variable{
 			Name:    "OTEL_EXPORTER_PROMETHEUS_PORT",
 			Default: "9464",
 			Meaning: "The port of the Prometheus exporter. 0 is any free port.",
-		}, &c.PrometheusPort, 0, 65535),
+		}, &l.port, 0, 65535),
 		boolean(Variable{
 			Name:    "OTEL_GO_X_OBSERVABILITY",
 			Meaning: "Experimental in the SDK: its metrics about itself (otel.sdk.*).",
@@ -272,13 +283,13 @@ func (l *loader) export(c *Config) []entry {
 	}
 }
 
-func (l *loader) otlp(o *OTLP) []entry {
+func (l *loader) otlp(o *otlp.Config) []entry {
 	return []entry{
 		{Variable: Variable{
 			Name:     "OTEL_EXPORTER_OTLP_PROTOCOL",
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL",
 			Values:   "grpc, http/protobuf",
-			Default:  "grpc",
+			Default:  otlp.DefaultProtocol,
 			Meaning:  "How requests are sent.",
 		}, parse: func(text string, bad report) {
 			if strings.EqualFold(text, "http/json") {
@@ -304,11 +315,8 @@ func (l *loader) otlp(o *OTLP) []entry {
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE",
 			Values:   "a PEM file",
 			Default:  "the system's roots",
-			Meaning:  "The certificates to trust. They are checked at start, as are the next two.",
-		}, derived: true, parse: func(text string, bad report) {
-			o.CertificateFile = text
-			l.checkRoots(text, bad)
-		}},
+			Meaning:  "The certificates to trust. They are checked at start, as are the next two. All three may be renewed while the agent runs.",
+		}, derived: true},
 		{Variable: Variable{
 			Name:     "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_CLIENT_CERTIFICATE",
@@ -326,29 +334,30 @@ func (l *loader) otlp(o *OTLP) []entry {
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_HEADERS",
 			Values:   "name=value,name=value; a comma in a value is written as %2C, % as %25",
 			Meaning:  "Headers of each request. Secrets are better kept in UNITMETER_OTLP_HEADERS_FILE.",
-		}, show: hide, parse: func(text string, bad report) { o.Headers = parseHeaders(text, bad) }},
+		}, show: hide, parse: func(text string, bad report) { l.headers = parseHeaders(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_OTLP_HEADERS_FILE",
 			Values:  "a path; one that is not absolute is below CREDENTIALS_DIRECTORY",
-			Meaning: "More headers, on top of those above: one name=value on each line, in the same form. Lines that begin with # are comments. Made for LoadCredential= of systemd.",
-		}, parse: func(text string, bad report) { l.addHeadersFile(text, bad) }},
-		enum(Variable{
+			Meaning: "More headers, on top of those above: one name=value on each line, in the same form. Lines that begin with # are comments. The file may be renewed while the agent runs. Made for LoadCredential= of systemd.",
+		}},
+		{Variable: Variable{
 			Name:     "OTEL_EXPORTER_OTLP_COMPRESSION",
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_COMPRESSION",
+			Values:   "gzip, none",
 			Default:  "none",
 			Meaning:  "How requests are compressed.",
-		}, &o.Compression, "gzip", "none"),
+		}, parse: func(text string, bad report) { o.Gzip = choose(text, []string{"gzip", "none"}, bad) == "gzip" }},
 		milliseconds(Variable{
 			Name:     "OTEL_EXPORTER_OTLP_TIMEOUT",
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT",
-			Default:  "10000",
+			Default:  inMilliseconds(otlp.DefaultTimeout),
 			Meaning:  "The most that one request may take.",
 		}, &o.Timeout),
 		enum(Variable{
 			Name:    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
-			Default: "cumulative",
+			Default: exporter.DefaultTemporality,
 			Meaning: "Whether points carry totals or changes. lowmemory is cumulative for all that is observed, which the traffic of units is.",
-		}, &o.Temporality, "cumulative", "delta", "lowmemory"),
+		}, &l.cfg.Temporality, "cumulative", "delta", "lowmemory"),
 		enum(Variable{
 			Name:    "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",
 			Default: "explicit_bucket_histogram",
@@ -363,65 +372,66 @@ func (l *loader) units(c *Config) []entry {
 		{Variable: Variable{
 			Name:    "UNITMETER_BUS",
 			Values:  "auto, system, private, or a D-Bus address such as unix:path=/run/dbus/system_bus_socket",
-			Default: "auto",
+			Default: receiver.DefaultBus,
 			Meaning: "How to reach systemd. private is its own socket: for root only, and half the cost. auto takes it where it can.",
-		}, parse: func(text string, bad report) { c.Bus = parseBus(text, bad) }},
+		}, parse: func(text string, bad report) { c.Receiver.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",
 			Values:  patterns,
 			Default: "all units",
 			Meaning: "The units to meter.",
-		}, derived: true, parse: func(text string, bad report) { c.Include = parseGlobs(text, bad) }},
+		}, derived: true, parse: func(text string, bad report) { c.Receiver.Include = parseGlobs(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_EXCLUDE",
 			Values:  patterns,
 			Meaning: "Units not to meter, also if UNITMETER_INCLUDE has them.",
-		}, parse: func(text string, bad report) { c.Exclude = parseGlobs(text, bad) }},
+		}, parse: func(text string, bad report) { c.Receiver.Exclude = parseGlobs(text, bad) }},
 		{Variable: Variable{
-			Name:   "UNITMETER_FOLD",
-			Values: patterns + "; or none",
-			Default: "run-*.service, run-*.scope, session-*.scope, docker-*.scope, libpod-*.scope, " +
-				"cri-containerd-*.scope, crio-*.scope, nerdctl-*.scope",
+			Name:    "UNITMETER_FOLD",
+			Values:  patterns + "; or none",
+			Default: strings.Join(receiver.DefaultFold(), ", "),
 			Meaning: "Units that share one series for each pattern, because each of them lives once. Nothing is lost when one of them ends. A list here replaces the default.",
 		}, parse: func(text string, bad report) {
 			if strings.EqualFold(text, "none") {
-				c.Fold = []string{}
+				c.Receiver.Fold = []string{}
 				return
 			}
 			if slices.ContainsFunc(strings.Split(text, ","), func(item string) bool { return strings.EqualFold(strings.TrimSpace(item), "none") }) {
 				bad("none does not go with patterns", "use none alone, or remove it")
 				return
 			}
-			c.Fold = parseGlobs(text, bad)
+			c.Receiver.Fold = parseGlobs(text, bad)
 		}},
 		{Variable: Variable{
 			Name:    "UNITMETER_UNIT_TYPES",
 			Values:  "a comma list of " + strings.Join(unitTypes(), ", "),
-			Default: "service, scope, socket, mount, swap",
+			Default: strings.Join(receiver.DefaultTypes(), ", "),
 			Meaning: "The types of units to meter. A slice holds the traffic of the units in it: with slice in the list, sums over units count it twice.",
-		}, parse: func(text string, bad report) { c.UnitTypes = parseChoices(text, unitTypes(), bad) }},
+		}, parse: func(text string, bad report) { c.Receiver.Types = parseChoices(text, unitTypes(), bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_ATTRIBUTES",
 			Values:  "a comma list of systemd.unit.type, systemd.unit.slice",
 			Meaning: "Attributes to add to each point.",
 		}, parse: func(text string, bad report) {
-			c.Attributes = parseChoices(text, []string{"systemd.unit.type", "systemd.unit.slice"}, bad)
+			attributes := parseChoices(text, []string{"systemd.unit.type", "systemd.unit.slice"}, bad)
+			c.Receiver.UnitType = slices.Contains(attributes, "systemd.unit.type")
+			c.Receiver.UnitSlice = slices.Contains(attributes, "systemd.unit.slice")
 		}},
 		whole(Variable{
 			Name:    "UNITMETER_MAX_UNITS",
-			Default: "5000",
+			Default: strconv.Itoa(receiver.DefaultMaxSeries),
 			Meaning: "How many units get series of their own. The traffic of all others is in one series with otel.metric.overflow=true.",
-		}, &c.MaxUnits, 1, 1_000_000),
+		}, &c.Receiver.MaxSeries, 1, 1_000_000),
 		duration(Variable{
 			Name:    "UNITMETER_SWEEP_TIMEOUT",
-			Default: "10s",
+			Default: receiver.DefaultSweepTimeout.String(),
 			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT; the default is lowered to half of that where needed.",
-		}, &c.SweepTimeout, 100*time.Millisecond, 10*time.Minute, false),
+		}, &c.Receiver.SweepTimeout, 100*time.Millisecond, 10*time.Minute, false),
 		enum(Variable{
 			Name:    "UNITMETER_STOP_RECORDS",
-			Default: "auto",
+			Default: receiver.DefaultStopRecords,
 			Meaning: "Whether to read in the journal what systemd records of a unit's traffic when it stops. Without it, the bytes between the last reading and the end of a unit are missed. Root and the systemd-journal group may read it. auto reads it where it can; with on, the doctor calls it an error where it cannot.",
-		}, &c.StopRecords, "auto", "on", "off"),
+		}, &c.Receiver.StopRecords, "auto", "on", "off"),
 	}
 }
 
@@ -432,23 +442,23 @@ func (l *loader) state(c *Config) []entry {
 			Values:  "an absolute path, or none",
 			Default: "$STATE_DIRECTORY, else $XDG_STATE_HOME/unitmeter, else ~/.local/state/unitmeter",
 			Meaning: "Where totals, unsent requests and history are kept. With none, every series starts anew with the agent, and what cannot be sent at once is lost.",
-		}, derived: true, parse: func(text string, bad report) { c.StateDir = parseStateDir(text, bad) }},
+		}, derived: true, parse: func(text string, bad report) { c.Store.Dir = parseStateDir(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_OUTBOX_MAX_BYTES",
 			Values:  "a number with B, KiB, MiB, GiB or TiB, at least 1MiB",
-			Default: "256MiB",
+			Default: strconv.Itoa(store.DefaultOutboxMaxBytes>>20) + "MiB",
 			Meaning: "How much may wait on disk while the receiver is away.",
-		}, parse: func(text string, bad report) { c.OutboxMaxBytes = parseSize(text, 1<<20, bad) }},
+		}, parse: func(text string, bad report) { c.Store.OutboxMaxBytes = parseSize(text, 1<<20, bad) }},
 		duration(Variable{
 			Name:    "UNITMETER_OUTBOX_MAX_AGE",
-			Default: "7d",
+			Default: showTime(store.DefaultOutboxMaxAge),
 			Meaning: "How long it may wait.",
-		}, &c.OutboxMaxAge, time.Minute, 3650*day, false),
+		}, &c.Store.OutboxMaxAge, time.Minute, 3650*day, false),
 		duration(Variable{
 			Name:    "UNITMETER_HISTORY",
-			Default: "21d",
+			Default: showTime(store.DefaultHistory),
 			Meaning: "How far back 'unitmeter history' can look.",
-		}, &c.History, time.Hour, 3650*day, true),
+		}, &c.Store.History, time.Hour, 3650*day, true),
 	}
 }
 
@@ -458,7 +468,7 @@ func (l *loader) system(c *Config) []entry {
 			Name:    "DBUS_SYSTEM_BUS_ADDRESS",
 			Values:  "a D-Bus address",
 			Meaning: "The system bus, if it is not at its usual place.",
-		}, parse: func(text string, bad report) { c.SystemBusAddress = parseBusAddress(text, bad) }},
+		}, parse: func(text string, bad report) { c.Receiver.SystemBus = parseBusAddress(text, bad) }},
 		{Variable: Variable{
 			Name:    "STATE_DIRECTORY",
 			Values:  "set by systemd for StateDirectory=; the first of a colon list",

@@ -1,6 +1,7 @@
 package exporter
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -22,13 +23,17 @@ type Source interface {
 	Last() *receiver.Sweep
 }
 
+// DefaultTemporality is that of an empty Config.Temporality.
+const DefaultTemporality = "cumulative"
+
 // Config tells an Exporter what to send and how.
 type Config struct {
 	// OTLP says where requests go. Nil for an exporter that sends nothing and
 	// only commits the ledger.
 	OTLP *otlp.Config
 	// Temporality is "cumulative", "delta" or "lowmemory", as in
-	// OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE. Default: cumulative.
+	// OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE. Default:
+	// DefaultTemporality.
 	Temporality string
 	// Source has the sweep of each cycle. Without one, points of the unit
 	// instruments are dropped: their start times are not known.
@@ -79,8 +84,8 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	e.counts, e.encoding = newCounts(log), episode{logger: log}
-	switch cfg.Temporality {
-	case "", "cumulative":
+	switch cmp.Or(cfg.Temporality, DefaultTemporality) {
+	case "cumulative":
 		e.selector = sdkmetric.CumulativeTemporalitySelector
 	case "delta":
 		e.selector = sdkmetric.DeltaTemporalitySelector

@@ -1,7 +1,6 @@
 package exporter
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,8 +17,8 @@ import (
 
 // PrometheusConfig tells a Prometheus where to listen.
 type PrometheusConfig struct {
-	// Address is host:port, from OTEL_EXPORTER_PROMETHEUS_HOST and _PORT.
-	// Default: localhost:9464.
+	// Address is host:port, from OTEL_EXPORTER_PROMETHEUS_HOST and _PORT. An IPv4
+	// address such as 0.0.0.0 is IPv4 only.
 	Address string
 	// Logger gets the end of the server, if nobody asked for it. Default:
 	// none.
@@ -38,7 +37,6 @@ type Prometheus struct {
 // NewPrometheus opens the port and starts to serve, in a goroutine that Shutdown
 // ends. A scrape before the reader is part of a MeterProvider is empty.
 func NewPrometheus(ctx context.Context, cfg PrometheusConfig) (*Prometheus, error) {
-	address := cmp.Or(cfg.Address, "localhost:9464")
 	// A registry of its own: the default one has the Go runtime's metrics, and
 	// is open to every package.
 	registry := prometheus.NewRegistry()
@@ -46,9 +44,9 @@ func NewPrometheus(ctx context.Context, cfg PrometheusConfig) (*Prometheus, erro
 	if err != nil {
 		return nil, fmt.Errorf("make Prometheus exporter: %w", err)
 	}
-	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	ln, err := listen(ctx, cfg.Address)
 	if err != nil {
-		return nil, fmt.Errorf("listen for Prometheus on %s: %w; set OTEL_EXPORTER_PROMETHEUS_HOST and OTEL_EXPORTER_PROMETHEUS_PORT to a free address", address, err)
+		return nil, fmt.Errorf("listen for Prometheus on %s: %w; set OTEL_EXPORTER_PROMETHEUS_HOST and OTEL_EXPORTER_PROMETHEUS_PORT to a free address", cfg.Address, err)
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
@@ -70,10 +68,24 @@ func NewPrometheus(ctx context.Context, cfg PrometheusConfig) (*Prometheus, erro
 	go func() {
 		defer close(p.done)
 		if err := p.server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-			log.Error("the Prometheus endpoint has ended", "err", err, "address", address, "next", "restart unitmeter")
+			log.Error("the Prometheus endpoint has ended", "err", err, "address", cfg.Address, "next", "restart unitmeter")
 		}
 	}()
 	return p, nil
+}
+
+// listen opens address, which is host:port. Without a word about IPv4, Go takes
+// 0.0.0.0 for every IPv6 address as well.
+func listen(ctx context.Context, address string) (net.Listener, error) {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
+	network := "tcp"
+	if net.ParseIP(host).To4() != nil {
+		network = "tcp4"
+	}
+	return new(net.ListenConfig).Listen(ctx, network, address)
 }
 
 // Reader is for metric.WithReader. The MeterProvider shuts it down.

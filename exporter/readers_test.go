@@ -93,6 +93,27 @@ func TestPrometheusBesideTheExporter(t *testing.T) {
 	log.want(t, "", 0)
 }
 
+func TestPrometheusOverIPv4Only(t *testing.T) {
+	p, err := NewPrometheus(t.Context(), PrometheusConfig{Address: "0.0.0.0:0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Shutdown(t.Context())
+	_, port, err := net.SplitHostPort(p.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for host, want := range map[string]bool{"127.0.0.1": true, "::1": false} {
+		conn, err := net.Dial("tcp", net.JoinHostPort(host, port))
+		if (err == nil) != want {
+			t.Errorf("it listens on %s: %v, want %v", host, err == nil, want)
+		}
+		if err == nil {
+			conn.Close()
+		}
+	}
+}
+
 func TestPrometheusPortInUse(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

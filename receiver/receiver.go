@@ -21,7 +21,7 @@ import (
 type Config struct {
 	// Bus is "private" for PID 1's own socket (root only, half the cost),
 	// "system" for the system bus, a D-Bus address, or "auto" for the private
-	// socket where it can be opened and else the system bus. Default: auto.
+	// socket where it can be opened and else the system bus. Default: DefaultBus.
 	Bus string
 	// SystemBus is the D-Bus address of the system bus. Default:
 	// systemd.UsualSystemBus.
@@ -29,14 +29,13 @@ type Config struct {
 	// Include and Exclude are patterns of unit names. A unit is metered if it
 	// matches any of Include (default: all) and none of Exclude.
 	Include, Exclude []string
-	// Types are the unit types to meter. Default: systemd.DefaultTypes.
+	// Types are the unit types to meter. Default: DefaultTypes.
 	Types []string
 	// Fold are patterns of units that share one series each, named by the
-	// pattern. Nil means those that live once and never come back under the same
-	// name (run-*.service, session-*.scope, docker-*.scope ...); empty means none.
+	// pattern. Nil means DefaultFold; empty means none.
 	Fold []string
 	// MaxSeries bounds the number of series. What is over it is added to one
-	// overflow series. Default: 5000.
+	// overflow series. Default: DefaultMaxSeries.
 	MaxSeries int
 	// UnitType and UnitSlice put systemd.unit.type and systemd.unit.slice on
 	// each point.
@@ -47,13 +46,13 @@ type Config struct {
 	// logs when it stops, which needs root or the systemd-journal group: "auto"
 	// does so where the privileges allow, "on" and "off" say it outright. A
 	// Receiver treats "on" as "auto"; the doctor reports a journal that cannot be
-	// read. Default: auto.
+	// read. Default: DefaultStopRecords.
 	StopRecords string
 	// KeepEnded is how long the last point of a unit that has gone is repeated, so
 	// that each of several readers gets it: more than the longest time between two
 	// collections of one. Default, and the least: 2 minutes.
 	KeepEnded time.Duration
-	// SweepTimeout bounds one reading of all units. Default: 10 s.
+	// SweepTimeout bounds one reading of all units. Default: DefaultSweepTimeout.
 	SweepTimeout time.Duration
 	// State continues the series of an earlier Receiver.
 	State ledger.State
@@ -128,29 +127,30 @@ func New(cfg Config) (*Receiver, error) {
 
 // setDefaults fills in what is not set, and refuses what makes no sense.
 func (cfg *Config) setDefaults() error {
+	cfg.Bus = cmp.Or(cfg.Bus, DefaultBus)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Fold == nil {
-		cfg.Fold = defaultFold()
+		cfg.Fold = DefaultFold()
 	}
 	if len(cfg.Types) == 0 {
-		cfg.Types = systemd.DefaultTypes()
+		cfg.Types = DefaultTypes()
 	}
 	for _, t := range cfg.Types {
 		if systemd.CounterInterface(t) == "" {
 			return fmt.Errorf("meter units of type %q: systemd has no IP accounting for them; use any of service, scope, socket, mount, swap, slice", t)
 		}
 	}
-	cfg.StopRecords = cmp.Or(cfg.StopRecords, "auto")
+	cfg.StopRecords = cmp.Or(cfg.StopRecords, DefaultStopRecords)
 	if !slices.Contains([]string{"auto", "on", "off"}, cfg.StopRecords) {
 		return fmt.Errorf("read stop records %q: there is no such choice; use auto, on or off", cfg.StopRecords)
 	}
 	if cfg.MaxSeries < 0 || cfg.SweepTimeout < 0 {
 		return fmt.Errorf("meter %d series within %v: neither can be negative; use 0 for the default", cfg.MaxSeries, cfg.SweepTimeout)
 	}
-	cfg.MaxSeries = cmp.Or(cfg.MaxSeries, 5000)
-	cfg.SweepTimeout = cmp.Or(cfg.SweepTimeout, 10*time.Second)
+	cfg.MaxSeries = cmp.Or(cfg.MaxSeries, DefaultMaxSeries)
+	cfg.SweepTimeout = cmp.Or(cfg.SweepTimeout, DefaultSweepTimeout)
 	if cfg.HostName == "" {
 		name, err := os.Hostname()
 		if err != nil {
@@ -182,15 +182,6 @@ func (cfg *Config) patterns() (include, exclude, fold systemd.Patterns, err erro
 	}
 	fold, err = systemd.ParsePatterns(cfg.Fold)
 	return include, exclude, fold, err
-}
-
-// defaultFold are the patterns of units that live once and never come back
-// under the same name. Each pattern is one series.
-func defaultFold() []string {
-	return []string{
-		"run-*.service", "run-*.scope", "session-*.scope",
-		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",
-	}
 }
 
 // Addresses returns the D-Bus addresses at which a Receiver with this

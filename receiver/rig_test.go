@@ -407,7 +407,7 @@ ExecStart=/bin/sleep infinity
 func TestRigUnitTypes(t *testing.T) {
 	rig := theRig(t)
 	sink(t, rig)
-	r, _ := start(t, Config{Bus: rig.SystemBus(), Types: append(systemd.DefaultTypes(), "slice"), UnitType: true, UnitSlice: true, Fold: []string{}})
+	r, _ := start(t, Config{Bus: rig.SystemBus(), Types: append(DefaultTypes(), "slice"), UnitType: true, UnitSlice: true, Fold: []string{}})
 
 	t.Run("socket", func(t *testing.T) {
 		// The traffic of a socket-activated connection belongs to the socket.

@@ -18,7 +18,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
-	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 const (
@@ -60,7 +60,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
 	defer cancel()
-	m, err := accounting.Connect(ctx, cfg.Receiver().Addresses()...)
+	m, err := accounting.Connect(ctx, cfg.Receiver.Addresses()...)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
@@ -69,7 +69,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if s.byDefault {
 		return w.setDefault(ctx)
 	}
-	units, err := w.choose(ctx, cfg)
+	units, err := w.choose(ctx, cfg.Receiver)
 	if err != nil {
 		return err
 	}
@@ -115,7 +115,7 @@ type switcher struct {
 }
 
 // choose finds the units that the command line names.
-func (w *switcher) choose(ctx context.Context, cfg config.Config) ([]accounting.Unit, error) {
+func (w *switcher) choose(ctx context.Context, cfg receiver.Config) ([]accounting.Unit, error) {
 	if w.all || w.lost {
 		units, err := w.m.Loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
 		if err != nil {

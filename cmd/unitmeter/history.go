@@ -47,7 +47,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	if cfg.StateDir == "" {
+	if cfg.Store.Dir == "" {
 		return usageError{errors.New("there is no state directory and so no history; set UNITMETER_STATE_DIR to the agent's, such as /var/lib/unitmeter")}
 	}
 	reader, err := store.OpenReader(ctx, historyDir(cfg))
@@ -130,17 +130,17 @@ func explainGaps(w io.Writer, query store.Query, usage store.Usage) error {
 func historyDir(cfg config.Config) string {
 	const service = "/var/lib/unitmeter"
 	if cfg.StateDirFrom == "UNITMETER_STATE_DIR" || cfg.StateDirFrom == "STATE_DIRECTORY" {
-		return cfg.StateDir
+		return cfg.Store.Dir
 	}
 	has := func(dir string) error {
 		_, err := os.Stat(filepath.Join(dir, "unitmeter.db"))
 		return err
 	}
 	// Who may not read the one may have the other.
-	if err := has(service); err == nil || errors.Is(err, fs.ErrPermission) && has(cfg.StateDir) != nil {
+	if err := has(service); err == nil || errors.Is(err, fs.ErrPermission) && has(cfg.Store.Dir) != nil {
 		return service
 	}
-	return cfg.StateDir
+	return cfg.Store.Dir
 }
 
 // parseMoment reads a flag that is a moment, or a length of time before now.

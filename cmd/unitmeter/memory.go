@@ -12,18 +12,10 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 )
 
-// gcPercent has the garbage collector run when the heap is half as large again
-// as what is in use, not twice as large, so that a cycle of 1,000 units stays
-// below 64 MiB of resident memory also while a backlog is sent (BenchmarkOutage).
-const gcPercent = 50
-
-// trimMemory sets gcPercent and leaves two processors to the agent, since the
-// runtime has caches and workers for each: with one, the thread that waits for
-// D-Bus would hold up all others for some milliseconds. GOGC= and GOMAXPROCS= win.
-func trimMemory() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+// limitProcessors leaves two processors to the agent, since the runtime has caches
+// and workers for each: with one, the thread that waits for D-Bus would hold up
+// all others for some milliseconds. GOMAXPROCS= wins.
+func limitProcessors() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
 	}
@@ -48,21 +40,14 @@ func (f *frugal) Export(ctx context.Context, rm *metricdata.ResourceMetrics) err
 	if os.Getenv("GOGC") != "" {
 		return f.Exporter.Export(ctx, rm)
 	}
-	// What a cycle leaves behind is collected at its end: to do so in its middle
-	// as well would be for nothing.
 	caughtUp := f.delivered(ctx, 0)
-	if !caughtUp {
-		debug.SetGCPercent(2 * gcPercent)
-	}
 	err := f.Exporter.Export(ctx, rm)
-	// With nothing else to deliver, the request is about to be garbage too. A
-	// backlog takes as long as it takes, and memory all the time.
-	percent := gcPercent
-	if caughtUp && f.delivered(ctx, f.patience) {
-		percent = 3 * gcPercent // also while the next cycle reads
-	}
-	debug.SetGCPercent(percent)
 	if allocatedBytes() > f.allocated+worthwhile {
+		// With nothing else to deliver, the request is about to be garbage too. A
+		// backlog takes as long as it takes.
+		if caughtUp {
+			f.delivered(ctx, f.patience)
+		}
 		*rm = metricdata.ResourceMetrics{} // the reader would hold the points for the next time
 		debug.FreeOSMemory()
 		f.allocated = allocatedBytes()

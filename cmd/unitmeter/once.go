@@ -29,7 +29,7 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	units, err := accounting.Read(ctx, cfg.Receiver(), patterns, *interval)
+	units, err := accounting.Read(ctx, cfg.Receiver, patterns, *interval)
 	if err != nil {
 		return err
 	}

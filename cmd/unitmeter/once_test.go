@@ -8,24 +8,24 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 func someUnits() []accounting.Reading {
 	at := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
-	on := func(name string, n uint64) receiver.Unit {
-		return receiver.Unit{
+	on := func(name string, n uint64) systemd.Unit {
+		return systemd.Unit{
 			Name: name, Accounting: "on", Start: at, Time: at.Add(time.Hour), Invocation: strings.Repeat("a", 32),
-			Counters: receiver.Counters{IngressBytes: n, IngressPackets: 2, EgressBytes: 1<<63 - 1 - n, EgressPackets: 4},
+			Counters: systemd.Counters{IngressBytes: n, IngressPackets: 2, EgressBytes: 1<<63 - 1 - n, EgressPackets: 4},
 		}
 	}
 	return []accounting.Reading{
 		{Unit: on("a.service", 1)},
 		{Unit: on("b.service", 1000), Speed: &[4]float64{1.5, 2, 3, 4}},
-		{Unit: receiver.Unit{Name: "off.service", Accounting: "off"}},
-		{Unit: receiver.Unit{Name: "lost.service", Accounting: "lost"}},
-		{Unit: receiver.Unit{Name: "tmp.mount", Accounting: "no_data"}},
-		{Unit: receiver.Unit{Name: "boot.mount", Accounting: "off"}},
+		{Unit: systemd.Unit{Name: "off.service", Accounting: "off"}},
+		{Unit: systemd.Unit{Name: "lost.service", Accounting: "lost"}},
+		{Unit: systemd.Unit{Name: "tmp.mount", Accounting: "no_data"}},
+		{Unit: systemd.Unit{Name: "boot.mount", Accounting: "off"}},
 	}
 }
 

@@ -6,9 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
-	"strconv"
 	"sync"
 	"time"
 
@@ -22,7 +20,6 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter"
-	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -55,7 +52,7 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		status(ctx, log, cfg, func() (string, time.Time) { return text, time.Now() })
 		return nil
 	}
-	trimMemory()
+	limitProcessors()
 	otel.SetLogger(logr.FromSlogHandler(log.Handler()))
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { logSDKError(log, err) }))
 
@@ -100,13 +97,10 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 		})
 	}
 
-	rcvConfig := cfg.Receiver()
+	rcvConfig := cfg.Receiver
 	rcvConfig.Logger = log
 	if state.durable != nil {
 		rcvConfig.State = state.durable.State()
-	}
-	if len(cfg.Exporters) > 1 {
-		rcvConfig.KeepEnded = 2 * cfg.Interval
 	}
 	rcv, err := receiver.New(rcvConfig)
 	if err != nil {
@@ -193,31 +187,28 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 			err = errors.Join(err, out.close(ctx))
 		}
 	}()
-	var to *otlp.Config
+	main := exporter.Config{Temporality: cfg.Temporality, Source: rcv, Logger: log}
 	for _, name := range cfg.Exporters {
 		switch name {
 		case "otlp":
-			to = otlpConfig(cfg.OTLP)
+			cfg.OTLP.Logger = log
+			main.OTLP = &cfg.OTLP
 		case "console":
 			if out.console, err = exporter.NewConsole(t.stdout, rcv); err != nil {
 				return out, err
 			}
 		case "prometheus":
-			out.prometheus, err = exporter.NewPrometheus(ctx, exporter.PrometheusConfig{
-				Address: net.JoinHostPort(cfg.PrometheusHost, strconv.Itoa(cfg.PrometheusPort)), Logger: log,
-			})
-			if err != nil {
+			cfg.Prometheus.Logger = log
+			if out.prometheus, err = exporter.NewPrometheus(ctx, cfg.Prometheus); err != nil {
 				return out, err
 			}
 			log.Info("listening for Prometheus", "address", out.prometheus.Addr().String())
 		}
 	}
-	exporterConfig := cfg.OTLP.Exporter()
-	exporterConfig.Protocol, exporterConfig.Source, exporterConfig.Logger = protocol, rcv, log
 	if state.durable != nil {
-		exporterConfig.Ledger, exporterConfig.Outbox = state.durable.State(), state.durable
+		main.Ledger, main.Outbox = state.durable.State(), state.durable
 	}
-	out.main, err = exporter.New(ctx, exporterConfig)
+	out.main, err = exporter.New(ctx, main)
 	return out, err
 }
 

@@ -26,18 +26,12 @@ type state struct {
 // the agent sends directly, and there is a store without durable.
 func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state, error) {
 	s := &state{}
-	if cfg.StateDir == "" {
+	if cfg.Store.Dir == "" {
 		return s, nil
 	}
-	history := cfg.History
-	if history == 0 {
-		history = -1
-	}
+	cfg.Store.Merge, cfg.Store.Logger = otlp.Merge, log
 	var err error
-	s.store, err = store.Open(ctx, store.Config{
-		Dir: cfg.StateDir, OutboxMaxBytes: cfg.OutboxMaxBytes, OutboxMaxAge: cfg.OutboxMaxAge,
-		History: history, Merge: otlp.Merge, Logger: log,
-	})
+	s.store, err = store.Open(ctx, cfg.Store)
 	if err != nil {
 		return nil, fmt.Errorf("%w; UNITMETER_STATE_DIR can name another", err)
 	}

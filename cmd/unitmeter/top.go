@@ -38,6 +38,6 @@ func showSpeeds(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	cfg.Receiver = settings.Receiver()
+	cfg.Receiver = settings.Receiver
 	return top.Run(ctx, cfg)
 }

@@ -11,8 +11,8 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
-	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // unitState is one unit in the output of "units".
@@ -42,7 +42,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	// All units that could be metered, so that it can be said why they are not.
-	everything := cfg.Receiver()
+	everything := cfg.Receiver
 	everything.Include, everything.Exclude, everything.Types = nil, nil, accounting.Types()
 	readings, err := accounting.Read(ctx, everything, patterns, 0)
 	if err != nil {
@@ -50,7 +50,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	}
 	states := make([]unitState, 0, len(readings))
 	for _, r := range readings {
-		states = append(states, stateOf(cfg, r.Unit))
+		states = append(states, stateOf(cfg.Receiver, r.Unit))
 	}
 	if *asJSON {
 		return tty.WriteJSON(t.stdout, states)
@@ -59,7 +59,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 }
 
 // stateOf says what becomes of a unit under a configuration.
-func stateOf(cfg config.Config, u receiver.Unit) unitState {
+func stateOf(cfg receiver.Config, u systemd.Unit) unitState {
 	s := unitState{Unit: u.Name, State: strings.ReplaceAll(u.Accounting, "_", "-"), Slice: u.Slice}
 	if why := whyExcluded(cfg, u.Name); why != "" {
 		s.State, s.Reason = "excluded", why
@@ -78,7 +78,7 @@ func stateOf(cfg config.Config, u receiver.Unit) unitState {
 
 // withoutNumbers says why a unit has no numbers, and the command that helps; "" if
 // nothing is to be done.
-func withoutNumbers(u receiver.Unit) (reason, fix string) {
+func withoutNumbers(u systemd.Unit) (reason, fix string) {
 	name := tty.ShellWord(u.Name)
 	switch u.Accounting {
 	case "off":
@@ -97,12 +97,12 @@ func withoutNumbers(u receiver.Unit) (reason, fix string) {
 }
 
 // whyExcluded says which setting keeps a unit from being metered, or "".
-func whyExcluded(cfg config.Config, name string) string {
+func whyExcluded(cfg receiver.Config, name string) string {
 	kind := strings.TrimPrefix(path.Ext(name), ".")
 	switch pattern := accounting.Match(cfg.Exclude, name); {
-	case len(cfg.UnitTypes) > 0 && !slices.Contains(cfg.UnitTypes, kind) && kind == "slice":
+	case len(cfg.Types) > 0 && !slices.Contains(cfg.Types, kind) && kind == "slice":
 		return "a slice has the traffic of the units in it; UNITMETER_UNIT_TYPES leaves it out"
-	case len(cfg.UnitTypes) > 0 && !slices.Contains(cfg.UnitTypes, kind):
+	case len(cfg.Types) > 0 && !slices.Contains(cfg.Types, kind):
 		return "UNITMETER_UNIT_TYPES has no " + kind
 	case len(cfg.Include) > 0 && accounting.Match(cfg.Include, name) == "":
 		return "no pattern of UNITMETER_INCLUDE matches"

@@ -5,32 +5,32 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 func TestStateOf(t *testing.T) {
-	plain := config.Config{UnitTypes: []string{"service", "scope", "mount"}}
+	plain := receiver.Config{Types: []string{"service", "scope", "mount"}}
 	for _, test := range []struct {
 		name               string
-		cfg                config.Config
-		unit               receiver.Unit
+		cfg                receiver.Config
+		unit               systemd.Unit
 		state, reason, fix string
 		series             string
 	}{
-		{"metered", plain, receiver.Unit{Name: "a.service", Accounting: "on"}, "metered", "of its own", "", "a.service"},
-		{"folded", config.Config{Fold: []string{"session-*.scope"}}, receiver.Unit{Name: "session-3.scope", Accounting: "on"}, "metered", "folded into session-*.scope", "", "session-*.scope"},
-		{"off", plain, receiver.Unit{Name: "a.service", Accounting: "off"}, "off", "IP accounting is off", "unitmeter enable a.service", ""},
-		{"off, to be copied", plain, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "off", "IP accounting is off", `unitmeter enable 'a\x2db.service'`, ""},
-		{"off mount", plain, receiver.Unit{Name: "tmp.mount", Accounting: "off"}, "off", "if a program serves it", "", ""},
-		{"lost", plain, receiver.Unit{Name: "a.service", Accounting: "lost"}, "lost", "lost its counters", "unitmeter enable --runtime a.service", ""},
-		{"no data", plain, receiver.Unit{Name: "a.service", Accounting: "no_data"}, "no-data", "no processes", "", ""},
-		{"failed", plain, receiver.Unit{Name: "a.service", Accounting: "failed"}, "failed", "not valid", "systemctl show a.service", ""},
-		{"unknown", plain, receiver.Unit{Name: "a.service", Accounting: "unknown"}, "unknown", "could not be read", "unitmeter units a.service", ""},
-		{"slice", plain, receiver.Unit{Name: "a.slice", Accounting: "on"}, "excluded", "traffic of the units in it", "", ""},
-		{"type", plain, receiver.Unit{Name: "a.socket", Accounting: "on"}, "excluded", "UNITMETER_UNIT_TYPES has no socket", "", ""},
-		{"not included", config.Config{Include: []string{"b*", "c*"}}, receiver.Unit{Name: "a.service", Accounting: "on"}, "excluded", "UNITMETER_INCLUDE", "", ""},
-		{"excluded", config.Config{Include: []string{"a*"}, Exclude: []string{"x", `a\x2d*`}}, receiver.Unit{Name: `a\x2db.service`, Accounting: "off"}, "excluded", `UNITMETER_EXCLUDE has a\x2d*`, "", ""},
+		{"metered", plain, systemd.Unit{Name: "a.service", Accounting: "on"}, "metered", "of its own", "", "a.service"},
+		{"folded", receiver.Config{Fold: []string{"session-*.scope"}}, systemd.Unit{Name: "session-3.scope", Accounting: "on"}, "metered", "folded into session-*.scope", "", "session-*.scope"},
+		{"off", plain, systemd.Unit{Name: "a.service", Accounting: "off"}, "off", "IP accounting is off", "unitmeter enable a.service", ""},
+		{"off, to be copied", plain, systemd.Unit{Name: `a\x2db.service`, Accounting: "off"}, "off", "IP accounting is off", `unitmeter enable 'a\x2db.service'`, ""},
+		{"off mount", plain, systemd.Unit{Name: "tmp.mount", Accounting: "off"}, "off", "if a program serves it", "", ""},
+		{"lost", plain, systemd.Unit{Name: "a.service", Accounting: "lost"}, "lost", "lost its counters", "unitmeter enable --runtime a.service", ""},
+		{"no data", plain, systemd.Unit{Name: "a.service", Accounting: "no_data"}, "no-data", "no processes", "", ""},
+		{"failed", plain, systemd.Unit{Name: "a.service", Accounting: "failed"}, "failed", "not valid", "systemctl show a.service", ""},
+		{"unknown", plain, systemd.Unit{Name: "a.service", Accounting: "unknown"}, "unknown", "could not be read", "unitmeter units a.service", ""},
+		{"slice", plain, systemd.Unit{Name: "a.slice", Accounting: "on"}, "excluded", "traffic of the units in it", "", ""},
+		{"type", plain, systemd.Unit{Name: "a.socket", Accounting: "on"}, "excluded", "UNITMETER_UNIT_TYPES has no socket", "", ""},
+		{"not included", receiver.Config{Include: []string{"b*", "c*"}}, systemd.Unit{Name: "a.service", Accounting: "on"}, "excluded", "UNITMETER_INCLUDE", "", ""},
+		{"excluded", receiver.Config{Include: []string{"a*"}, Exclude: []string{"x", `a\x2d*`}}, systemd.Unit{Name: `a\x2db.service`, Accounting: "off"}, "excluded", `UNITMETER_EXCLUDE has a\x2d*`, "", ""},
 	} {
 		got := stateOf(test.cfg, test.unit)
 		if got.Unit != test.unit.Name || got.State != test.state || !strings.Contains(got.Reason, test.reason) ||

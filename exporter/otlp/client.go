@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"time"
 
@@ -19,7 +20,7 @@ import (
 // OTEL_EXPORTER_OTLP_*: the client takes nothing from there but the form of
 // histograms, and the headers where Headers is nil.
 type Config struct {
-	// Protocol is "grpc" or "http/protobuf". Default: grpc.
+	// Protocol is "grpc" or "http/protobuf". Default: DefaultProtocol.
 	Protocol string
 	// Endpoint is a gRPC target ("host:port", "unix:/path") or, for HTTP, the
 	// whole URL. Needed.
@@ -27,27 +28,38 @@ type Config struct {
 	// Insecure says that the connection to Endpoint has no TLS. HTTP has it in
 	// the URL.
 	Insecure bool
-	// TLS has the roots to trust and the client's certificate. Default: the
-	// system's roots, and no client certificate.
-	TLS *tls.Config
+	// TLS returns the roots to trust and the client's certificate. It is asked
+	// before each connection, and answers with the same pointer as long as nothing
+	// has changed. With an error come the settings of before. It must be safe for
+	// concurrent use. Default: the system's roots, and no client certificate.
+	TLS func() (*tls.Config, error)
 	// Gzip compresses requests.
 	Gzip bool
-	// Timeout bounds one call. Default: 10 s.
+	// Timeout bounds one call. Default: DefaultTimeout.
 	Timeout time.Duration
-	// Headers go with each request. Not nil, they replace those of
-	// OTEL_EXPORTER_OTLP_HEADERS.
-	Headers map[string]string
+	// Headers returns the headers of the next request, instead of those of
+	// OTEL_EXPORTER_OTLP_HEADERS. With an error come those of before. It must be
+	// safe for concurrent use. Default: those of the variable.
+	Headers func() (map[string]string, error)
+	// Logger gets changes of state. Default: none.
+	Logger *slog.Logger
 }
+
+// Fields of a Config that are empty mean these, which are the specification's.
+const (
+	DefaultProtocol = "grpc"
+	DefaultTimeout  = 10 * time.Second
+)
 
 // Client encodes and delivers requests. Encode takes one call at a time; Send is
 // safe for concurrent use.
 type Client struct {
-	official  sdkmetric.Exporter
-	transport *http.Transport // nil with gRPC
-	timeout   time.Duration
-	caller    caller
-	target    string // for logs; without secrets
-	empty     []byte // a request without metrics
+	official sdkmetric.Exporter
+	http     *http.Client // nil with gRPC
+	timeout  time.Duration
+	caller   caller
+	target   string // for logs; without secrets
+	empty    []byte // a request without metrics
 }
 
 // caller makes single calls. It is safe for concurrent use.
@@ -61,14 +73,14 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	if cfg.Endpoint == "" {
 		return nil, errors.New("make OTLP exporter: it has no endpoint; set OTEL_EXPORTER_OTLP_ENDPOINT")
 	}
-	cfg.Timeout = cmp.Or(cfg.Timeout, 10*time.Second) // that of the specification
+	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
 	c := &Client{timeout: cfg.Timeout}
 	var err error
-	switch cfg.Protocol {
-	case "", "grpc":
+	switch cmp.Or(cfg.Protocol, DefaultProtocol) {
+	case "grpc":
 		c.official, err = newGRPC(ctx, cfg)
 	case "http/protobuf":
-		c.official, c.transport, err = newHTTP(ctx, cfg)
+		c.official, c.http, err = newHTTP(ctx, cfg)
 	default:
 		return nil, fmt.Errorf("make exporter: unknown protocol %q; set OTEL_EXPORTER_OTLP_PROTOCOL to grpc or http/protobuf", cfg.Protocol)
 	}
@@ -119,8 +131,8 @@ func (c *Client) Aggregation(kind sdkmetric.InstrumentKind) sdkmetric.Aggregatio
 
 // Close closes the connection, also when ctx has ended.
 func (c *Client) Close(ctx context.Context) error {
-	if c.transport != nil {
-		c.transport.CloseIdleConnections()
+	if c.http != nil {
+		c.http.CloseIdleConnections()
 	}
 	if err := c.official.Shutdown(context.WithoutCancel(ctx)); err != nil {
 		return fmt.Errorf("close OTLP exporter: %w", err)

@@ -13,7 +13,6 @@ import (
 	grpcbackoff "google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
@@ -26,7 +25,8 @@ import (
 type grpcCaller struct {
 	conn    *grpc.ClientConn
 	method  string
-	headers metadata.MD
+	headers metadata.MD // the official exporter's
+	own     *renewed[map[string]string]
 	timeout time.Duration
 }
 
@@ -41,7 +41,7 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 		otlpmetricgrpc.WithEndpoint(cfg.Endpoint),
 		otlpmetricgrpc.WithRetry(otlpmetricgrpc.RetryConfig{Enabled: false}),
 		otlpmetricgrpc.WithDialOption(
-			grpc.WithChainUnaryInterceptor(captureUnary(cfg.Timeout)),
+			grpc.WithChainUnaryInterceptor(captureUnary(cfg.Timeout, newRenewed("headers", cfg.Headers, cfg.Logger))),
 			grpc.WithConnectParams(grpc.ConnectParams{Backoff: dial, MinConnectTimeout: 20 * time.Second}),
 			// Timeout is TCP_USER_TIMEOUT: a connection on which nothing comes
 			// through is made anew. Otherwise TCP would try again after up to
@@ -51,12 +51,12 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 		),
 	}
 	if cfg.Headers != nil {
-		opts = append(opts, otlpmetricgrpc.WithHeaders(cfg.Headers))
+		opts = append(opts, otlpmetricgrpc.WithHeaders(map[string]string{})) // the wire adds them
 	}
 	if cfg.Insecure {
 		opts = append(opts, otlpmetricgrpc.WithInsecure())
 	} else {
-		opts = append(opts, otlpmetricgrpc.WithTLSCredentials(credentials.NewTLS(cfg.TLS)))
+		opts = append(opts, otlpmetricgrpc.WithTLSCredentials(newRenewedCredentials(newRenewed("TLS files", cfg.TLS, cfg.Logger))))
 	}
 	if cfg.Gzip {
 		opts = append(opts, otlpmetricgrpc.WithCompressor("gzip"))
@@ -65,7 +65,7 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 }
 
 // captureUnary is the interceptor on the official exporter's connection.
-func captureUnary(timeout time.Duration) grpc.UnaryClientInterceptor {
+func captureUnary(timeout time.Duration, own *renewed[map[string]string]) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		c := captureFrom(ctx)
 		if c == nil {
@@ -80,7 +80,7 @@ func captureUnary(timeout time.Duration) grpc.UnaryClientInterceptor {
 		}
 		md, _ := metadata.FromOutgoingContext(ctx)
 		c.target = cc.CanonicalTarget()
-		c.caller = &grpcCaller{conn: cc, method: method, headers: md.Copy(), timeout: timeout}
+		c.caller = &grpcCaller{conn: cc, method: method, headers: md.Copy(), own: own, timeout: timeout}
 		return nil // the empty reply is a full success
 	}
 }
@@ -89,7 +89,11 @@ func (c *grpcCaller) send(ctx context.Context, request []byte) Answer {
 	begin := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	ctx = metadata.NewOutgoingContext(ctx, c.headers)
+	headers := c.headers.Copy()
+	for name, value := range c.own.get() {
+		headers.Set(name, value)
+	}
+	ctx = metadata.NewOutgoingContext(ctx, headers)
 	var reply colmetricpb.ExportMetricsServiceResponse
 	var trailer metadata.MD
 	err := c.conn.Invoke(ctx, c.method, request, &reply, grpc.ForceCodecV2(rawCodec{}), grpc.Trailer(&trailer))

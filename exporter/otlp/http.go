@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -27,7 +28,8 @@ import (
 type httpCaller struct {
 	client  *http.Client
 	url     string
-	header  http.Header
+	header  http.Header // the official exporter's
+	own     *renewed[map[string]string]
 	gzip    bool
 	timeout time.Duration
 }
@@ -36,25 +38,27 @@ type httpCaller struct {
 // requests of Client.capture. An exporter that is given a client leaves TLS, proxy
 // and time limits to it, so they are set here. Compression is left to send:
 // the caller wants the plain bytes.
-func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transport, error) {
+func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Client, error) {
 	// As in otlpmetrichttp, which does not use the changeable
 	// http.DefaultTransport either.
-	transport := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		ForceAttemptHTTP2:     true,
-		MaxIdleConns:          2,
-		IdleConnTimeout:       90 * time.Second,
-		TLSHandshakeTimeout:   10 * time.Second,
-		ExpectContinueTimeout: time.Second,
-		TLSClientConfig:       cfg.TLS,
-		// HTTP/1 makes a new connection after a call that took too long. HTTP/2
-		// would go on with one on which nothing comes through, for as long as TCP
-		// tries, which is a quarter of an hour; so it asks now and then.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * cfg.Timeout, PingTimeout: cfg.Timeout, WriteByteTimeout: cfg.Timeout},
+	open := func(settings *tls.Config) *http.Transport {
+		return &http.Transport{
+			Proxy:                 http.ProxyFromEnvironment,
+			DialContext:           (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+			ForceAttemptHTTP2:     true,
+			MaxIdleConns:          2,
+			IdleConnTimeout:       90 * time.Second,
+			TLSHandshakeTimeout:   10 * time.Second,
+			ExpectContinueTimeout: time.Second,
+			TLSClientConfig:       settings.Clone(), // it adds to them
+			// HTTP/1 makes a new connection after a call that took too long. HTTP/2
+			// would go on with one on which nothing comes through, for as long as TCP
+			// tries, which is a quarter of an hour; so it asks now and then.
+			HTTP2: &http.HTTP2Config{SendPingTimeout: 3 * cfg.Timeout, PingTimeout: cfg.Timeout, WriteByteTimeout: cfg.Timeout},
+		}
 	}
 	client := &http.Client{
-		Transport: transport,
+		Transport: &renewedTransport{settings: newRenewed("TLS files", cfg.TLS, cfg.Logger), open: open},
 		// A redirect of a POST may turn into a GET, whose 200 would look like
 		// success. It is an answer of its own: a wrong endpoint.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -63,19 +67,22 @@ func newHTTP(ctx context.Context, cfg Config) (sdkmetric.Exporter, *http.Transpo
 		otlpmetrichttp.WithEndpointURL(cfg.Endpoint),
 		otlpmetrichttp.WithRetry(otlpmetrichttp.RetryConfig{Enabled: false}),
 		otlpmetrichttp.WithCompression(otlpmetrichttp.NoCompression),
-		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{client: client, gzip: cfg.Gzip, timeout: cfg.Timeout}}),
+		otlpmetrichttp.WithHTTPClient(&http.Client{Transport: captureTripper{
+			client: client, own: newRenewed("headers", cfg.Headers, cfg.Logger), gzip: cfg.Gzip, timeout: cfg.Timeout,
+		}}),
 	}
 	if cfg.Headers != nil {
-		opts = append(opts, otlpmetrichttp.WithHeaders(cfg.Headers))
+		opts = append(opts, otlpmetrichttp.WithHeaders(map[string]string{})) // the caller adds them
 	}
 	exp, err := otlpmetrichttp.New(ctx, opts...)
-	return exp, transport, err
+	return exp, client, err
 }
 
 // captureTripper stands where the official exporter has its transport. It never
 // reaches the network: all sending is done by httpCaller.
 type captureTripper struct {
 	client  *http.Client
+	own     *renewed[map[string]string]
 	gzip    bool
 	timeout time.Duration
 }
@@ -98,7 +105,7 @@ func (t captureTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, fmt.Errorf("capture request: %w", err)
 	}
 	c.target = req.URL.Redacted()
-	c.caller = &httpCaller{client: t.client, url: req.URL.String(), header: req.Header.Clone(), gzip: t.gzip, timeout: t.timeout}
+	c.caller = &httpCaller{client: t.client, url: req.URL.String(), header: req.Header.Clone(), own: t.own, gzip: t.gzip, timeout: t.timeout}
 	return &http.Response{
 		StatusCode: http.StatusOK, Status: "200 OK", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		Header: http.Header{}, Body: http.NoBody, Request: req,
@@ -121,6 +128,9 @@ func (c *httpCaller) send(ctx context.Context, request []byte) Answer {
 		return Answer{Verdict: Misconfigured, Kind: "request", Err: fmt.Errorf("make request: %w", err)}
 	}
 	req.Header = c.header.Clone()
+	for name, value := range c.own.get() {
+		req.Header.Set(name, value)
+	}
 	if c.gzip {
 		req.Header.Set("Content-Encoding", "gzip")
 	}

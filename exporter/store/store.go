@@ -28,6 +28,13 @@ var (
 	ErrClosed = errors.New("store is closed")
 )
 
+// Fields of a Config that are zero mean these.
+const (
+	DefaultOutboxMaxBytes = 256 << 20
+	DefaultOutboxMaxAge   = 7 * 24 * time.Hour
+	DefaultHistory        = 21 * 24 * time.Hour
+)
+
 // Config says where a store is and how large it may become. Only Dir is needed.
 type Config struct {
 	// Dir is made with mode 0700 if there is none. It must belong to the user
@@ -36,14 +43,14 @@ type Config struct {
 	// OutboxMaxBytes bounds the requests not yet delivered, as compressed on
 	// disk. The newest request is always taken, so the outbox may exceed the
 	// bound by one request, and by a quarter while thinning catches up.
-	OutboxMaxBytes int64 // 0 = 256 MiB
+	OutboxMaxBytes int64 // 0 = DefaultOutboxMaxBytes
 	// OutboxMaxAge bounds how old an undelivered request becomes. At most 16
 	// are dropped for each Commit, so that a clock that jumps for a moment does
 	// not empty the outbox.
-	OutboxMaxAge time.Duration // 0 = 7 days
+	OutboxMaxAge time.Duration // 0 = DefaultOutboxMaxAge
 	// History is how long samples are kept; with less than 0 none are, and
 	// those of an earlier configuration are removed.
-	History time.Duration // 0 = 21 days
+	History time.Duration // 0 = DefaultHistory
 	// SeriesMaxAge is how long a series is kept after it was last seen. A series
 	// with a run, or with no time of having been seen, is not too old.
 	SeriesMaxAge time.Duration // 0 = 30 days
@@ -105,9 +112,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	setDefault(&cfg.OutboxMaxBytes, 256<<20)
-	setDefault(&cfg.OutboxMaxAge, 7*24*time.Hour)
-	setDefault(&cfg.History, 21*24*time.Hour)
+	setDefault(&cfg.OutboxMaxBytes, DefaultOutboxMaxBytes)
+	setDefault(&cfg.OutboxMaxAge, DefaultOutboxMaxAge)
+	setDefault(&cfg.History, DefaultHistory)
 	setDefault(&cfg.SeriesMaxAge, 30*24*time.Hour)
 	setDefault(&cfg.SeriesMax, 20_000)
 	if cfg.Logger == nil {

@@ -7,13 +7,6 @@ import (
 	"strings"
 )
 
-// DefaultTypes are the unit types that are metered where nothing else is said. Slices are not among
-// them, since a slice contains the traffic of the units in it; the others are
-// disjoint.
-func DefaultTypes() []string {
-	return []string{"service", "scope", "socket", "mount", "swap"}
-}
-
 // CounterInterface returns the D-Bus interface that has IPAccounting and the IP
 // counters of a unit type such as "service", or "" for a type without.
 func CounterInterface(unitType string) string {

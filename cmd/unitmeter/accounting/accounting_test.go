@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 func TestChoose(t *testing.T) {
@@ -24,7 +24,7 @@ func TestChoose(t *testing.T) {
 	} {
 		var units []Reading
 		for _, name := range []string{"a.service", "b.service", "tmp.mount", `a\x2db.service`} {
-			units = append(units, Reading{Unit: receiver.Unit{Name: name}})
+			units = append(units, Reading{Unit: systemd.Unit{Name: name}})
 		}
 		patterns, err := Patterns(test.patterns)
 		if err == nil {
@@ -46,8 +46,8 @@ func TestChoose(t *testing.T) {
 
 func TestSpeed(t *testing.T) {
 	at := time.Unix(1000, 0)
-	before := receiver.Unit{Time: at, Counters: receiver.Counters{IngressBytes: 100, IngressPackets: 10, EgressBytes: 5, EgressPackets: 1}}
-	now := receiver.Unit{Time: at.Add(2 * time.Second), Counters: receiver.Counters{IngressBytes: 300, IngressPackets: 11, EgressBytes: 5, EgressPackets: 1}}
+	before := systemd.Unit{Time: at, Counters: systemd.Counters{IngressBytes: 100, IngressPackets: 10, EgressBytes: 5, EgressPackets: 1}}
+	now := systemd.Unit{Time: at.Add(2 * time.Second), Counters: systemd.Counters{IngressBytes: 300, IngressPackets: 11, EgressBytes: 5, EgressPackets: 1}}
 	if got := speed(before, now); got == nil || *got != [4]float64{100, 0.5, 0, 0} {
 		t.Errorf("speed is %v", got)
 	}

@@ -11,7 +11,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 const (
@@ -45,7 +45,7 @@ func (e *BusError) Unwrap() error { return e.Err }
 func Connect(ctx context.Context, addresses ...string) (*Manager, error) {
 	var errs []error
 	for _, address := range addresses {
-		conn, err := receiver.Dial(ctx, address)
+		conn, err := systemd.Dial(ctx, address)
 		if err == nil {
 			return &Manager{conn, address}, nil
 		}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // Types are the types of unit that have IP counters.
@@ -23,7 +24,7 @@ func Possible(unit string) bool { return counterInterface(unit) != "" }
 // counterInterface is the D-Bus interface with IPAccounting and the counters of a
 // unit, or "" for a type without.
 func counterInterface(unit string) string {
-	return receiver.CounterInterface(strings.TrimPrefix(path.Ext(unit), "."))
+	return systemd.CounterInterface(strings.TrimPrefix(path.Ext(unit), "."))
 }
 
 // CarriesTraffic is false for the types of unit that hardly ever have anything

@@ -9,11 +9,12 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // Reading is one unit with its counters and, over an interval, their speeds.
 type Reading struct {
-	receiver.Unit
+	systemd.Unit
 	// Speed is in bytes or packets per second, in the order of Values; nil where
 	// it is not known.
 	Speed *[4]float64
@@ -21,7 +22,7 @@ type Reading struct {
 
 // Values are the counters of a unit: bytes and packets received, bytes and
 // packets sent.
-func Values(c receiver.Counters) [4]uint64 {
+func Values(c systemd.Counters) [4]uint64 {
 	return [4]uint64{c.IngressBytes, c.IngressPackets, c.EgressBytes, c.EgressPackets}
 }
 
@@ -57,9 +58,9 @@ func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval 
 	if err != nil {
 		return nil, err
 	}
-	var before map[string]receiver.Unit
+	var before map[string]systemd.Unit
 	if interval > 0 {
-		before = make(map[string]receiver.Unit, len(units))
+		before = make(map[string]systemd.Unit, len(units))
 		for _, u := range units {
 			before[u.Name+u.Invocation] = u
 		}
@@ -83,7 +84,7 @@ func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval 
 }
 
 // sweep reads all units once. It is an error if a unit could not be read in time.
-func sweep(ctx context.Context, r *receiver.Receiver) ([]receiver.Unit, error) {
+func sweep(ctx context.Context, r *receiver.Receiver) ([]systemd.Unit, error) {
 	if r.Sweep(ctx).Partial {
 		return nil, errors.New("read all units: systemd did not answer for all of them in time; raise UNITMETER_SWEEP_TIMEOUT, or try again")
 	}
@@ -92,7 +93,7 @@ func sweep(ctx context.Context, r *receiver.Receiver) ([]receiver.Unit, error) {
 
 // Growth is by how much the counters of a unit have grown between two readings;
 // ok is false where one of them fell.
-func Growth(old, now receiver.Counters) (growth [4]uint64, ok bool) {
+func Growth(old, now systemd.Counters) (growth [4]uint64, ok bool) {
 	a, b := Values(old), Values(now)
 	for i := range growth {
 		if b[i] < a[i] {
@@ -104,7 +105,7 @@ func Growth(old, now receiver.Counters) (growth [4]uint64, ok bool) {
 }
 
 // speed is nil where the counters fell or no time passed.
-func speed(old, now receiver.Unit) *[4]float64 {
+func speed(old, now systemd.Unit) *[4]float64 {
 	seconds := now.Time.Sub(old.Time).Seconds()
 	growth, ok := Growth(old.Counters, now.Counters)
 	if !ok || seconds <= 0 {

@@ -27,9 +27,10 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -365,21 +366,21 @@ func TestBusFailure(t *testing.T) {
 		container, aaprof string
 		fix               string
 	}{
-		{"not systemd", at(receiver.UsualSystemBus, missing), false, "", "", "a host whose init is systemd"},
-		{"no dbus", at(receiver.UsualSystemBus, missing), true, "", "", "systemctl start dbus.socket dbus.service"},
-		{"dead dbus", at(receiver.UsualSystemBus, refused), true, "", "", "systemctl start dbus.socket dbus.service"},
-		{"docker", at(receiver.UsualSystemBus, missing), false, "docker", "", "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket"},
-		{"kubernetes", at(receiver.UsualSystemBus, missing), false, "kubernetes", "", "a hostPath volume of /run/dbus/system_bus_socket"},
+		{"not systemd", at(systemd.UsualSystemBus, missing), false, "", "", "a host whose init is systemd"},
+		{"no dbus", at(systemd.UsualSystemBus, missing), true, "", "", "systemctl start dbus.socket dbus.service"},
+		{"dead dbus", at(systemd.UsualSystemBus, refused), true, "", "", "systemctl start dbus.socket dbus.service"},
+		{"docker", at(systemd.UsualSystemBus, missing), false, "docker", "", "-v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket"},
+		{"kubernetes", at(systemd.UsualSystemBus, missing), false, "kubernetes", "", "a hostPath volume of /run/dbus/system_bus_socket"},
 		{"wrong address", at("unix:path=/x", missing), true, "", "", "unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS"},
-		{"socket mode", at(receiver.UsualSystemBus, forbidden), true, "", "", "chmod 0666 /run/dbus/system_bus_socket"},
-		{"socket AppArmor", at(receiver.UsualSystemBus, forbidden), false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
-		{"message AppArmor", at(receiver.UsualSystemBus, dbus.Error{Name: "org.freedesktop.DBus.Error.AccessDenied", Body: []any{"An AppArmor policy prevents this sender from sending"}}),
+		{"socket mode", at(systemd.UsualSystemBus, forbidden), true, "", "", "chmod 0666 /run/dbus/system_bus_socket"},
+		{"socket AppArmor", at(systemd.UsualSystemBus, forbidden), false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
+		{"message AppArmor", at(systemd.UsualSystemBus, dbus.Error{Name: "org.freedesktop.DBus.Error.AccessDenied", Body: []any{"An AppArmor policy prevents this sender from sending"}}),
 			false, "docker", "docker-default (enforce)", "--security-opt apparmor=unconfined"},
-		{"dynamic user", at(receiver.UsualSystemBus, errors.New(`authenticate to D-Bus: the bus answered "REJECTED EXTERNAL"`)), true, "", "", "use a static user"},
-		{"silence", at(receiver.UsualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
+		{"dynamic user", at(systemd.UsualSystemBus, errors.New(`authenticate to D-Bus: the bus answered "REJECTED EXTERNAL"`)), true, "", "", "use a static user"},
+		{"silence", at(systemd.UsualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
 		{"session bus", at("unix:path=/run/user/1000/bus", dbus.Error{Name: "org.freedesktop.DBus.Error.ServiceUnknown"}), true, "", "", "set DBUS_SYSTEM_BUS_ADDRESS"},
-		{"the last of two counts", errors.Join(&accounting.BusError{Address: receiver.PrivateBus, Err: missing}, &accounting.BusError{Address: receiver.UsualSystemBus, Err: forbidden}), true, "", "", "chmod 0666 /run/dbus"},
-		{"anything", at(receiver.UsualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
+		{"the last of two counts", errors.Join(&accounting.BusError{Address: systemd.PrivateBus, Err: missing}, &accounting.BusError{Address: systemd.UsualSystemBus, Err: forbidden}), true, "", "", "chmod 0666 /run/dbus"},
+		{"anything", at(systemd.UsualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
 	} {
 		want(t, map[string]finding{test.name: busFailure(test.err, test.booted, test.container, test.aaprof)}, test.name, statusFail, test.fix)
 	}
@@ -426,7 +427,7 @@ func TestStopRecordsFinding(t *testing.T) {
 
 func TestTLSFailureExpired(t *testing.T) {
 	err := fmt.Errorf("tls: %w", x509.CertificateInvalidError{Reason: x509.Expired})
-	f := tlsFailure(err, endpoint{address: "c:4317"}, config.OTLP{})
+	f := tlsFailure(err, endpoint{address: "c:4317"}, config.Files{})
 	want(t, map[string]finding{"tls": f}, "tls", statusFail, "renew the certificate")
 }
 
@@ -434,6 +435,7 @@ func TestParseEndpoint(t *testing.T) {
 	for _, test := range []struct{ protocol, text, network, address, host string }{
 		{"grpc", "localhost:4317", "tcp", "localhost:4317", "localhost"},
 		{"grpc", "[::1]:4317", "tcp", "[::1]:4317", "::1"},
+		{"grpc", "[fe80::1%25eth0]:4317", "tcp", "[fe80::1%eth0]:4317", "fe80::1%eth0"},
 		{"grpc", "dns:///c.example:4317", "tcp", "c.example:4317", "c.example"},
 		{"grpc", "dns://1.1.1.1/c.example:4317", "tcp", "c.example:4317", "c.example"},
 		{"grpc", "dns:c.example:4317", "tcp", "c.example:4317", "c.example"},
@@ -443,12 +445,12 @@ func TestParseEndpoint(t *testing.T) {
 		{"http/protobuf", "https://c.example/v1/metrics", "tcp", "c.example:443", "c.example"},
 		{"http/protobuf", "http://[::1]/v1/metrics", "tcp", "[::1]:80", "::1"},
 	} {
-		got, err := parseEndpoint(config.OTLP{Protocol: test.protocol, Endpoint: test.text})
+		got, err := parseEndpoint(otlp.Config{Protocol: test.protocol, Endpoint: test.text})
 		if err != nil || got.network != test.network || got.address != test.address || got.host != test.host {
 			t.Errorf("parseEndpoint(%q) = %+v, %v, want %+v", test.text, got, err, test)
 		}
 	}
-	if got, err := parseEndpoint(config.OTLP{Protocol: "grpc", Endpoint: "nothing"}); err == nil {
+	if got, err := parseEndpoint(otlp.Config{Protocol: "grpc", Endpoint: "nothing"}); err == nil {
 		t.Errorf("an endpoint without a port is taken: %+v", got)
 	}
 }

@@ -34,7 +34,7 @@ type endpoint struct {
 }
 
 // parseEndpoint takes apart what config.Load has checked.
-func parseEndpoint(o config.OTLP) (endpoint, error) {
+func parseEndpoint(o otlp.Config) (endpoint, error) {
 	ep := endpoint{network: "tcp", plain: o.Insecure, grpc: o.Protocol != "http/protobuf"}
 	// HTTP has a URL with a scheme, of which the port follows where it has none.
 	if !ep.grpc {
@@ -56,12 +56,15 @@ func parseEndpoint(o config.OTLP) (endpoint, error) {
 	case "dns":
 		target = rest[strings.LastIndexByte(rest, '/')+1:]
 	}
-	host, _, err := net.SplitHostPort(target)
+	// gRPC asks for the proxy of an https URL, with and without TLS.
+	u, err := url.Parse("https://" + target)
 	if err != nil {
 		return ep, err
 	}
-	// gRPC asks for the proxy of an https URL, with and without TLS.
-	ep.host, ep.address, ep.url = host, target, "https://"+target
+	if u.Port() == "" {
+		return ep, fmt.Errorf("%q has no port", target)
+	}
+	ep.host, ep.address, ep.url = u.Hostname(), u.Host, "https://"+target
 	return ep, nil
 }
 
@@ -159,7 +162,7 @@ func usualEndpoint(ep endpoint) string {
 func (d *doctor) checkTLS(ctx context.Context, ep endpoint) finding {
 	switch {
 	// Headers are there to carry secrets.
-	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && len(d.cfg.OTLP.Headers) > 0:
+	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && headerCount(d.cfg.OTLP) > 0:
 		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "TLS is off, and the headers cross the network in clear text")
 	case ep.plain:
 		return good("TLS is off, as the endpoint asks")
@@ -168,7 +171,7 @@ func (d *doctor) checkTLS(ctx context.Context, ep endpoint) finding {
 	case !d.reachable:
 		return skipped("there is no connection")
 	}
-	return tlsFinding(ctx, ep, d.cfg.OTLP)
+	return tlsFinding(ctx, ep, d.cfg)
 }
 
 // loopback reports whether an endpoint is on this host: nobody listens in.
@@ -178,10 +181,12 @@ func loopback(host string) bool {
 }
 
 // tlsFinding shakes hands and judges the certificates of both sides.
-func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
+func tlsFinding(ctx context.Context, ep endpoint, settings config.Config) finding {
 	cfg := &tls.Config{}
-	if o.TLS != nil {
-		cfg = o.TLS.Clone()
+	if settings.OTLP.TLS != nil {
+		if read, err := settings.OTLP.TLS(); err == nil { // the check of the environment has read them
+			cfg = read.Clone()
+		}
 	}
 	cfg.NextProtos = []string{"h2", "http/1.1"}
 	if ep.grpc {
@@ -200,7 +205,7 @@ func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
 	}
 	conn, err := (&tls.Dialer{Config: cfg}).DialContext(ctx, ep.network, ep.address)
 	if err != nil {
-		return tlsFailure(err, ep, o)
+		return tlsFailure(err, ep, settings.Files)
 	}
 	defer conn.Close() // nothing was written
 	state := conn.(*tls.Conn).ConnectionState()
@@ -209,7 +214,7 @@ func tlsFinding(ctx context.Context, ep endpoint, o config.OTLP) finding {
 		// client's side of the handshake is done.
 		_ = conn.SetReadDeadline(time.Now().Add(time.Second))
 		if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			return tlsFailure(err, ep, o)
+			return tlsFailure(err, ep, settings.Files)
 		}
 	}
 	found := fmt.Sprintf("%s, certificate of %s", tls.VersionName(state.Version), certName(state.PeerCertificates[0]))
@@ -229,7 +234,7 @@ func certName(c *x509.Certificate) string {
 }
 
 // tlsFailure names the setting that is wrong.
-func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
+func tlsFailure(err error, ep endpoint, files config.Files) finding {
 	var plain tls.RecordHeaderError
 	var alert tls.AlertError
 	var unknown x509.UnknownAuthorityError
@@ -251,8 +256,8 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 			issuer = fmt.Sprintf("%q", unknown.Cert.Issuer.String())
 		}
 		found := "no authority that this system trusts signed the certificate"
-		if o.CertificateFile != "" {
-			found = o.CertificateFile + " is not the authority that signed the certificate"
+		if files.Certificate != "" {
+			found = files.Certificate + " is not the authority that signed the certificate"
 		}
 		return failure("set OTEL_EXPORTER_OTLP_CERTIFICATE to the PEM file of "+issuer, "%s: %v", found, err)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
@@ -260,11 +265,11 @@ func tlsFailure(err error, ep endpoint, o config.OTLP) finding {
 	// An alert is what a server sends that wants a client certificate, or another
 	// one than it got.
 	case errors.As(err, &alert), isAlert(err):
-		if o.ClientCertificateFile == "" {
+		if files.ClientCertificate == "" {
 			return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY", "the Collector requires a client certificate, and none is set: %v", err)
 		}
 		return failure("set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE to a certificate of an authority that the Collector trusts",
-			"the Collector rejects the client certificate %s: %v", o.ClientCertificateFile, err)
+			"the Collector rejects the client certificate %s: %v", files.ClientCertificate, err)
 	// Servers that read a TLS handshake as something else hang up.
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s closes the connection during the TLS handshake: it may not speak TLS", ep.address)
@@ -281,6 +286,15 @@ func isAlert(err error) bool {
 	return errors.As(err, &op) && op.Op == "remote error"
 }
 
+// headerCount is how many headers each request has.
+func headerCount(o otlp.Config) int {
+	if o.Headers == nil {
+		return 0
+	}
+	headers, _ := o.Headers() // the check of the environment has read them
+	return len(headers)
+}
+
 // checkCollector sends an empty request. Where it fails, the endpoint is asked
 // what it speaks, since the errors of a wrong protocol do not say.
 func (d *doctor) checkCollector(ctx context.Context, ep endpoint) finding {
@@ -289,11 +303,11 @@ func (d *doctor) checkCollector(ctx context.Context, ep endpoint) finding {
 	}
 	// Half of the time is for finding out why it failed.
 	attempt, cancel := context.WithTimeout(ctx, checkTimeout/2)
-	err := exporter.Probe(attempt, d.cfg.OTLP.Exporter())
+	err := otlp.Probe(attempt, d.cfg.OTLP)
 	cancel()
 	if err == nil {
 		names := "no headers"
-		if n := len(d.cfg.OTLP.Headers); n > 0 {
+		if n := headerCount(d.cfg.OTLP); n > 0 {
 			names = fmt.Sprintf("%d headers", n)
 		}
 		return good("it accepts a request (%s, %s)", d.cfg.OTLP.Protocol, names)
@@ -311,7 +325,7 @@ func (d *doctor) checkCollector(ctx context.Context, ep endpoint) finding {
 // said of our credentials comes first: nothing else can be wrong if it got that
 // far. Then comes what it turns out to speak, since the libraries' errors for the
 // wrong protocol name frames and bytes, and no setting.
-func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) finding {
+func collectorFailure(err error, peer string, ep endpoint, o otlp.Config) finding {
 	// The answer itself, where there is one: its code is the most that is known.
 	code := codes.OK // of an answer over gRPC
 	if s, ok := grpcstatus.FromError(err); ok {
@@ -324,9 +338,9 @@ func collectorFailure(err error, peer string, ep endpoint, o config.OTLP) findin
 	header := "set the header that the Collector requires in UNITMETER_OTLP_HEADERS_FILE or OTEL_EXPORTER_OTLP_HEADERS"
 	switch {
 	case code == codes.Unauthenticated, web == http.StatusUnauthorized:
-		return failure(header, "the Collector rejects the credentials (%d headers are set): %s", len(o.Headers), err)
+		return failure(header, "the Collector rejects the credentials (%d headers are set): %s", headerCount(o), err)
 	case code == codes.PermissionDenied, web == http.StatusForbidden:
-		return failure(header, "the credentials do not allow sending metrics (%d headers are set): %s", len(o.Headers), err)
+		return failure(header, "the credentials do not allow sending metrics (%d headers are set): %s", headerCount(o), err)
 	case peer == peerTLS && ep.plain:
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings have it off: %s", ep.address, err)
 	case peer == peerPlain && !ep.plain:

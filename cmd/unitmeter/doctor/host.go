@@ -208,11 +208,11 @@ func (d *doctor) checkState(context.Context) finding {
 	if !d.configured {
 		return skipped("the environment is wrong")
 	}
-	if d.cfg.StateDir == "" {
+	if d.cfg.Store.Dir == "" {
 		return warning("set UNITMETER_STATE_DIR=/var/lib/unitmeter, or StateDirectory=unitmeter in the agent's unit",
 			"there is none: each start of the agent restarts every series, and nothing is stored while the Collector is away")
 	}
-	f := stateFinding(d.cfg.StateDir, d.cfg.OutboxMaxBytes)
+	f := stateFinding(d.cfg.Store.Dir, d.cfg.Store.OutboxMaxBytes)
 	d.stateless = f.Status == statusFail
 	return f
 }
@@ -274,10 +274,10 @@ func stateFinding(dir string, outbox int64) finding {
 // checkOutbox looks for requests that wait for the Collector for too long, and
 // for those that it refused until they were set aside.
 func (d *doctor) checkOutbox(ctx context.Context) finding {
-	if !d.configured || d.cfg.StateDir == "" {
+	if !d.configured || d.cfg.Store.Dir == "" {
 		return skipped("there is no state directory")
 	}
-	reader, err := store.OpenReader(ctx, d.cfg.StateDir)
+	reader, err := store.OpenReader(ctx, d.cfg.Store.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return skipped("the agent has not used this state directory yet")
 	}

@@ -17,13 +17,13 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
-	"github.com/unitmeter/unitmeter/exporter"
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // checkBus connects to systemd as the agent would.
 func (d *doctor) checkBus(ctx context.Context) finding {
-	m, err := accounting.Connect(ctx, d.cfg.Receiver().Addresses()...)
+	m, err := accounting.Connect(ctx, d.cfg.Receiver.Addresses()...)
 	if err == nil {
 		// A bus without systemd on it is no use.
 		var version string
@@ -36,7 +36,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 		return busFailure(err, booted(), container(), apparmor())
 	}
 	d.m = m
-	if m.Address == receiver.PrivateBus {
+	if m.Address == systemd.PrivateBus {
 		return good("PID 1's own socket answers (%s), which costs half of the system bus", m.Address)
 	}
 	return good("systemd answers at %s", m.Address)
@@ -52,7 +52,7 @@ func booted() bool {
 // busFailure says what to do about a bus that cannot be used. The last address
 // that was tried is the one that most systems have.
 func busFailure(err error, booted bool, container, profile string) finding {
-	address := receiver.UsualSystemBus
+	address := systemd.UsualSystemBus
 	var last *accounting.BusError
 	// As root two addresses were tried. The private socket is there or not; what
 	// is wrong with the bus can be fixed.
@@ -71,7 +71,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 		mount = "mount the host's socket into the pod: a hostPath volume of " + socket
 	}
 	switch {
-	case address != receiver.UsualSystemBus && address != receiver.PrivateBus && errors.Is(err, fs.ErrNotExist):
+	case address != systemd.UsualSystemBus && address != systemd.PrivateBus && errors.Is(err, fs.ErrNotExist):
 		return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS, or name a socket that exists", "%s", found)
 	// Containers first: the fix for a host does nothing in them.
 	case errors.Is(err, fs.ErrNotExist) && container != "" && !booted:
@@ -83,7 +83,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	// dbus-daemon says so in the text of its refusal.
 	case accounting.Denied(err) && strings.Contains(err.Error(), "AppArmor"):
 		return failure("run the container with --security-opt apparmor=unconfined", "%s (profile %s)", found, profile)
-	case address == receiver.PrivateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
+	case address == systemd.PrivateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
 		return failure("set UNITMETER_BUS=system, or run it as root", "%s", found)
 	// A profile refuses with the same error as the mode of the socket.
 	case errors.Is(err, fs.ErrPermission) && profile != "":
@@ -98,7 +98,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	case accounting.ErrorIs(err, "org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner", "org.freedesktop.DBus.Error.Spawn.ChildExited"):
 		return failure("set DBUS_SYSTEM_BUS_ADDRESS to the bus of the host, or unset it", "%s; systemd is not on this bus", found)
 	}
-	return failure("set UNITMETER_BUS=auto and DBUS_SYSTEM_BUS_ADDRESS="+receiver.UsualSystemBus, "%s", found)
+	return failure("set UNITMETER_BUS=auto and DBUS_SYSTEM_BUS_ADDRESS="+systemd.UsualSystemBus, "%s", found)
 }
 
 // flatten returns the parts of a joined error.
@@ -194,7 +194,7 @@ func (d *doctor) checkDefault(ctx context.Context) finding {
 
 // checkAccounting counts the units that are not counted.
 func (d *doctor) checkAccounting(ctx context.Context) finding {
-	cfg := d.cfg.Receiver()
+	cfg := d.cfg.Receiver
 	cfg.SweepTimeout = 0 // ctx is shorter
 	var err error
 	if d.units, err = accounting.Read(ctx, cfg, nil, 0); err != nil {
@@ -258,7 +258,7 @@ func list(names []string) string {
 // checkStopRecords reads the journal as the agent does, for the last bytes of units.
 func (d *doctor) checkStopRecords(ctx context.Context) finding {
 	// With a configuration that is wrong it is empty, which is auto.
-	mode := d.cfg.StopRecords
+	mode := d.cfg.Receiver.StopRecords
 	if mode == "off" {
 		return warning("unset UNITMETER_STOP_RECORDS", "UNITMETER_STOP_RECORDS=off: traffic between the last sweep and the end of a unit is missed")
 	}
@@ -354,7 +354,7 @@ func (d *doctor) speak(ctx context.Context) (what string, err error) {
 	// counted all the same, whether or not somebody takes it.
 	if d.reachable {
 		if ep, err := parseEndpoint(d.cfg.OTLP); err == nil && ep.network == "tcp" {
-			if exporter.Probe(ctx, d.cfg.OTLP.Exporter()) == nil {
+			if otlp.Probe(ctx, d.cfg.OTLP) == nil {
 				return "an empty request to the Collector", nil
 			}
 		}

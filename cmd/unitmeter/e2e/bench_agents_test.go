@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -49,10 +50,8 @@ const (
 	statesOnly  = "unit states only"
 )
 
-// contenders is the table of what is measured. Each is restricted to the units that
-// are there for the measurement, and has its defaults otherwise, but for what the
-// comparison is about.
-func contenders(b *testing.B, units int, interval time.Duration) []contender {
+// ourContenders are the agent on either socket.
+func ourContenders(b *testing.B, interval time.Duration) []contender {
 	own := func(name, against, user, variable, value string) contender {
 		binary, err := agentBinary()
 		if err != nil {
@@ -68,6 +67,16 @@ func contenders(b *testing.B, units int, interval time.Duration) []contender {
 			interval: interval, metric: `^systemd\.unit\.network\.packet\.count$`, label: "systemd.unit.name",
 		}
 	}
+	return []contender{
+		own("system bus", peerBus, "nobody", "UNITMETER_BUS", "system"),
+		own("private socket", peerPrivate, "root", "UNITMETER_BUS", "private"),
+	}
+}
+
+// contenders is the table of what is measured. Each is restricted to the units that
+// are there for the measurement, and has its defaults otherwise, but for what the
+// comparison is about.
+func contenders(b *testing.B, units int, interval time.Duration) []contender {
 	scraped := func(name, user, lacks, reads, metric, program string, flags ...string) contender {
 		return contender{
 			name: name, user: user, lacks: lacks, reads: reads, command: append([]string{tool(b, program), "--web.disable-exporter-metrics", "--web.listen-address=127.0.0.1:9558"}, flags...),
@@ -103,15 +112,13 @@ service_address = "127.0.0.1:4317"
 `, interval, units, 10*units, details),
 		}
 	}
-	return []contender{
-		own("system bus", peerBus, "nobody", "UNITMETER_BUS", "system"),
-		own("private socket", peerPrivate, "root", "UNITMETER_BUS", "private"),
+	return append(ourContenders(b, interval),
 		systemdExporter(peerBus, "nobody"),
 		systemdExporter(peerPrivate, "root", "--systemd.collector.private"),
 		scraped("node_exporter", "nobody", statesOnly, "state and service type: 1 call, one unit after the other",
 			"^node_systemd_unit_state$", "node_exporter",
 			"--collector.disable-defaults", "--collector.systemd", `--collector.systemd.unit-include=load-.*\.service`),
-		{
+		contender{
 			name: "Collector, systemdreceiver", lacks: "states and CPU time only", user: "nobody", command: []string{tool(b, "otelcol-systemd"), "--config", "/etc/bench.conf"},
 			reads:    "state and, from the cgroup's files, CPU time: 1 call, one unit after the other",
 			interval: interval, metric: `^systemd\.unit\.state$`, label: "systemd.unit.name",
@@ -122,7 +129,18 @@ service: {telemetry: {metrics: {level: none}}, pipelines: {metrics: {receivers: 
 		},
 		telegraf("telegraf", statesOnly, "state: one ListUnits for all", false),
 		telegraf("telegraf, details", "no IP counters", "state, memory, restarts and more, picked out of all of a unit's properties: 2 GetAll, one unit after the other", true),
+	)
+}
+
+func toolPath(b *testing.B, name string) string {
+	path, err := filepath.Abs("../../.tools/bin/" + name)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
 	}
+	if err != nil {
+		b.Fatalf("find %s: %v; run \".ci/tools bench\"", name, err)
+	}
+	return path
 }
 
 // title is the name with what one must know to compare it.

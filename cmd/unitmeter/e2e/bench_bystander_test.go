@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // BenchmarkBystander measures how long another client of systemd waits for an
@@ -17,7 +17,7 @@ import (
 func BenchmarkBystander(b *testing.B) {
 	rig := startLoad(b, 1000, 100)
 	measureCalls := func(b *testing.B) {
-		conn, err := receiver.Dial(b.Context(), rig.SystemBus())
+		conn, err := systemd.Dial(b.Context(), rig.SystemBus())
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // underLoad has a service send 2,000 datagrams a second for 8 s, and does
@@ -90,7 +90,7 @@ func killed(id, title string) scenario {
 			s.in("systemctl stop {id}-steady")
 			eventually(s.t, "all short services have ended", func() bool { return s.pending(s.id+"-short*") == 0 })
 			s.sent("1,000 datagrams a second, and %d short services", short)
-			s.exact(receiver.Counters{})
+			s.exact(systemd.Counters{})
 			restarts, err := strconv.Atoi(strings.TrimSpace(s.in("systemctl show -p NRestarts --value unitmeter")))
 			if err != nil || restarts < n*3/4 {
 				s.t.Errorf("the agent was killed %d times of %d (%v)", restarts, n, err)
@@ -151,7 +151,7 @@ var overflow = scenario{
 	units: map[string]string{"over@.service": senderOfInstances},
 	run: func(s *scene) {
 		s.in(`for i in $(seq 40); do systemctl start over@$i; until [ -e /run/over.$i ]; do sleep .01; done; done`)
-		all := func() receiver.Counters { return s.sum(func(unit string) bool { return unit == "" || s.mine(unit) }) }
+		all := func() systemd.Counters { return s.sum(func(unit string) bool { return unit == "" || s.mine(unit) }) }
 		known := s.datagrams(40 * 41 / 2)
 		if accounted := s.sliceCounted(); accounted != known {
 			s.t.Errorf("systemd accounted %s, sent were %s", show(accounted), show(known))
@@ -188,7 +188,7 @@ var distinct = scenario{
 		s.sent("%d × 3 × 128 B", n)
 		// A series that made room for another has sent its last point: the sum
 		// over all series that there ever were is what the receiver has.
-		all := func() receiver.Counters { return s.sum(func(unit string) bool { return unit == "" || s.mine(unit) }) }
+		all := func() systemd.Counters { return s.sum(func(unit string) bool { return unit == "" || s.mine(unit) }) }
 		s.equal(s.sliceCounted(), all)
 		early, late := memory[0], s.memory()
 		if late > early+early/2+8<<10 {
@@ -235,6 +235,6 @@ var unnamed = scenario{
 		if accounted := s.sliceCounted(); accounted != known {
 			s.t.Errorf("systemd accounted %s, sent were %s", show(accounted), show(known))
 		}
-		s.equal(known, func() receiver.Counters { return s.sum(func(unit string) bool { return unit == "run-*.service" }) })
+		s.equal(known, func() systemd.Counters { return s.sum(func(unit string) bool { return unit == "run-*.service" }) })
 	},
 }

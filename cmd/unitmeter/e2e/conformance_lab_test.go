@@ -11,7 +11,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -142,10 +142,10 @@ func (l *lab) arrives(d time.Duration, condition func() bool) bool {
 }
 
 // counted returns what systemctl show says of a unit, and whether it has data.
-func (l *lab) counted(unit string) (receiver.Counters, bool) {
+func (l *lab) counted(unit string) (systemd.Counters, bool) {
 	l.t.Helper()
 	a := l.Show(l.t, unit)
-	return receiver.Counters{IngressBytes: a.IngressBytes, IngressPackets: a.IngressPackets, EgressBytes: a.EgressBytes, EgressPackets: a.EgressPackets}, a.OK
+	return systemd.Counters{IngressBytes: a.IngressBytes, IngressPackets: a.IngressPackets, EgressBytes: a.EgressBytes, EgressPackets: a.EgressPackets}, a.OK
 }
 
 // systemd returns the version of systemd in the rig, and its number.

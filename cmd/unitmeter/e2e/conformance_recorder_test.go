@@ -17,6 +17,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // recorder is an OTLP/gRPC receiver that keeps the sum of what arrived for each
@@ -143,7 +144,7 @@ func (r *recorder) take(p otlptest.Point) {
 
 // sum adds up the series of all units for which is returns true; "" stands for
 // the overflow series.
-func (r *recorder) sum(is func(unit string) bool) (total receiver.Counters) {
+func (r *recorder) sum(is func(unit string) bool) (total systemd.Counters) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range r.series {
@@ -156,7 +157,7 @@ func (r *recorder) sum(is func(unit string) bool) (total receiver.Counters) {
 }
 
 // unattributed returns what arrived as unattributed of a slice.
-func (r *recorder) unattributed(slice string) (total receiver.Counters) {
+func (r *recorder) unattributed(slice string) (total systemd.Counters) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range r.series {

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // conformance lists all groups. Each gets a rig of its own.
@@ -157,7 +157,7 @@ var acceptNo = scenario{
 	run: func(s *scene) {
 		s.in(`systemctl start {id}.socket; for i in $(seq 5); do {traffic} tcp-fetch 127.0.0.1:7001; done; until [ "$(systemctl show -p ActiveState --value {id}.service)" = inactive ]; do sleep .02; done`)
 		s.sent("5 × 100 kB of payload")
-		s.exact(receiver.Counters{})
+		s.exact(systemd.Counters{})
 		s.atLeast(500_000)
 	},
 }
@@ -171,7 +171,7 @@ var acceptYes = scenario{
 	run: func(s *scene) {
 		s.in(`systemctl start {id}.socket; for i in $(seq 5); do {traffic} tcp-fetch 127.0.0.1:7002; done; until [ -z "$(systemctl list-units --no-legend --state=active '{id}@*')" ]; do sleep .02; done`)
 		s.sent("5 × 100 kB of payload")
-		s.exact(receiver.Counters{})
+		s.exact(systemd.Counters{})
 		s.atLeast(500_000)
 	},
 }
@@ -264,7 +264,7 @@ func toggled(id, title string, alone bool) scenario {
 			}
 			s.in("systemctl start {id}")
 			s.say(100)
-			var carried receiver.Counters // of counters that began again
+			var carried systemd.Counters // of counters that began again
 			for range 3 {
 				before, _ := s.lab.counted(unit)
 				// Where they begin again, what no sweep has read is gone with them.
@@ -329,7 +329,7 @@ var orphans = scenario{
 		open := fmt.Sprintf(`awk '$2 $3 ~ /:%04X/ && $4 != "06" && $4 != "0A"' /proc/net/tcp`, sink.Port())
 		eventually(s.t, "the socket is drained", func() bool { return s.in(open) == "" })
 		s.sent("TCP until killed")
-		s.exact(receiver.Counters{})
+		s.exact(systemd.Counters{})
 		late := s.row.accounted.EgressBytes - atEnd.EgressBytes
 		if late == 0 {
 			s.t.Error("nothing was sent after the end: this shows nothing")
@@ -423,7 +423,7 @@ func wholly(s *scene) {
 	s.t.Helper()
 	slice, units := s.sliceCounted(), s.recorded()
 	if units.EgressBytes <= slice.EgressBytes {
-		s.exact(receiver.Counters{})
+		s.exact(systemd.Counters{})
 		return
 	}
 	s.equal(units, s.receivedNow)
@@ -431,7 +431,7 @@ func wholly(s *scene) {
 }
 
 // recorded returns the sum of PID 1's records of the scenario's units that ended.
-func (s *scene) recorded() (sum receiver.Counters) {
+func (s *scene) recorded() (sum systemd.Counters) {
 	s.t.Helper()
 	for line := range strings.Lines(s.in("journalctl --no-pager -o json _PID=1 MESSAGE_ID=" + stopRecord)) {
 		var record map[string]any

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 const conformanceDoc = "../../../docs/conformance.md"
@@ -121,15 +121,15 @@ type scene struct {
 	t      *testing.T
 	report *report
 	row    row
-	again  func() receiver.Counters // what has been received, once more
+	again  func() systemd.Counters // what has been received, once more
 }
 
 // row is one row of the table.
 type row struct {
 	sent                string // as the scenario knows it
-	accounted, received receiver.Counters
-	unattributed        receiver.Counters // bytes only
-	counted             bool              // accounted and received mean something
+	accounted, received systemd.Counters
+	unattributed        systemd.Counters // bytes only
+	counted             bool             // accounted and received mean something
 	verdict, note       string
 }
 
@@ -160,13 +160,13 @@ func (s *scene) mine(unit string) bool {
 	return ok && rest != "" && (strings.ContainsRune(".@-*", rune(rest[0])))
 }
 
-func (s *scene) receivedNow() receiver.Counters { return s.sum(s.mine) }
+func (s *scene) receivedNow() systemd.Counters { return s.sum(s.mine) }
 
 func (s *scene) slice() string { return s.id + ".slice" }
 
 // sliceCounted is what systemd accounted to the scenario's slice: all of its
 // units, those that are gone included.
-func (s *scene) sliceCounted() receiver.Counters {
+func (s *scene) sliceCounted() systemd.Counters {
 	s.t.Helper()
 	c, ok := s.counted(s.slice())
 	if !ok {
@@ -180,28 +180,28 @@ func (s *scene) sent(format string, args ...any) { s.row.sent = fmt.Sprintf(form
 
 // datagrams says that the scenario sent n datagrams of 128 B, and that systemd
 // must have accounted exactly these.
-func (s *scene) datagrams(n int) receiver.Counters {
+func (s *scene) datagrams(n int) systemd.Counters {
 	s.sent("%d × 128 B", n)
-	return receiver.Counters{EgressBytes: uint64(n) * packetBytes, EgressPackets: uint64(n)}
+	return systemd.Counters{EgressBytes: uint64(n) * packetBytes, EgressPackets: uint64(n)}
 }
 
 // exact wants all that systemd accounted to the slice to arrive in the series of
 // its units, and nothing to be unattributed. known, if it is not zero, is what
 // systemd must have accounted.
-func (s *scene) exact(known receiver.Counters) {
+func (s *scene) exact(known systemd.Counters) {
 	s.t.Helper()
 	accounted := s.sliceCounted()
-	if known != (receiver.Counters{}) && accounted != known {
+	if known != (systemd.Counters{}) && accounted != known {
 		s.t.Errorf("systemd accounted %s, sent were %s", show(accounted), show(known))
 	}
 	s.equal(accounted, s.receivedNow)
-	if u := s.lab.unattributed(s.slice()); u != (receiver.Counters{}) {
+	if u := s.lab.unattributed(s.slice()); u != (systemd.Counters{}) {
 		s.t.Errorf("unattributed are %s", show(u))
 	}
 }
 
 // equal wants what arrives to become what systemd accounted.
-func (s *scene) equal(accounted receiver.Counters, received func() receiver.Counters) {
+func (s *scene) equal(accounted systemd.Counters, received func() systemd.Counters) {
 	s.t.Helper()
 	s.arrives(time.Minute, func() bool { return received() == accounted })
 	s.row.accounted, s.row.received, s.row.counted = accounted, received(), true
@@ -210,7 +210,7 @@ func (s *scene) equal(accounted receiver.Counters, received func() receiver.Coun
 	if s.row.received != accounted {
 		s.t.Errorf("systemd accounted %s, received were %s; unattributed %s", show(accounted), show(s.row.received), show(s.row.unattributed))
 	}
-	if accounted == (receiver.Counters{}) {
+	if accounted == (systemd.Counters{}) {
 		s.t.Error("nothing was accounted: this shows nothing")
 	}
 	s.row.verdict = "exact"
@@ -324,7 +324,7 @@ func mode() string {
 }
 
 // show prints counters for the table.
-func show(c receiver.Counters) string {
+func show(c systemd.Counters) string {
 	var parts []string
 	add := func(name string, bytes, packets uint64) {
 		if bytes+packets > 0 {
@@ -340,7 +340,7 @@ func show(c receiver.Counters) string {
 }
 
 // showDifference prints a - b.
-func showDifference(a, b receiver.Counters) string {
+func showDifference(a, b systemd.Counters) string {
 	if a == b {
 		return "0"
 	}

@@ -242,7 +242,7 @@ func TestDoctorAsAgent(t *testing.T) {
 	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\n")
 	w.sh("systemctl daemon-reload")
 
-	const settings = "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\nOTEL_METRIC_EXPORT_INTERVAL=200\nOTEL_EXPORTER_OTLP_TIMEOUT=5000\n"
+	const settings = "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\nOTEL_METRIC_EXPORT_INTERVAL=1000\nOTEL_EXPORTER_OTLP_TIMEOUT=5000\n"
 	findings := w.report("unitmeter doctor --json 2>/dev/null")
 	want(t, findings, "collector", "fail", "UNITMETER_OTLP_HEADERS_FILE")
 	want(t, findings, "agent", "warn", "systemctl enable --now unitmeter.service")

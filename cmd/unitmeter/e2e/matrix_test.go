@@ -4,7 +4,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // reloaded is a service over daemon-reload, with nothing sent during it. systemd
@@ -25,7 +25,7 @@ var reloaded = scenario{
 			s.say(n)
 			known += n
 			eventually(s.t, "what was sent has arrived", func() bool {
-				return s.receivedNow() == receiver.Counters{EgressBytes: uint64(known) * packetBytes, EgressPackets: uint64(known)}
+				return s.receivedNow() == systemd.Counters{EgressBytes: uint64(known) * packetBytes, EgressPackets: uint64(known)}
 			})
 		}
 		counts(100)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -150,7 +151,7 @@ func (s *site) caughtUp() {
 func (s *site) exact() {
 	s.t.Helper()
 	s.in("systemctl kill -s STOP " + siteUnit)
-	var want, got receiver.Counters
+	var want, got systemd.Counters
 	if !within(patience, func() bool { want, got = s.shown(siteUnit), s.total(siteUnit); return got == want }) || want.EgressPackets == 0 {
 		s.t.Errorf("%s: arrived are %+v, systemd says %+v", siteUnit, got, want)
 	}
@@ -310,7 +311,7 @@ func (w *witness) calls() int {
 }
 
 // total is what a unit has in its series.
-func (w *witness) total(unit string) (c receiver.Counters) {
+func (w *witness) total(unit string) (c systemd.Counters) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, metric := range []string{receiver.IOName, receiver.PacketCountName} {

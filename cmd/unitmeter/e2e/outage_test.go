@@ -30,6 +30,7 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // These tests compress a long outage: a process of its own has the agent's real
@@ -43,28 +44,24 @@ type fleet struct {
 	active int // units with traffic in each sweep
 	now    time.Time
 	step   time.Duration
-	series []receiver.Series // in the order of the sweep
+	series []ledger.Series // in the order of the sweep
 	epochs []string
 }
 
 func newFleet(units, active int, begin time.Time) *fleet {
 	f := &fleet{rand: rand.New(rand.NewPCG(1, 2)), active: active, now: begin, step: 10 * time.Second}
 	kinds := []string{"postgresql@%d-main.service", "worker-%d.service", "docker-%08x.scope", "nats-%d.socket", "backup-job-%d.service"}
-	host := attribute.String("host.name", "db-17.example.net")
 	for i := range units {
 		name := fmt.Sprintf(kinds[i%len(kinds)], i)
 		f.epochs = append(f.epochs, fmt.Sprintf("%032x", i*7919))
-		attrs := func(direction string) attribute.Set {
-			return attribute.NewSet(host, attribute.String("systemd.unit.name", name), attribute.String("network.io.direction", direction))
-		}
-		f.series = append(f.series, receiver.Series{
+		f.series = append(f.series, ledger.Series{
+			ID: ledger.ID{Kind: ledger.Unit, Name: name},
 			// Long before, also for a clock that is set back: a total cannot end before it begins.
-			Name: name, Start: begin.Add(-72*time.Hour - time.Duration(f.rand.Int64N(int64(30*24*time.Hour)))), Observed: true,
-			Total: receiver.Counters{
-				IngressBytes: f.rand.Uint64N(1e11), IngressPackets: f.rand.Uint64N(1e8),
-				EgressBytes: f.rand.Uint64N(1e11), EgressPackets: f.rand.Uint64N(1e8),
+			Start: begin.Add(-72*time.Hour - time.Duration(f.rand.Int64N(int64(30*24*time.Hour)))), Observed: true,
+			Total: ledger.Counters{
+				Received: ledger.Traffic{Bytes: f.rand.Uint64N(1e11), Packets: f.rand.Uint64N(1e8)},
+				Sent:     ledger.Traffic{Bytes: f.rand.Uint64N(1e11), Packets: f.rand.Uint64N(1e8)},
 			},
-			Receive: attrs("receive"), Transmit: attrs("transmit"),
 		})
 	}
 	return f
@@ -76,10 +73,10 @@ func (f *fleet) pass() {
 	for range f.active {
 		packets := 1 + f.rand.Uint64N(5000)
 		t := &f.series[f.rand.IntN(len(f.series))].Total
-		t.IngressBytes += packets * (60 + f.rand.Uint64N(1000))
-		t.IngressPackets += packets
-		t.EgressBytes += packets * (60 + f.rand.Uint64N(400))
-		t.EgressPackets += packets - packets/5
+		t.Received.Bytes += packets * (60 + f.rand.Uint64N(1000))
+		t.Received.Packets += packets
+		t.Sent.Bytes += packets * (60 + f.rand.Uint64N(400))
+		t.Sent.Packets += packets - packets/5
 	}
 	for i := range f.series {
 		f.series[i].Time = f.now.Add(-time.Duration(len(f.series)-i) * 110 * time.Microsecond)
@@ -88,11 +85,11 @@ func (f *fleet) pass() {
 
 // sweep returns the present state. It shares nothing with the fleet.
 func (f *fleet) sweep() *receiver.Sweep {
-	state := receiver.State{Time: f.now, Series: slices.Clone(f.series), Runs: make([]receiver.Run, len(f.series))}
+	state := ledger.State{Time: f.now, Series: slices.Clone(f.series), Runs: make([]ledger.Run, len(f.series))}
 	for i, s := range f.series {
-		state.Runs[i] = receiver.Run{Unit: s.Name, Series: s.Name, Epoch: f.epochs[i], Boot: "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0", Last: s.Total, Time: s.Time}
+		state.Runs[i] = ledger.Run{Unit: s.Name, Series: s.Name, Epoch: f.epochs[i], Boot: "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0", Last: s.Total, Time: s.Time}
 	}
-	return receiver.NewSweep(f.now, state)
+	return receiver.NewSweep(f.now, receiver.Config{HostName: "db-17.example.net"}, state)
 }
 
 // outage is how the process is told what to do, by its environment.
@@ -239,12 +236,12 @@ func (m *made) register(meter metric.Meter) error {
 		return err
 	}
 	_, err = meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
-		for _, s := range m.last.State.Series {
-			in, out := metric.WithAttributeSet(s.Receive), metric.WithAttributeSet(s.Transmit)
-			o.ObserveInt64(bytes, int64(s.Total.IngressBytes), in)
-			o.ObserveInt64(bytes, int64(s.Total.EgressBytes), out)
-			o.ObserveInt64(packets, int64(s.Total.IngressPackets), in)
-			o.ObserveInt64(packets, int64(s.Total.EgressPackets), out)
+		for s, attributes := range m.last.All() {
+			in, out := metric.WithAttributeSet(attributes.Receive), metric.WithAttributeSet(attributes.Transmit)
+			o.ObserveInt64(bytes, int64(s.Total.Received.Bytes), in)
+			o.ObserveInt64(bytes, int64(s.Total.Sent.Bytes), out)
+			o.ObserveInt64(packets, int64(s.Total.Received.Packets), in)
+			o.ObserveInt64(packets, int64(s.Total.Sent.Packets), out)
 		}
 		return nil
 	}, bytes, packets)
@@ -269,8 +266,10 @@ type tape struct {
 
 func newTape(o outage) *tape {
 	r := &tape{outage: o, fleet: o.fleet(), index: map[string]int{}, seen: make([]bool, 4*o.units)}
-	for i, s := range r.fleet.series {
-		for j, set := range []attribute.Set{s.Receive, s.Transmit} {
+	i := -1
+	for _, attributes := range r.fleet.sweep().All() {
+		i++
+		for j, set := range []attribute.Set{attributes.Receive, attributes.Transmit} {
 			for k, metric := range []string{receiver.IOName, receiver.PacketCountName} {
 				key := []byte(metric)
 				for _, kv := range set.ToSlice() {
@@ -365,7 +364,7 @@ func (r *tape) point(metric string, p []byte) error {
 		return fmt.Errorf("a point comes twice, out of its order, or is of no unit: %q at %s", key, time.Unix(0, at))
 	}
 	s := r.fleet.series[i/4]
-	want := [4]uint64{s.Total.IngressBytes, s.Total.IngressPackets, s.Total.EgressBytes, s.Total.EgressPackets}[i%4]
+	want := [4]uint64{s.Total.Received.Bytes, s.Total.Received.Packets, s.Total.Sent.Bytes, s.Total.Sent.Packets}[i%4]
 	if value != want || start != s.Start.UnixNano() || at != s.Time.UnixNano() {
 		return fmt.Errorf("%q is %d from %s at %s, want %d from %s at %s", key, value, time.Unix(0, start), time.Unix(0, at), want, s.Start, s.Time)
 	}

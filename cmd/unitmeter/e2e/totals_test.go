@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -159,7 +160,7 @@ func readPoints(path string, offset int64) (points []point, end int64, err error
 }
 
 // received returns the last totals of a unit that the Collector received.
-func (h *host) received(unit string) (c receiver.Counters) {
+func (h *host) received(unit string) (c systemd.Counters) {
 	h.t.Helper()
 	for _, p := range h.points() {
 		if p.unit == unit {
@@ -170,7 +171,7 @@ func (h *host) received(unit string) (c receiver.Counters) {
 }
 
 // counterOf returns the counter that a point is of.
-func counterOf(c *receiver.Counters, p point) *uint64 {
+func counterOf(c *systemd.Counters, p point) *uint64 {
 	switch {
 	case p.metric == receiver.IOName && p.direction == "receive":
 		return &c.IngressBytes
@@ -183,10 +184,10 @@ func counterOf(c *receiver.Counters, p point) *uint64 {
 }
 
 // shown returns what systemctl show says.
-func (h *host) shown(unit string) receiver.Counters {
+func (h *host) shown(unit string) systemd.Counters {
 	h.t.Helper()
 	a := h.Show(h.t, unit)
-	return receiver.Counters{IngressBytes: a.IngressBytes, IngressPackets: a.IngressPackets, EgressBytes: a.EgressBytes, EgressPackets: a.EgressPackets}
+	return systemd.Counters{IngressBytes: a.IngressBytes, IngressPackets: a.IngressPackets, EgressBytes: a.EgressBytes, EgressPackets: a.EgressPackets}
 }
 
 // checkSteps checks what must hold for each cumulative series: points come in
@@ -264,7 +265,7 @@ func TestTotalsEqualSystemd(t *testing.T) {
 	load.Wait()
 
 	for _, unit := range []string{"e2e-nats.service", "e2e-pg.service"} {
-		var got, want receiver.Counters
+		var got, want systemd.Counters
 		within(patience, func() bool { got, want = h.received(unit), h.shown(unit); return got == want })
 		if got != want || want.EgressBytes < 1<<20 {
 			t.Errorf("%s: the Collector has %+v, systemctl show says %+v", unit, got, want)
@@ -330,8 +331,8 @@ func (k *talker) talked() string {
 // arrive waits until the Collector has the exact total.
 func (k *talker) arrive(after string) {
 	k.t.Helper()
-	var got receiver.Counters
-	want := receiver.Counters{EgressPackets: k.sent, EgressBytes: k.sent * packetBytes}
+	var got systemd.Counters
+	want := systemd.Counters{EgressPackets: k.sent, EgressBytes: k.sent * packetBytes}
 	if within(patience, func() bool { got = k.received(k.unit); return got == want }) {
 		return
 	}
@@ -391,7 +392,7 @@ func TestDisturbances(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				var sum receiver.Counters
+				var sum systemd.Counters
 				for _, p := range deltas {
 					if p.unit == k.unit {
 						if p.value < 0 || !p.delta {
@@ -400,7 +401,7 @@ func TestDisturbances(t *testing.T) {
 						*counterOf(&sum, p) += uint64(p.value)
 					}
 				}
-				return sum == receiver.Counters{EgressPackets: k.sent, EgressBytes: k.sent * packetBytes}
+				return sum == systemd.Counters{EgressPackets: k.sent, EgressBytes: k.sent * packetBytes}
 			})
 		})
 	}
@@ -416,9 +417,9 @@ func TestDeltaTemporality(t *testing.T) {
 	k.send(100)
 	k.Run(t, "systemctl", "restart", k.unit)
 	k.send(30)
-	var sum receiver.Counters
+	var sum systemd.Counters
 	eventually(h.t, "the deltas add up to what was sent", func() bool {
-		sum = receiver.Counters{}
+		sum = systemd.Counters{}
 		for _, p := range h.points() {
 			if p.unit == k.unit {
 				if !p.delta || p.value < 0 || !p.start.Before(p.time) {
@@ -427,7 +428,7 @@ func TestDeltaTemporality(t *testing.T) {
 				*counterOf(&sum, p) += uint64(p.value)
 			}
 		}
-		return sum == receiver.Counters{EgressPackets: k.sent, EgressBytes: k.sent * packetBytes}
+		return sum == systemd.Counters{EgressPackets: k.sent, EgressBytes: k.sent * packetBytes}
 	})
 }
 

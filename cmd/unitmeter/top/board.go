@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 const (
@@ -73,7 +73,7 @@ func (s speeds) highest(t speeds) speeds {
 type topRow struct {
 	name  string
 	units int // in a slice; 0 for a unit
-	unit  receiver.Unit
+	unit  systemd.Unit
 	// total is what systemd has counted for the present run.
 	total totals
 	// session is what was counted since top began, over all runs.
@@ -121,7 +121,7 @@ func newBoard(wanted []string, interval time.Duration) *board {
 func (b *board) intervals(span time.Duration) int { return max(1, int(span/b.interval)) }
 
 // take adds one reading.
-func (b *board) take(at time.Time, units []receiver.Unit) {
+func (b *board) take(at time.Time, units []systemd.Unit) {
 	if b.began.IsZero() {
 		b.began = at
 	}
@@ -170,7 +170,7 @@ func (b *board) take(at time.Time, units []receiver.Unit) {
 }
 
 // advance takes a unit's next reading. since is the time of the reading before.
-func (r *topRow) advance(u receiver.Unit, since time.Time, keep int) {
+func (r *topRow) advance(u systemd.Unit, since time.Time, keep int) {
 	old := r.unit
 	var growth [kinds]uint64
 	from := time.Time{}

@@ -23,6 +23,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // ShortestInterval is the lower bound for Config.Interval: top must not be the load
@@ -99,7 +100,7 @@ func once(ctx context.Context, cfg Config, rcv *receiver.Receiver, b *board) err
 // sweepMsg is sent to the screen after each sweep.
 type sweepMsg struct {
 	at      time.Time
-	units   []receiver.Unit
+	units   []systemd.Unit
 	partial bool
 }
 

@@ -13,7 +13,7 @@ import (
 
 	tea "charm.land/bubbletea/v2"
 
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // at is the time of reading n of the tests, one second apart.
@@ -22,17 +22,17 @@ func at(n int) time.Time {
 }
 
 // counted is a unit with so many bytes in and out, and a tenth of packets.
-func counted(name, invocation string, start, read int, in, out uint64) receiver.Unit {
-	return receiver.Unit{
+func counted(name, invocation string, start, read int, in, out uint64) systemd.Unit {
+	return systemd.Unit{
 		Name: name, Accounting: "on", Invocation: invocation, Slice: "system.slice", Start: at(start), Time: at(read),
-		Counters: receiver.Counters{IngressBytes: in, IngressPackets: in / 10, EgressBytes: out, EgressPackets: out / 10},
+		Counters: systemd.Counters{IngressBytes: in, IngressPackets: in / 10, EgressBytes: out, EgressPackets: out / 10},
 	}
 }
 
 func TestBoardSpeeds(t *testing.T) {
 	unknown := speeds{}
 	type step struct {
-		unit receiver.Unit
+		unit systemd.Unit
 		want speeds
 	}
 	for _, test := range []struct {
@@ -65,7 +65,7 @@ func TestBoardSpeeds(t *testing.T) {
 		}, 10},
 		{"lost", []step{
 			{counted("a.service", "1", -100, 0, 5000, 50), unknown},
-			{receiver.Unit{Name: "a.service", Accounting: "lost", Invocation: "1"}, unknown},
+			{systemd.Unit{Name: "a.service", Accounting: "lost", Invocation: "1"}, unknown},
 			{counted("a.service", "1", -100, 2, 6000, 50), unknown}, // what came meanwhile cannot be told
 			{counted("a.service", "1", -100, 3, 6010, 50), speeds{[kinds]float64{10, 1, 0, 0}, true}},
 		}, 10},
@@ -73,7 +73,7 @@ func TestBoardSpeeds(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			b := newBoard(nil, time.Second)
 			for i, s := range test.steps {
-				b.take(at(i), []receiver.Unit{s.unit})
+				b.take(at(i), []systemd.Unit{s.unit})
 				if got := b.rows["a.service"].now; got != s.want {
 					t.Errorf("after reading %d: %+v, want %+v", i, got, s.want)
 				}
@@ -87,9 +87,9 @@ func TestBoardSpeeds(t *testing.T) {
 
 func TestBoardUnits(t *testing.T) {
 	b := newBoard([]string{"a*.service"}, time.Second)
-	b.take(at(0), []receiver.Unit{counted("a.service", "1", -9, 0, 100, 0), counted("b.service", "2", -9, 0, 100, 0), {Name: "aoff.service", Accounting: "off"}})
+	b.take(at(0), []systemd.Unit{counted("a.service", "1", -9, 0, 100, 0), counted("b.service", "2", -9, 0, 100, 0), {Name: "aoff.service", Accounting: "off"}})
 	// A unit that came up since the last reading: all of it is of this interval.
-	b.take(at(1), []receiver.Unit{counted("a.service", "1", -9, 1, 150, 0), counted("a2.service", "3", 0, 1, 30, 0)})
+	b.take(at(1), []systemd.Unit{counted("a.service", "1", -9, 1, 150, 0), counted("a2.service", "3", 0, 1, 30, 0)})
 	if len(b.rows) != 2 || b.rows["b.service"] != nil || b.others["off"] != 0 {
 		t.Errorf("rows %v, others %v", b.rows, b.others)
 	}
@@ -117,7 +117,7 @@ func TestBoardUnits(t *testing.T) {
 func TestBoardKeepsBounded(t *testing.T) {
 	b := newBoard(nil, time.Second)
 	for i := range 700 {
-		b.take(at(i), []receiver.Unit{counted("a.service", "1", -9, i, uint64(i)*100, 0)})
+		b.take(at(i), []systemd.Unit{counted("a.service", "1", -9, i, uint64(i)*100, 0)})
 	}
 	r := b.rows["a.service"]
 	if len(r.history) != 600 {
@@ -148,10 +148,10 @@ func TestSlicesAbove(t *testing.T) {
 
 func TestBoardBySlice(t *testing.T) {
 	b := newBoard(nil, time.Second)
-	in := func(u receiver.Unit, slice string) receiver.Unit { u.Slice = slice; return u }
+	in := func(u systemd.Unit, slice string) systemd.Unit { u.Slice = slice; return u }
 	for i := range 3 {
 		n := uint64(i)
-		units := []receiver.Unit{
+		units := []systemd.Unit{
 			in(counted("a.service", "1", -9, i, 1000*n, 0), "x-y.slice"),
 			in(counted("b.service", "2", -9, i, 100*n, 10*n), "x.slice"),
 			in(counted("x.slice", "3", -9, i, 1100*n, 10*n), "-.slice"), // must not be counted twice
@@ -253,7 +253,7 @@ func demoModel(t testing.TB) *topModel {
 	m := newTopModel(newBoard(nil, time.Second), false)
 	for i := range 30 {
 		n := uint64(i)
-		m.Update(sweepMsg{at: at(i), units: []receiver.Unit{
+		m.Update(sweepMsg{at: at(i), units: []systemd.Unit{
 			counted("nats.service", "1", -100, i, 5_000_000*n, 2_000_000*n),
 			counted("postgresql.service", "2", -100, i, 10_000*n, 90_000*n),
 			counted("a-unit-with-a-very-long-name-that-does-not-fit-on-any-screen-of-a-usual-width@instance.service", "3", -100, i, 10*n, 10*n),
@@ -381,7 +381,7 @@ func TestTopCursorStays(t *testing.T) {
 	}
 	// It becomes the busiest and moves up; the cursor goes with it.
 	for i := 30; i < 90; i++ {
-		m.Update(sweepMsg{at: at(i), units: []receiver.Unit{
+		m.Update(sweepMsg{at: at(i), units: []systemd.Unit{
 			counted("nats.service", "1", -100, i, 150_000_000, 60_000_000),
 			counted("postgresql.service", "2", -100, i, 1e9*uint64(i), 1e9*uint64(i)),
 		}})
@@ -391,7 +391,7 @@ func TestTopCursorStays(t *testing.T) {
 	}
 	// The unit under the cursor goes: the cursor is on the first row again.
 	m.Update(sweepMsg{at: at(90)})
-	m.Update(sweepMsg{at: at(200), units: []receiver.Unit{counted("nats.service", "1", -100, 200, 150_000_000, 60_000_000)}})
+	m.Update(sweepMsg{at: at(200), units: []systemd.Unit{counted("nats.service", "1", -100, 200, 150_000_000, 60_000_000)}})
 	if r := m.selected(); r == nil || r.name != "nats.service" {
 		t.Errorf("cursor on %+v", r)
 	}
@@ -455,7 +455,7 @@ func TestPrintTop(t *testing.T) {
 	b := newBoard(nil, time.Second)
 	for i := range 2 {
 		n := uint64(i)
-		b.take(at(i), []receiver.Unit{
+		b.take(at(i), []systemd.Unit{
 			counted("idle.service", "1", -9, i, 70, 70), counted("busy.service", "2", -9, i, 1234*n, 5_000_000*n),
 			{Name: "off.service", Accounting: "off"}, {Name: "boot.mount", Accounting: "off"},
 		})
