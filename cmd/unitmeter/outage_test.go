@@ -206,7 +206,7 @@ func (o outage) fill(t *testing.T) {
 // run is the process: it commits all cycles, and then sends them until its
 // standard input ends.
 func (o outage) run(t *testing.T) {
-	limitProcessors()
+	trimMemory()
 	exp, s := o.commit(t)
 	defer s.Close()
 	if health := exp.Health(); health.Err == nil || health.Sent > 0 {
