@@ -158,7 +158,7 @@ agent, and some of its own. ` + "`unitmeter help environment`" + ` prints this l
 - Variables for traces, logs and other languages are ignored. A variable that
   looks like a misspelled one for metrics gives a warning.
 - The OTLP exporters also go through the proxy of ` + "`HTTPS_PROXY`, `HTTP_PROXY`" + ` and
-  ` + "`NO_PROXY`" + `, as all Go programs do.
+  ` + "`NO_PROXY`" + `, as all Go programs do; with grpc it must be one with http:// in front.
 
 [spec]: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 `

@@ -52,7 +52,7 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		status(ctx, log, cfg, func() (string, time.Time) { return text, time.Now() })
 		return nil
 	}
-	limitProcessors()
+	trimMemory()
 	otel.SetLogger(logr.FromSlogHandler(log.Handler()))
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { logSDKError(log, err) }))
 

@@ -123,7 +123,7 @@ func (o outage) start(tb testing.TB) *exec.Cmd {
 	tb.Helper()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestOutage$")
 	// The agent sets its memory limits itself (trimMemory); this process has them so.
-	cmd.Env = append(os.Environ(), "GOGC=50", "GOMAXPROCS=2", outageEnv+"="+strings.Join([]string{
+	cmd.Env = append(os.Environ(), "GOGC=75", "GOMAXPROCS=2", outageEnv+"="+strings.Join([]string{
 		o.dir, o.endpoint, strconv.Itoa(o.units), strconv.Itoa(o.cycles), strconv.FormatInt(o.begin.UnixNano(), 10), o.jump.String()}, " "))
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
