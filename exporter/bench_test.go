@@ -8,7 +8,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
 	"github.com/unitmeter/unitmeter/exporter/otlp"
-	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // The cost of a cycle of 1,000 units (4,000 points) from the SDK's points to the
@@ -23,12 +23,12 @@ func BenchmarkExport4000Points(b *testing.B) {
 				b.Fatal(err)
 			}
 			cycle := func(i int) *metricdata.ResourceMetrics {
-				var series []receiver.Series
+				var list []ledger.Series
 				for j := range 1000 {
-					series = append(series, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(float64(100+i)), uint64(i*1000+j)))
+					list = append(list, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(float64(100+i)), uint64(i*1000+j)))
 				}
-				h.see(series...)
-				return collected(series...)
+				h.see(list...)
+				return collected(list...)
 			}
 			export := func(rm *metricdata.ResourceMetrics) {
 				if err := exp.Export(b.Context(), rm); err != nil {

@@ -207,13 +207,15 @@ func ledgerOf(state ledger.State) store.Ledger {
 		Position: [2]string{state.Journal.Cursor, state.Journal.Boot},
 	}
 	kind := [...]uint8{ledger.Unit: kindUnit, ledger.Overflow: kindOverflow, ledger.Unattributed: kindUnattributed}
-	for s := range state.All() {
-		kept.Series = append(kept.Series, store.Series{Kind: kind[s.Kind], Key: s.Name, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time})
-	}
+	// The rows of a balance are seen at the same time, so that the store gives up
+	// all of them together, or the last ones first: those of the totals.
 	for _, b := range state.Balances {
 		kept.Series = append(kept.Series,
-			store.Series{Kind: kindAhead, Key: b.Slice, Total: amountsOf(b.Ahead), Seen: state.Time},
-			store.Series{Kind: kindWaiting, Key: b.Slice, Total: amountsOf(b.Waiting), Seen: state.Time})
+			store.Series{Kind: kindAhead, Key: b.Slice, Total: amountsOf(b.Ahead), Seen: b.Unattributed.Time},
+			store.Series{Kind: kindWaiting, Key: b.Slice, Total: amountsOf(b.Waiting), Seen: b.Unattributed.Time})
+	}
+	for s := range state.All() {
+		kept.Series = append(kept.Series, store.Series{Kind: kind[s.Kind], Key: s.Name, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time})
 	}
 	for i, r := range state.Runs {
 		run := store.Run{Key: r.Epoch, Unit: r.Unit, Boot: r.Boot, Last: amountsOf(r.Last), Seen: r.Time}
@@ -225,7 +227,7 @@ func ledgerOf(state ledger.State) store.Ledger {
 	return kept
 }
 
-// stateOf undoes ledgerOf.
+// stateOf undoes ledgerOf. A balance whose total the store has given up begins anew.
 func stateOf(kept store.Ledger) ledger.State {
 	state := ledger.State{Time: kept.Time, Journal: ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}}
 	balances := map[string]*ledger.Balance{}
@@ -252,7 +254,9 @@ func stateOf(kept store.Ledger) ledger.State {
 		}
 	}
 	for _, slice := range slices.Sorted(maps.Keys(balances)) {
-		state.Balances = append(state.Balances, *balances[slice])
+		if b := balances[slice]; b.Unattributed.Kind == ledger.Unattributed {
+			state.Balances = append(state.Balances, *b)
+		}
 	}
 	for _, row := range kept.Runs {
 		r := ledger.Run{Unit: row.Unit, Epoch: row.Key, Boot: row.Boot, Last: amounts(row.Last).counters(), Time: row.Seen, Overflow: row.SeriesKind == kindOverflow}

@@ -19,6 +19,7 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 func openStore(t *testing.T, dir string) (*store.Store, *Durable) {
@@ -35,26 +36,64 @@ func openStore(t *testing.T, dir string) (*store.Store, *Durable) {
 	return s, d
 }
 
+// saved is a state with everything that the store keeps. It has nothing that is
+// not restored.
+func saved() ledger.State {
+	huge := unit("huge.service", at(5), at(100), 1)
+	huge.Total.Sent.Bytes = math.MaxUint64
+	s := state(
+		unit("a.service", at(0), at(99), 7), huge, unit("docker-*.scope", at(3), at(98), 4),
+		unit("system.slice", at(4), at(97), 6), // units of slices are metered, and balanced as well
+		overflow(at(1), at(100), 8),
+		unattributed("machine.slice", at(6), at(95), 11), unattributed("system.slice", at(2), at(100), 9))
+	for i := range s.Series {
+		s.Series[i].Observed = false
+	}
+	s.Overflow.Observed = false
+	for i := range s.Balances {
+		s.Balances[i].Unattributed.Observed = false
+	}
+	s.Balances[0].Waiting = counters(12)
+	s.Balances[1].Ahead = ledger.Counters{Received: ledger.Traffic{Bytes: 1, Packets: 2}, Sent: ledger.Traffic{Bytes: 3, Packets: math.MaxUint64}}
+	s.Balances[1].Waiting = counters(13)
+	s.Runs = []ledger.Run{
+		{Unit: "a.service", Series: "a.service", Epoch: "0123456789abcdef0123456789abcdef", Boot: "b", Last: ledger.Counters{Received: ledger.Traffic{Bytes: 1, Packets: 2}, Sent: ledger.Traffic{Bytes: 3, Packets: math.MaxUint64}}, Time: at(99)},
+		{Unit: "a.service", Series: "a.service", Epoch: "ffffffffffffffffffffffffffffffff", Boot: "b", Time: at(98)},
+		{Unit: "docker-1.scope", Series: "docker-*.scope", Epoch: "b/docker-1.scope", Boot: "b", Last: counters(4), Time: at(98)},
+		{Unit: "init.scope", Overflow: true, Epoch: "b/init.scope", Boot: "b", Last: counters(5), Time: at(97)},
+		{Unit: "system.slice", Epoch: "b/system.slice", Boot: "b", Last: counters(6), Time: at(97)}, // only balanced
+		{Unit: `odd-\x20name.mount`, Overflow: true, Epoch: "", Boot: "", Time: at(97)},
+	}
+	s.Time, s.Journal = at(100), ledger.Position{Cursor: "s=1;i=2;b=3", Boot: "b"}
+	return s
+}
+
+func TestStateOfUndoesLedgerOf(t *testing.T) {
+	all := saved()
+	for name, want := range map[string]ledger.State{
+		"nothing":        {},
+		"all":            all,
+		"overflow":       {Time: at(100), Overflow: all.Overflow},
+		"balances":       {Time: at(100), Balances: all.Balances},
+		"one balance":    {Time: at(100), Balances: all.Balances[1:]},
+		"runs":           {Time: at(100), Runs: all.Runs},
+		"position":       {Journal: all.Journal},
+		"no stop so far": {Journal: ledger.Position{Boot: "b"}},
+	} {
+		if got := stateOf(ledgerOf(want)); !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: came back as %+v, want %+v", name, got, want)
+		}
+	}
+}
+
 func TestDurableKeepsTheLedger(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	huge := unit("huge.service", at(5), at(100), 1)
-	huge.Total.EgressBytes = math.MaxUint64
-	want := receiver.State{
-		Series: []receiver.Series{unit("a.service", at(0), at(99), 7), unit("", at(1), at(100), 8), huge, unit("unattributed/system.slice", at(2), at(100), 9)},
-		Runs: []receiver.Run{
-			{Unit: "a.service", Series: "a.service", Epoch: "0123456789abcdef0123456789abcdef", Boot: "b", Last: receiver.Counters{IngressBytes: 1, IngressPackets: 2, EgressBytes: 3, EgressPackets: math.MaxUint64}, Time: at(99)},
-			{Unit: "a.service", Series: "a.service", Epoch: "ffffffffffffffffffffffffffffffff", Boot: "b", Time: at(98)},
-			{Unit: "init.scope", Series: "", Epoch: "b", Boot: "b", Time: at(97)},
-			{Unit: "system.slice", Series: "system.slice", Epoch: "b", Boot: "b", Time: at(97)},
-			{Unit: `odd-\x20name.mount`, Series: "", Epoch: "", Boot: "b", Time: at(97)},
-		},
-		Journal: receiver.Position{Cursor: "s=1;i=2;b=3", Boot: "b"},
-	}
+	want := saved()
 	s, d := openStore(t, dir)
-	if got := d.State(); len(got.Series)+len(got.Runs) > 0 || !got.Time.IsZero() {
+	if got := d.State(); !reflect.DeepEqual(got, ledger.State{}) {
 		t.Errorf("the first day begins with %+v", got)
 	}
-	if err := d.Commit(t.Context(), Cycle{Sweep: receiver.NewSweep(at(100), want)}); err != nil {
+	if err := d.Commit(t.Context(), Cycle{Sweep: sweepAt(at(100), want)}); err != nil {
 		t.Fatal(err)
 	}
 	// A cycle without a sweep does not touch the ledger.
@@ -66,31 +105,41 @@ func TestDurableKeepsTheLedger(t *testing.T) {
 	}
 	_, d = openStore(t, dir)
 	got := d.State()
-	byName := map[string]receiver.Series{}
-	for _, s := range got.Series {
-		byName[s.Name] = s
+	want.Time = got.Time // of the second commit
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("came back as\n%+v, want\n%+v", got, want)
 	}
-	for _, s := range want.Series {
-		g := byName[s.Name]
-		if g.Total != s.Total || !g.Start.Equal(s.Start) || !g.Time.Equal(s.Time) {
-			t.Errorf("series %q came back as %+v", s.Name, g)
-		}
-	}
-	byRun := map[string]receiver.Run{}
-	for _, r := range got.Runs {
-		byRun[r.Unit+"|"+r.Epoch] = r
-	}
-	for _, r := range want.Runs {
-		g := byRun[r.Unit+"|"+r.Epoch]
-		if r.Time, g.Time = r.Time.UTC(), g.Time.UTC(); !reflect.DeepEqual(g, r) {
-			t.Errorf("run of %q came back as %+v, want %+v", r.Unit, g, r)
-		}
-	}
-	if len(got.Series) != len(want.Series) || len(got.Runs) != len(want.Runs) {
-		t.Errorf("%d series and %d runs came back", len(got.Series), len(got.Runs))
-	}
-	if got.Journal != want.Journal {
-		t.Errorf("the position in the journal came back as %+v", got.Journal)
+}
+
+// A slice that was not read for longer than the store keeps a series loses all of
+// its balance: the rest of it says nothing without the total.
+func TestDurableGivesUpWholeBalances(t *testing.T) {
+	for name, cfg := range map[string]store.Config{
+		"by age":    {SeriesMaxAge: 3 * time.Second},
+		"by number": {SeriesMax: 8}, // of 5 series, and 3 rows for each balance
+		"in part":   {SeriesMax: 10},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg.Dir = filepath.Join(t.TempDir(), "state")
+			s, err := store.Open(t.Context(), cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			d, err := NewDurable(t.Context(), s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := d.Commit(t.Context(), Cycle{Sweep: sweepAt(at(100), saved())}); err != nil {
+				t.Fatal(err)
+			}
+			if d, err = NewDurable(t.Context(), s); err != nil {
+				t.Fatal(err)
+			}
+			if got, want := d.State().Balances, saved().Balances[1:]; !reflect.DeepEqual(got, want) {
+				t.Errorf("balances %+v, want %+v", got, want)
+			}
+		})
 	}
 }
 
@@ -104,49 +153,54 @@ func TestDurableSamples(t *testing.T) {
 	hidden.Observed = false
 	gone := unit("gone.service", at(171), at(175), 5000)
 	gone.Observed = false
-	run := func(epoch string, now float64) receiver.Run {
-		return receiver.Run{Unit: "a.service", Series: "a.service", Epoch: epoch, Boot: "b", Time: at(now)}
+	run := func(epoch string, now float64) ledger.Run {
+		return ledger.Run{Unit: "a.service", Series: "a.service", Epoch: epoch, Boot: "b", Time: at(now)}
 	}
+	over := ledger.Run{Unit: "b.service", Overflow: true, Epoch: "three", Boot: "b", Time: at(259)}
+	slice := ledger.Run{Unit: "system.slice", Epoch: "b/system.slice", Boot: "b", Time: at(259)} // of no series
 	_, d := openStore(t, filepath.Join(t.TempDir(), "state"))
 	for _, cycle := range []struct {
 		what   string
 		now    float64
-		series []receiver.Series
-		runs   []receiver.Run
+		series []ledger.Series
+		runs   []ledger.Run
 		want   []sample
 	}{
 		{"the first cycle: nobody knows when", 100,
-			[]receiver.Series{unit("a.service", at(0), at(100), 500), unit("", at(0), at(100), 3)}, nil, nil},
-		{"growth, a new unit, an older one, one without a point, an account of the receiver", 110,
-			[]receiver.Series{unit("a.service", at(0), at(110), 530), unit("", at(0), at(110), 3), unit("new.service", at(105), at(110), 40),
-				unit("old.service", at(50), at(110), 999), hidden, unit("ahead/system.slice", at(105), at(110), 1)}, nil,
-			[]sample{{"a.service", 30, 10 * time.Second}, {"(overflow)", 0, 10 * time.Second}, {"new.service", 40, 5 * time.Second}}},
+			[]ledger.Series{unit("a.service", at(0), at(100), 500), overflow(at(0), at(100), 3)}, nil, nil},
+		{"growth, a new unit, an older one, one without a point, what is unattributed", 110,
+			[]ledger.Series{unit("a.service", at(0), at(110), 530), overflow(at(0), at(110), 3), unit("new.service", at(105), at(110), 40),
+				unit("old.service", at(50), at(110), 999), hidden, unattributed("system.slice", at(105), at(110), 1)}, nil,
+			[]sample{{"a.service", 30, 10 * time.Second}, {"new.service", 40, 5 * time.Second}, {"(overflow)", 0, 10 * time.Second}}},
 		{"no new reading of one", 130,
-			[]receiver.Series{unit("a.service", at(0), at(110), 530), unit("old.service", at(50), at(130), 1001)}, nil,
+			[]ledger.Series{unit("a.service", at(0), at(110), 530), unit("old.service", at(50), at(130), 1001)}, nil,
 			[]sample{{"old.service", 2, 20 * time.Second}}},
 		{"one long interval over a gap", 170,
-			[]receiver.Series{unit("a.service", at(0), at(170), 590)}, []receiver.Run{run("one", 170)},
+			[]ledger.Series{unit("a.service", at(0), at(170), 590)}, []ledger.Run{run("one", 170)},
 			[]sample{{"a.service", 60, time.Minute}}},
 		{"all away, and a new unit", 180,
-			[]receiver.Series{unit("gone.service", at(171), at(175), 5000)}, []receiver.Run{run("one", 170)},
+			[]ledger.Series{unit("gone.service", at(171), at(175), 5000)}, []ledger.Run{run("one", 170)},
 			[]sample{{"gone.service", 5000, 4 * time.Second}}},
 		{"the same run can be read again", 190,
-			[]receiver.Series{unit("a.service", at(0), at(190), 600), gone}, []receiver.Run{run("one", 190)},
+			[]ledger.Series{unit("a.service", at(0), at(190), 600), gone}, []ledger.Run{run("one", 190)},
 			[]sample{{"a.service", 10, 20 * time.Second}}},
-		{"nothing", 250, nil, []receiver.Run{run("one", 190)}, nil},
+		{"nothing", 250, nil, []ledger.Run{run("one", 190)}, nil},
 		{"another run, since the last cycle", 260,
-			[]receiver.Series{unit("a.service", at(0), at(259), 640)}, []receiver.Run{run("one", 190), run("two", 259)},
-			[]sample{{"a.service", 40, 10 * time.Second}}},
+			[]ledger.Series{unit("a.service", at(0), at(259), 640), overflow(at(0), at(259), 5)},
+			[]ledger.Run{run("one", 190), run("two", 259), over, slice},
+			[]sample{{"a.service", 40, 10 * time.Second}, {"(overflow)", 2, 10 * time.Second}}},
 		{"a series that was given up, and began anew", 270,
-			[]receiver.Series{unit("gone.service", at(262), at(270), 7)}, nil,
+			[]ledger.Series{unit("gone.service", at(262), at(270), 7)}, nil,
 			[]sample{{"gone.service", 7, 8 * time.Second}}},
 		{"the same, but it began before the last cycle", 280,
-			[]receiver.Series{unit("old.service", at(265), at(280), 8)}, nil, nil},
+			[]ledger.Series{unit("old.service", at(265), at(280), 8)}, nil, nil},
 		{"a unit that began during the last sweep", 290,
-			[]receiver.Series{unit("during.service", at(279.5), at(290), 9)}, nil,
+			[]ledger.Series{unit("during.service", at(279.5), at(290), 9)}, nil,
 			[]sample{{"during.service", 9, 10500 * time.Millisecond}}},
 	} {
-		sweep := receiver.NewSweep(at(cycle.now), receiver.State{Series: cycle.series, Runs: cycle.runs})
+		now := state(cycle.series...)
+		now.Runs = cycle.runs
+		sweep := sweepAt(at(cycle.now), now)
 		sweep.Duration = time.Second
 		var got []sample
 		for _, s := range d.samples(sweep.State) {
@@ -253,7 +307,7 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 		s, d := openStore(t, dir)
 		var last int64 // what the ledger says was committed
 		for _, series := range d.State().Series {
-			last = int64(series.Total.IngressBytes)
+			last = int64(series.Total.Received.Bytes)
 		}
 		exp, err := New(t.Context(), Config{OTLP: to(server.URL(), otlp.Config{Protocol: protocol}), Outbox: d})
 		if err != nil {
@@ -296,7 +350,7 @@ func runAgent(t *testing.T, dir string) {
 	a := newAgent(t, os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT"), Config{OTLP: &otlp.Config{Protocol: os.Getenv("PROTOCOL")}, Outbox: d, Ledger: d.State()})
 	n := uint64(0)
 	for _, s := range d.State().Series {
-		n = s.Total.IngressBytes
+		n = s.Total.Received.Bytes
 	}
 	for {
 		n++
@@ -340,7 +394,7 @@ func TestDeltaGoesOnAfterARestart(t *testing.T) {
 		}
 		for i := range uint64(2) {
 			n := 2*run + i
-			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*n)), 100+10*n), unit("", at(0), at(float64(100+10*n)), 100+n)); err != nil {
+			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*n)), 100+10*n), overflow(at(0), at(float64(100+10*n)), 100+n), unattributed("system.slice", at(0), at(float64(100+10*n)), 100+n)); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -21,6 +21,7 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // protocols runs a test over both.
@@ -114,7 +115,7 @@ func TestExportEndToEnd(t *testing.T) {
 				a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: outbox})
 				for i := range uint64(3) {
 					now := at(float64(100 + 10*i))
-					if err := a.cycle(unit("a.service", at(7), now, 1000+i), unit("", at(0), now, 5)); err != nil {
+					if err := a.cycle(unit("a.service", at(7), now, 1000+i), overflow(at(0), now, 5)); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -281,7 +282,7 @@ func TestOutboxKeepsCyclesOverAnOutage(t *testing.T) {
 			t.Fatalf("%d cycles are committed, want 20", got)
 		}
 		for i, c := range box.cycles {
-			if c.Sweep == nil || c.Sweep.State.Series[0].Total.IngressBytes != uint64(100+i) || c.Points != 4+3 || c.Request == nil {
+			if c.Sweep == nil || c.Sweep.State.Series[0].Total.Received.Bytes != uint64(100+i) || c.Points != 4+3 || c.Request == nil {
 				t.Fatalf("cycle %d: %+v", i, c)
 			}
 		}
@@ -442,11 +443,11 @@ func TestDirectSplitIsExact(t *testing.T) {
 		server := otlptest.Start(t, cfg)
 		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Temporality: "delta"})
 		for i := range uint64(3) {
-			var series []receiver.Series
+			var list []ledger.Series
 			for j := range 20 {
-				series = append(series, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(float64(100+10*i)), 100+10*i))
+				list = append(list, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(float64(100+10*i)), 100+10*i))
 			}
-			if err := a.cycle(series...); err != nil {
+			if err := a.cycle(list...); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -463,11 +464,11 @@ func TestSplittingOfTheOutbox(t *testing.T) {
 		cfg.MaxBytes = 4000
 		server := otlptest.Start(t, cfg)
 		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Outbox: &memory{}})
-		var series []receiver.Series
+		var list []ledger.Series
 		for j := range 50 {
-			series = append(series, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(100), uint64(j)))
+			list = append(list, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(100), uint64(j)))
 		}
-		if err := a.cycle(series...); err != nil {
+		if err := a.cycle(list...); err != nil {
 			t.Fatal(err)
 		}
 		seen := map[string]int{}

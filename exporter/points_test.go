@@ -16,21 +16,22 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // collected is what the SDK would hand to Export for the observed series: right
 // values, and its own times.
-func collected(series ...receiver.Series) *metricdata.ResourceMetrics {
+func collected(list ...ledger.Series) *metricdata.ResourceMetrics {
 	var metrics []metricdata.Metrics
 	for _, name := range []string{receiver.IOName, receiver.PacketCountName} {
 		sum := metricdata.Sum[int64]{Temporality: metricdata.CumulativeTemporality, IsMonotonic: true}
-		for _, s := range series {
-			if !s.Observed {
+		for s, attrs := range sweepOf(list...).All() {
+			if !s.Observed || s.Kind == ledger.Unattributed {
 				continue
 			}
-			for _, attrs := range []attribute.Set{s.Receive, s.Transmit} {
+			for _, set := range []attribute.Set{attrs.Receive, attrs.Transmit} {
 				sum.DataPoints = append(sum.DataPoints, metricdata.DataPoint[int64]{
-					Attributes: attrs, StartTime: at(1e6), Time: at(1e6 + 1),
+					Attributes: set, StartTime: at(1e6), Time: at(1e6 + 1),
 					Value: 12345,
 				})
 			}
@@ -54,8 +55,8 @@ func sums(rm *metricdata.ResourceMetrics, name string) []metricdata.DataPoint[in
 	return points
 }
 
-func sweepOf(series ...receiver.Series) *receiver.Sweep {
-	return receiver.NewSweep(at(1000), receiver.State{Series: series})
+func sweepOf(list ...ledger.Series) *receiver.Sweep {
+	return sweepAt(at(1000), state(list...))
 }
 
 // filled puts the points of the sweep in place of the SDK's.
@@ -72,17 +73,17 @@ func (d *deltas) delta(rm *metricdata.ResourceMetrics, sweep *receiver.Sweep) dr
 }
 
 func TestPointsAreTheSweeps(t *testing.T) {
-	a, b, rest := unit("a.service", at(0), at(100), 5), unit("b.service", at(50), at(101), 7), unit("", at(10), at(102), 9)
+	a, b, rest := unit("a.service", at(0), at(100), 5), unit("b.service", at(50), at(101), 7), overflow(at(10), at(102), 9)
 	rm := collected(a, b, rest)
 	// A second reader made a newer sweep before Export got to run.
-	a.Total.IngressBytes, a.Time = 6, at(103)
+	a.Total.Received.Bytes, a.Time = 6, at(103)
 	if left := filled(rm, sweepOf(a, b, rest)); left != (dropped{}) {
 		t.Errorf("dropped %+v points of known series", left)
 	}
 	for _, want := range []struct {
 		metric string
 		index  int
-		s      receiver.Series
+		s      ledger.Series
 		value  int64
 	}{
 		// In the order of the ledger.
@@ -102,7 +103,7 @@ func TestPointsAreTheSweeps(t *testing.T) {
 func TestPointsThatCannotBeSent(t *testing.T) {
 	known, early := unit("a.service", at(0), at(100), 5), unit("early.service", at(200), at(100), 5)
 	huge := unit("huge.service", at(0), at(100), 1)
-	huge.Total.EgressBytes = math.MaxInt64 + 1
+	huge.Total.Sent.Bytes = math.MaxInt64 + 1
 	away := unit("away.service", at(0), at(50), 1)
 	away.Observed = false
 	for name, test := range map[string]struct {
@@ -138,20 +139,24 @@ func TestPointsThatCannotBeSent(t *testing.T) {
 // An instrument that the SDK did not collect, since its callback did not run or a
 // view drops it, has no points; and one that was collected twice has them once.
 func TestOnlyWhatWasCollectedHasPoints(t *testing.T) {
-	slice := unit("unattributed/system.slice", at(0), at(100), 9)
-	series := []receiver.Series{unit("a.service", at(0), at(100), 5), slice}
-	rm := collected(series...)
+	slice := unattributed("system.slice", at(0), at(100), 9)
+	list := []ledger.Series{unit("a.service", at(0), at(100), 5), slice}
+	rm := collected(list...)
 	scope := &rm.ScopeMetrics[0]
 	scope.Metrics = []metricdata.Metrics{scope.Metrics[0], scope.Metrics[0]}
-	filled(rm, sweepOf(series...))
+	filled(rm, sweepOf(list...))
 	if a, b, c := len(sums(rm, receiver.IOName)), len(sums(rm, receiver.PacketCountName)), len(sums(rm, receiver.UnattributedName)); a != 2 || b != 0 || c != 0 {
 		t.Errorf("%d points of bytes, %d of packets, %d unattributed", a, b, c)
 	}
-	rm = collected(series...)
+	rm = collected(list...)
 	rm.ScopeMetrics[0].Metrics[0].Name = receiver.UnattributedName
-	filled(rm, sweepOf(series...))
-	if p := sums(rm, receiver.UnattributedName); len(p) != 2 || p[0].Value != 9 || p[1].Value != 18 {
-		t.Errorf("unattributed are %v", p)
+	filled(rm, sweepOf(list...))
+	p := sums(rm, receiver.UnattributedName)
+	if len(p) != 2 || p[0].Value != 9 || p[1].Value != 18 {
+		t.Fatalf("unattributed are %v", p)
+	}
+	if name, ok := p[0].Attributes.Value("systemd.unit.slice"); !ok || name.AsString() != "system.slice" || p[0].Attributes.HasValue("systemd.unit.name") {
+		t.Errorf("unattributed are of %v", p[0].Attributes)
 	}
 	if p := sums(rm, receiver.PacketCountName); len(p) != 2 || p[0].Value != 15 {
 		t.Errorf("packets are %v", p)
@@ -159,7 +164,7 @@ func TestOnlyWhatWasCollectedHasPoints(t *testing.T) {
 }
 
 func TestOtherMetricsAreLeftAlone(t *testing.T) {
-	p := metricdata.DataPoint[int64]{Attributes: unitAttrs("a.service", "receive"), StartTime: at(1), Time: at(2), Value: 3}
+	p := metricdata.DataPoint[int64]{Attributes: attribute.NewSet(attribute.String("systemd.unit.name", "a.service"), attribute.String("network.io.direction", "receive")), StartTime: at(1), Time: at(2), Value: 3}
 	rm := &metricdata.ResourceMetrics{ScopeMetrics: []metricdata.ScopeMetrics{{Metrics: []metricdata.Metrics{
 		{Name: "unitmeter.units", Data: metricdata.Sum[int64]{DataPoints: []metricdata.DataPoint[int64]{p}}}}}}}
 	if left := filled(rm, sweepOf(unit("a.service", at(0), at(100), 5))); left != (dropped{}) {
@@ -199,9 +204,9 @@ func TestDeltas(t *testing.T) {
 		failed bool   // the cycle was not handed over
 		want   string // value (start..time) of the receive direction's bytes
 	}
-	known := receiver.State{Series: []receiver.Series{unit("a.service", at(0), at(90), 400)}}
+	known := state(unit("a.service", at(0), at(90), 400))
 	for name, test := range map[string]struct {
-		ledger receiver.State
+		ledger ledger.State
 		steps  []step
 	}{
 		"first sight begins at the series' start": {steps: []step{
@@ -236,11 +241,11 @@ func TestDeltas(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := newDeltas(test.ledger)
 			for i, step := range test.steps {
-				var series []receiver.Series
+				var list []ledger.Series
 				if step.n > 0 {
-					series = append(series, unit("a.service", at(step.start), at(step.time), step.n))
+					list = append(list, unit("a.service", at(step.start), at(step.time), step.n))
 				}
-				rm, sweep := collected(series...), sweepOf(series...)
+				rm, sweep := collected(list...), sweepOf(list...)
 				d.delta(rm, sweep)
 				got := ""
 				if points := sums(rm, receiver.IOName); len(points) > 0 {
@@ -266,24 +271,26 @@ func TestDeltas(t *testing.T) {
 func TestDeltasSumUp(t *testing.T) {
 	for seed := range uint64(200) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
-		names := []string{"a.service", "b.socket", ""}
+		names := []string{"a.service", "b.socket", ""} // the last one is the overflow
 		total, sum := map[string]uint64{}, map[string]int64{}
-		var ledger receiver.State
-		d, now := newDeltas(ledger), 1000.0
+		d, now := newDeltas(ledger.State{}), 1000.0
 		for cycle := range 60 {
 			last := cycle >= 58 // two quiet cycles to catch up
 			now += 1 + rnd.Float64()*10
 			if !last && rnd.IntN(12) == 0 {
 				now -= rnd.Float64() * 500
 			}
-			var series []receiver.Series
+			var list []ledger.Series
 			for _, name := range names {
 				total[name] += rnd.Uint64N(1000)
 				s := unit(name, at(0), at(now), total[name])
+				if name == "" {
+					s = overflow(at(0), at(now), total[name])
+				}
 				s.Observed = last || rnd.IntN(3) > 0
-				series = append(series, s)
+				list = append(list, s)
 			}
-			rm, sweep := collected(series...), sweepOf(series...)
+			rm, sweep := collected(list...), sweepOf(list...)
 			if left := d.delta(rm, sweep); left != (dropped{}) {
 				t.Fatalf("seed %d: dropped %+v", seed, left)
 			}
@@ -310,7 +317,7 @@ func TestDeltasSumUp(t *testing.T) {
 }
 
 func TestDeltasForgetWithTheLedger(t *testing.T) {
-	d := newDeltas(receiver.State{})
+	d := newDeltas(ledger.State{})
 	for i := range 5000 {
 		s := unit(fmt.Sprintf("run-%d.service", i), at(0), at(float64(i+1)), 1)
 		rm, sweep := collected(s), sweepOf(s) // a ledger that forgets all others
@@ -323,7 +330,7 @@ func TestDeltasForgetWithTheLedger(t *testing.T) {
 }
 
 func TestDeltasOfTheAgentsOwnCounters(t *testing.T) {
-	d := newDeltas(receiver.State{})
+	d := newDeltas(ledger.State{})
 	sum := func(value int64, now time.Time) *metricdata.ResourceMetrics {
 		p := metricdata.DataPoint[int64]{StartTime: at(0), Time: now, Value: value}
 		return &metricdata.ResourceMetrics{ScopeMetrics: []metricdata.ScopeMetrics{{Metrics: []metricdata.Metrics{
@@ -355,12 +362,12 @@ func TestMergedDeltas(t *testing.T) {
 	var requests [][]byte
 	for i := range uint64(8) {
 		now := at(float64(100 + 10*i))
-		series := []receiver.Series{unit("a.service", at(0), now, 100+10*i)}
+		list := []ledger.Series{unit("a.service", at(0), now, 100+10*i)}
 		if i%3 > 0 {
-			series = append(series, unit("b.service", at(0), now, 7*i))
+			list = append(list, unit("b.service", at(0), now, 7*i))
 		}
-		h.see(series...)
-		if err := exp.Export(t.Context(), collected(series...)); err != nil {
+		h.see(list...)
+		if err := exp.Export(t.Context(), collected(list...)); err != nil {
 			t.Fatal(err)
 		}
 		requests = append(requests, box.cycles[i].Request)

@@ -18,6 +18,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/resource"
 
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // t0 is when the units of the tests started to count, long before the agent.
@@ -25,21 +26,46 @@ var t0 = time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 
 func at(s float64) time.Time { return t0.Add(time.Duration(s * float64(time.Second))) }
 
-func unitAttrs(name, direction string) attribute.Set {
-	if name == "" {
-		return attribute.NewSet(attribute.Bool("otel.metric.overflow", true), attribute.String("network.io.direction", direction), attribute.String("host.name", "h"))
-	}
-	return attribute.NewSet(attribute.String("systemd.unit.name", name), attribute.String("network.io.direction", direction), attribute.String("host.name", "h"))
+// series has four totals, n, 2n, 3n and 4n: no two are alike, so that a mix-up
+// shows.
+func series(id ledger.ID, start, now time.Time, n uint64) ledger.Series {
+	return ledger.Series{ID: id, Start: start, Time: now, Observed: true, Total: counters(n)}
 }
 
-// unit is a series whose four totals are n, 2n, 3n and 4n: no two are alike, so
-// that a mix-up shows.
-func unit(name string, start, now time.Time, n uint64) receiver.Series {
-	return receiver.Series{
-		Name: name, Start: start, Time: now, Observed: true,
-		Total:   receiver.Counters{IngressBytes: n, EgressBytes: 2 * n, IngressPackets: 3 * n, EgressPackets: 4 * n},
-		Receive: unitAttrs(name, "receive"), Transmit: unitAttrs(name, "transmit"),
+func counters(n uint64) ledger.Counters {
+	return ledger.Counters{Received: ledger.Traffic{Bytes: n, Packets: 3 * n}, Sent: ledger.Traffic{Bytes: 2 * n, Packets: 4 * n}}
+}
+
+func unit(name string, start, now time.Time, n uint64) ledger.Series {
+	return series(ledger.ID{Kind: ledger.Unit, Name: name}, start, now, n)
+}
+
+func overflow(start, now time.Time, n uint64) ledger.Series {
+	return series(ledger.ID{Kind: ledger.Overflow}, start, now, n)
+}
+
+func unattributed(slice string, start, now time.Time, n uint64) ledger.Series {
+	return series(ledger.ID{Kind: ledger.Unattributed, Name: slice}, start, now, n)
+}
+
+// state has each series in the room of its kind.
+func state(list ...ledger.Series) (state ledger.State) {
+	for _, s := range list {
+		switch s.Kind {
+		case ledger.Overflow:
+			state.Overflow = &s
+		case ledger.Unattributed:
+			state.Balances = append(state.Balances, ledger.Balance{Slice: s.Name, Unattributed: s})
+		default:
+			state.Series = append(state.Series, s)
+		}
 	}
+	return state
+}
+
+// sweepAt is a sweep of the host "h".
+func sweepAt(now time.Time, state ledger.State) *receiver.Sweep {
+	return receiver.NewSweep(now, receiver.Config{HostName: "h"}, state)
 }
 
 // host plays the receiver: it observes its current sweep with the real SDK.
@@ -77,13 +103,13 @@ func (h *host) meter(t testing.TB, exp sdkmetric.Exporter, readers ...sdkmetric.
 		if sweep == nil {
 			return nil
 		}
-		for _, s := range sweep.State.Series {
+		for s, attrs := range sweep.All() {
 			if s.Observed {
-				in, out := metric.WithAttributeSet(s.Receive), metric.WithAttributeSet(s.Transmit)
-				o.ObserveInt64(io, int64(s.Total.IngressBytes), in)
-				o.ObserveInt64(io, int64(s.Total.EgressBytes), out)
-				o.ObserveInt64(packets, int64(s.Total.IngressPackets), in)
-				o.ObserveInt64(packets, int64(s.Total.EgressPackets), out)
+				in, out := metric.WithAttributeSet(attrs.Receive), metric.WithAttributeSet(attrs.Transmit)
+				o.ObserveInt64(io, int64(s.Total.Received.Bytes), in)
+				o.ObserveInt64(io, int64(s.Total.Sent.Bytes), out)
+				o.ObserveInt64(packets, int64(s.Total.Received.Packets), in)
+				o.ObserveInt64(packets, int64(s.Total.Sent.Packets), out)
 			}
 		}
 		return nil
@@ -94,19 +120,19 @@ func (h *host) meter(t testing.TB, exp sdkmetric.Exporter, readers ...sdkmetric.
 }
 
 // see sets the sweep of the next cycle.
-func (h *host) see(series ...receiver.Series) {
+func (h *host) see(list ...ledger.Series) {
 	var last time.Time
-	for _, s := range series {
+	for _, s := range list {
 		if s.Time.After(last) {
 			last = s.Time
 		}
 	}
-	h.sweep.Store(receiver.NewSweep(last, receiver.State{Series: series}))
+	h.sweep.Store(sweepAt(last, state(list...)))
 }
 
 // cycle makes a cycle with the given series and returns what ForceFlush does.
-func (h *host) cycle(series ...receiver.Series) error {
-	h.see(series...)
+func (h *host) cycle(list ...ledger.Series) error {
+	h.see(list...)
 	return h.provider.ForceFlush(context.Background())
 }
 

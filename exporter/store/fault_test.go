@@ -75,8 +75,10 @@ func numberedCycle(n int) Cycle {
 	return Cycle{
 		Time: at,
 		Ledger: Ledger{
-			Series: []Series{{Key: "a.service", Total: [4]uint64{u, 2 * u, 3 * u, 1<<63 + u}, Start: time.Unix(1, 0).UTC(), Seen: at}, {Key: "b.service", Seen: at}},
-			Runs:   []Run{{Key: "a.service", Series: "a.service", Epoch: "e", Boot: "b", Last: [4]uint64{u, 2 * u, 3 * u, 1<<63 + u}, Seen: at}},
+			Series: []Series{{Kind: 1, Key: "a.service", Total: [4]uint64{u, 2 * u, 3 * u, 1<<63 + u}, Start: time.Unix(1, 0).UTC(), Seen: at}, {Kind: 2, Key: "a.service", Seen: at}},
+			Runs:   []Run{{Key: "e", Unit: "a.service", SeriesKind: 1, Series: "a.service", Boot: "b", Last: [4]uint64{u, 2 * u, 3 * u, 1<<63 + u}, Seen: at}},
+			// It stays for some cycles.
+			Position: [2]string{fmt.Sprint("cursor ", n/3), "b"},
 		},
 		Request: append(strconv.AppendInt(nil, int64(n), 10), "\n"+strings.Repeat("payload ", 300)...),
 		Points:  8,

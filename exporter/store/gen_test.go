@@ -111,9 +111,9 @@ func (h *host) cycle() Cycle {
 	c := Cycle{Time: h.now, Request: request, Points: 4 * len(h.units)}
 	for i, unit := range h.units {
 		seen := h.now.Add(-time.Duration(len(h.units)-i) * 110 * time.Microsecond)
-		c.Ledger.Series = append(c.Ledger.Series, Series{Key: unit, Total: h.total[i], Start: h.start[i], Seen: seen})
+		c.Ledger.Series = append(c.Ledger.Series, Series{Kind: 1, Key: unit, Total: h.total[i], Start: h.start[i], Seen: seen})
 		c.Ledger.Runs = append(c.Ledger.Runs, Run{
-			Key: unit, Series: unit, Epoch: fmt.Sprintf("%032x", i*7919), Boot: "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0",
+			Key: fmt.Sprintf("%032x", i*7919), Unit: unit, SeriesKind: 1, Series: unit, Boot: "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0",
 			Last: h.total[i], Seen: seen,
 		})
 		c.Samples = append(c.Samples, Sample{Unit: unit, Time: seen, Delta: sub(h.total[i], before[i]), Interval: h.interval})

@@ -333,9 +333,8 @@ func inRange(t time.Time) bool {
 	return t.IsZero() || t.Year() > 1677 && t.Year() < 2262
 }
 
-// A record is: the time, the position (0 for as it was, or 1 and two texts), then a
-// table of series and one of runs, then CRC-32C of
-// all that. A table is: the number of changes, the columns, and the texts of the
+// A record is: the time, the position (0 for as it was, or 1 and two texts), then
+// a table of series and one of runs, then CRC-32C of all that. A table is: the number of changes, the columns, and the texts of the
 // new rows, compressed if that helps.
 func encodeRecord(at time.Time, position *[2]string, series, runs []rowChange) []byte {
 	b := binary.BigEndian.AppendUint64(nil, uint64(nanos(at)))

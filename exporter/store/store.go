@@ -259,18 +259,18 @@ func (s *Store) retain(l Ledger, now time.Time) []Series {
 	if len(l.Series) <= s.cfg.SeriesMax && !slices.ContainsFunc(l.Series, old) {
 		return l.Series
 	}
-	alive := make(map[string]bool, len(l.Runs))
+	alive := make(map[seriesKey]bool, len(l.Runs))
 	for _, r := range l.Runs {
-		alive[r.Series] = true
+		alive[r.ref()] = true
 	}
 	kept := slices.Clone(l.Series)
-	kept = slices.DeleteFunc(kept, func(r Series) bool { return old(r) && !alive[r.Key] })
+	kept = slices.DeleteFunc(kept, func(r Series) bool { return old(r) && !alive[r.ref()] })
 	if len(kept) <= s.cfg.SeriesMax {
 		return kept
 	}
 	slices.SortStableFunc(kept, func(a, b Series) int {
-		if alive[a.Key] != alive[b.Key] {
-			if alive[a.Key] {
+		if alive[a.ref()] != alive[b.ref()] {
+			if alive[a.ref()] {
 				return -1
 			}
 			return 1

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"fmt"
 	"io"
 	"log/slog"
 	"path/filepath"
@@ -28,12 +29,15 @@ func openTest(t testing.TB, cfg Config) *Store {
 func TestSeriesAreForgotten(t *testing.T) {
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
 	s := openTest(t, Config{SeriesMax: 4, SeriesMaxAge: time.Hour})
-	l := Ledger{Runs: []Run{{Key: "r", Series: "old but alive"}}}
+	// Alive is a series whose kind and key a run names; the last run has none.
+	l := Ledger{Runs: []Run{{Key: "r", SeriesKind: 1, Series: "old but alive"}, {Key: "s"}}}
 	for key, age := range map[string]time.Duration{
 		"old": 61 * time.Minute, "old but alive": 62 * time.Minute, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5,
 	} {
-		l.Series = append(l.Series, Series{Key: key, Seen: now.Add(-age)})
+		l.Series = append(l.Series, Series{Kind: 1, Key: key, Seen: now.Add(-age)})
 	}
+	l.Series = append(l.Series,
+		Series{Kind: 2, Key: "old but alive", Seen: now.Add(-62 * time.Minute)}, Series{Kind: 2, Key: "", Seen: now.Add(-62 * time.Minute)})
 	if err := s.Commit(t.Context(), Cycle{Time: now, Ledger: l}); err != nil {
 		t.Fatal(err)
 	}
@@ -43,13 +47,13 @@ func TestSeriesAreForgotten(t *testing.T) {
 	}
 	var keys []string
 	for _, s := range got.Series {
-		keys = append(keys, s.Key)
+		keys = append(keys, fmt.Sprintf("%d %s", s.Kind, s.Key))
 	}
 	slices.Sort(keys)
-	if want := []string{"a", "b", "c", "old but alive"}; !slices.Equal(keys, want) {
+	if want := []string{"1 a", "1 b", "1 c", "1 old but alive"}; !slices.Equal(keys, want) {
 		t.Errorf("kept %q, want %q", keys, want)
 	}
-	if len(l.Series) != 7 {
+	if len(l.Series) != 9 {
 		t.Error("the caller's slice was changed")
 	}
 }
