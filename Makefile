@@ -27,8 +27,8 @@ demo: ## meter a NATS server under load in a throwaway systemd (root; changes no
 	$(MAKE) --no-print-directory build
 	go run ./examples/otel-collector/demo
 
-lint: ## gofmt, go vet, staticcheck, and that generated files are current
-	.ci/tools staticcheck
+lint: ## gofmt, go vet for Linux and macOS, staticcheck, golangci-lint, and that generated files are current
+	.ci/tools lint
 	.ci/lint
 
 fmt: ## format all Go files
