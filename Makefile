@@ -13,7 +13,7 @@ TESTENV = $(if $(CAN_RUN_ALL),UNITMETER_TEST_NO_SKIP=1)
 
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
-.PHONY: build test demo lint fmt fuzz bench conformance test-matrix tools clean help
+.PHONY: build test demo lint fmt fuzz bench conformance test-matrix tools shell clean help
 
 build: ## build bin/unitmeter, a static binary
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)' -o $(BINARY) ./cmd/unitmeter
@@ -53,6 +53,9 @@ test-matrix: tools ## conformance suite on systemd 247 to 26x (root; fetches fiv
 
 tools: ## build the pinned programs that the tests run, install Debian packages they need
 	.ci/tools
+
+shell: tools ## start a shell with the pinned programs on its path, as the tests have them
+	$(TESTENV) PATH="$(CURDIR)/.tools/bin:$$PATH" "$${SHELL:-/bin/sh}"
 
 clean: ## remove what make has built, except the tools' cache in the home directory
 	rm -rf bin dist .tools
