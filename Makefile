@@ -5,6 +5,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 BINARY ?= bin/unitmeter
 TESTFLAGS ?=
 PKG ?= ./...
+export FUZZTIME
 
 # Where the tests can run, a skipped test is a failed one.
 CAN_RUN_ALL := $(shell [ "$$(uname)" = Linux ] && [ "$$(id -u)" = 0 ] && grep -qs ' cgroup2 ' /proc/mounts && echo 1)
@@ -12,7 +13,7 @@ TESTENV = $(if $(CAN_RUN_ALL),UNITMETER_TEST_NO_SKIP=1)
 
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
-.PHONY: build test demo lint fmt bench conformance test-matrix tools clean help
+.PHONY: build test demo lint fmt fuzz bench conformance test-matrix tools shell clean help
 
 build: ## build bin/unitmeter, a static binary
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)' -o $(BINARY) ./cmd/unitmeter
@@ -27,12 +28,15 @@ demo: ## meter a NATS server under load in a throwaway systemd (root; changes no
 	$(MAKE) --no-print-directory build
 	go run ./examples/otel-collector/demo
 
-lint: ## gofmt, go vet, staticcheck, and that generated files are current
-	.ci/tools staticcheck
+lint: ## gofmt, go vet for Linux and macOS, staticcheck, golangci-lint, govulncheck, and that generated files are current
+	.ci/tools lint
 	.ci/lint
 
 fmt: ## format all Go files
 	gofmt -w .
+
+fuzz: ## run each fuzz target for FUZZTIME (default 30s), one after the other; PKG=./config for some
+	.ci/fuzz $(PKG)
 
 # BenchmarkIdle takes ten minutes by itself. The flags are last: go takes what
 # follows a flag that is the test's own for the test's as well.
@@ -49,6 +53,9 @@ test-matrix: tools ## conformance suite on systemd 247 to 26x (root; fetches fiv
 
 tools: ## build the pinned programs that the tests run, install Debian packages they need
 	.ci/tools
+
+shell: tools ## start a shell with the pinned programs on its path, as the tests have them
+	$(TESTENV) PATH="$(CURDIR)/.tools/bin:$$PATH" "$${SHELL:-/bin/sh}"
 
 clean: ## remove what make has built, except the tools' cache in the home directory
 	rm -rf bin dist .tools

@@ -3,12 +3,8 @@ package config
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 )
 
@@ -258,26 +254,5 @@ func TestBadInput(t *testing.T) {
 	golden(t, "testdata/bad.golden", messages.String())
 	if len(badInputs) < 60 {
 		t.Errorf("%d bad inputs, want at least 60", len(badInputs))
-	}
-}
-
-func TestFileWithoutPermission(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "headers")
-	if err := os.WriteFile(file, []byte("a=1\n"), 0); err != nil {
-		t.Fatal(err)
-	}
-	if os.Geteuid() == 0 {
-		// Root may read every file; this thread becomes nobody for files.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		if err := syscall.Setfsuid(65534); err != nil {
-			t.Fatal(err)
-		}
-		defer syscall.Setfsuid(0)
-	}
-	_, err := Load([]string{"HOME=/h", "UNITMETER_OTLP_HEADERS_FILE=" + file})
-	want := fmt.Sprintf("read UNITMETER_OTLP_HEADERS_FILE=%q: permission denied: name a file that the agent's user can read", file)
-	if err == nil || err.Error() != want {
-		t.Errorf("got %v, want %s", err, want)
 	}
 }

@@ -36,10 +36,10 @@ func peersOf(t *testing.T, conn *dbus.Conn) (peers []string) {
 	return peers
 }
 
-// sendStraight sends a message to one peer, whatever that has asked the bus for.
-func sendStraight(conn *dbus.Conn, to string, kind dbus.Type, path dbus.ObjectPath, iface, member string, body ...any) {
+// sendStraight sends a signal to one peer, whatever that has asked the bus for.
+func sendStraight(conn *dbus.Conn, to string, path dbus.ObjectPath, iface, member string, body ...any) {
 	conn.Send(&dbus.Message{
-		Type: kind, Flags: dbus.FlagNoReplyExpected, Body: body,
+		Type: dbus.TypeSignal, Flags: dbus.FlagNoReplyExpected, Body: body,
 		Headers: map[dbus.HeaderField]dbus.Variant{
 			dbus.FieldDestination: dbus.MakeVariant(to), dbus.FieldPath: dbus.MakeVariant(path),
 			dbus.FieldInterface: dbus.MakeVariant(iface), dbus.FieldMember: dbus.MakeVariant(member),
@@ -71,14 +71,14 @@ func TestForgedSignals(t *testing.T) {
 		refused := r.source.Health().Refused
 		sent := int64(0)
 		for _, peer := range peersOf(t, forger) {
-			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitRemoved", "a.service", path)
-			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "Reloading", true)
-			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitNew", "b.service", path)
-			sendStraight(forger, peer, dbus.TypeSignal, path, propertiesInterface, "PropertiesChanged", unitInterface, stopped, []string{})
-			sendStraight(forger, peer, dbus.TypeSignal, "/org/freedesktop/DBus", busInterface, "NameOwnerChanged", systemdName, ":1.0", forger.Names()[0])
-			sendStraight(forger, peer, dbus.TypeSignal, "/org/freedesktop/DBus", busInterface, "NameOwnerChanged", systemdName, ":1.0", "")
+			sendStraight(forger, peer, object, managerInterface, "UnitRemoved", "a.service", path)
+			sendStraight(forger, peer, object, managerInterface, "Reloading", true)
+			sendStraight(forger, peer, object, managerInterface, "UnitNew", "b.service", path)
+			sendStraight(forger, peer, path, propertiesInterface, "PropertiesChanged", unitInterface, stopped, []string{})
+			sendStraight(forger, peer, "/org/freedesktop/DBus", busInterface, "NameOwnerChanged", systemdName, ":1.0", forger.Names()[0])
+			sendStraight(forger, peer, "/org/freedesktop/DBus", busInterface, "NameOwnerChanged", systemdName, ":1.0", "")
 			// Had the one before last been believed, this one would be as well.
-			sendStraight(forger, peer, dbus.TypeSignal, object, managerInterface, "UnitRemoved", "a.service", path)
+			sendStraight(forger, peer, object, managerInterface, "UnitRemoved", "a.service", path)
 			sent = 7
 		}
 		eventually(t, "all of them have arrived, "+when, func() bool { return r.source.Health().Refused == refused+sent })
@@ -125,8 +125,8 @@ func TestForgedSignalsOfReal(t *testing.T) {
 		}
 		refused := r.source.Health().Refused
 		for _, peer := range peersOf(t, forger) {
-			sendStraight(forger, peer, dbus.TypeSignal, managerPath, managerInterface, "UnitRemoved", "forged.service", path)
-			sendStraight(forger, peer, dbus.TypeSignal, managerPath, managerInterface, "Reloading", true)
+			sendStraight(forger, peer, managerPath, managerInterface, "UnitRemoved", "forged.service", path)
+			sendStraight(forger, peer, managerPath, managerInterface, "Reloading", true)
 		}
 		eventually(t, "the forged signals have arrived", func() bool { return r.source.Health().Refused >= refused+2 })
 		before := r.unitNamed("forged.service")

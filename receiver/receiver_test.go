@@ -414,7 +414,7 @@ func TestBadSignals(t *testing.T) {
 		unitGone  = managerInterface + ".UnitRemoved"
 		reloading = managerInterface + ".Reloading"
 		goodPath  = unitPathPrefix + "good_2eservice"
-		systemd   = "/org/freedesktop/systemd1"
+		manager   = "/org/freedesktop/systemd1"
 	)
 	fake := systemdtest.StartFake(t)
 	fake.SetUnit(accounted("good.service", 1, all(7)))
@@ -428,18 +428,18 @@ func TestBadSignals(t *testing.T) {
 		name   string
 		values []any
 	}{
-		{systemd, unitNew, nil},
-		{systemd, unitNew, []any{uint32(5)}},
-		{systemd, unitNew, []any{strings.Repeat("x", 1<<15) + ".service", dbus.ObjectPath("/")}},
-		{systemd, unitNew, []any{"a b.service", dbus.ObjectPath("/")}},
-		{systemd, unitNew, []any{"", dbus.ObjectPath("/")}},
-		{systemd, unitGone, nil},
-		{systemd, unitGone, []any{[]string{"good.service"}}},
-		{systemd, unitGone, []any{"", dbus.ObjectPath("/")}},
-		{systemd, unitGone, []any{"good.service.service", dbus.ObjectPath("/")}},
-		{systemd, reloading, nil},
-		{systemd, reloading, []any{"true"}},
-		{systemd, managerInterface + ".StartupFinished", []any{uint64(1)}},
+		{manager, unitNew, nil},
+		{manager, unitNew, []any{uint32(5)}},
+		{manager, unitNew, []any{strings.Repeat("x", 1<<15) + ".service", dbus.ObjectPath("/")}},
+		{manager, unitNew, []any{"a b.service", dbus.ObjectPath("/")}},
+		{manager, unitNew, []any{"", dbus.ObjectPath("/")}},
+		{manager, unitGone, nil},
+		{manager, unitGone, []any{[]string{"good.service"}}},
+		{manager, unitGone, []any{"", dbus.ObjectPath("/")}},
+		{manager, unitGone, []any{"good.service.service", dbus.ObjectPath("/")}},
+		{manager, reloading, nil},
+		{manager, reloading, []any{"true"}},
+		{manager, managerInterface + ".StartupFinished", []any{uint64(1)}},
 		{goodPath, changed, nil},
 		{goodPath, changed, []any{unitInterface}},
 		{goodPath, changed, []any{unitInterface, "no map", []string{}}},

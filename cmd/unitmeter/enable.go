@@ -301,9 +301,9 @@ func outcome(before, now accounting.Unit, runtime, rearm bool) string {
 
 // describe is the dry run of setUnit.
 func (w *switcher) describe(u accounting.Unit, runtime, rearm bool) {
-	dir, flag, why := accounting.PersistentDir, "", ""
+	dir, option, why := accounting.PersistentDir, "", ""
 	if runtime {
-		dir, flag = accounting.RuntimeDir, "--runtime "
+		dir, option = accounting.RuntimeDir, "--runtime "
 	}
 	switch {
 	case u.Transient:
@@ -316,9 +316,9 @@ func (w *switcher) describe(u accounting.Unit, runtime, rearm bool) {
 	fmt.Fprintf(w.out, "  call             %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", accounting.ManagerInterface, u.Name, runtime, w.on)
 	fmt.Fprintf(w.out, "  file             %s/%s.d/%s\n", dir, u.Name, accounting.SettingFile)
 	if strings.HasPrefix(u.Name, "-") {
-		flag += "-- "
+		option += "-- "
 	}
-	fmt.Fprintf(w.out, "  the same as      systemctl set-property %s%s IPAccounting=%s\n", flag, tty.ShellWord(u.Name), yesNo(w.on))
+	fmt.Fprintf(w.out, "  the same as      systemctl set-property %s%s IPAccounting=%s\n", option, tty.ShellWord(u.Name), yesNo(w.on))
 }
 
 // setDefault writes or removes the drop-in of systemd's own configuration, and

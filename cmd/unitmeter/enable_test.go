@@ -21,10 +21,10 @@ func runCommand(t *testing.T, environ []string, args ...string) (code int, stdou
 }
 
 // fakeUnit is a service of the fake.
-func fakeUnit(name string, accounting bool, bytes uint64) systemdtest.Unit {
+func fakeUnit(name string, accounting bool, traffic uint64) systemdtest.Unit {
 	return systemdtest.Unit{
 		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: accounting,
-		IngressBytes: bytes, IngressPackets: bytes, EgressBytes: bytes, EgressPackets: bytes,
+		IngressBytes: traffic, IngressPackets: traffic, EgressBytes: traffic, EgressPackets: traffic,
 	}
 }
 

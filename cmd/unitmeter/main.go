@@ -14,6 +14,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -111,7 +112,10 @@ func dispatch(ctx context.Context, t *terminal) int {
 	t.args = rest
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	err := all[i].run(ctx, t, flags)
+	err := supported(name, runtime.GOOS)
+	if err == nil {
+		err = all[i].run(ctx, t, flags)
+	}
 	var usage usageError
 	switch {
 	case err == nil:
@@ -126,6 +130,15 @@ func dispatch(ctx context.Context, t *terminal) int {
 		fmt.Fprintf(t.stderr, "unitmeter %s: %s\n", name, indent(err))
 		return exitFailure
 	}
+}
+
+// supported returns an error for a command that cannot work on a system: all but
+// these need systemd.
+func supported(name, system string) error {
+	if system == "linux" || slices.Contains([]string{"history", "version", "help"}, name) {
+		return nil
+	}
+	return fmt.Errorf("run on %s: %w; this command needs Linux with systemd", system, errors.ErrUnsupported)
 }
 
 // indent sets the lines of a joined error below each other, cleaned.

@@ -183,11 +183,7 @@ func (s *Source) relist(ctx context.Context, b *bus, all bool) error {
 // have gone: to read a unit by its name loads it, and announces that as new. It
 // returns the names of those that are there and not inactive.
 func (s *Source) refresh(ctx context.Context, b *bus, names []string) (loaded []string, err error) {
-	patterns := make([]string, len(names))
-	for i, name := range names {
-		patterns[i] = name // a backslash stands for itself (FNM_NOESCAPE)
-	}
-	rows, err := b.list(ctx, patterns)
+	rows, err := b.list(ctx, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
 	if err != nil {
 		return nil, err
 	}

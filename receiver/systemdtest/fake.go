@@ -114,7 +114,7 @@ func (f *Fake) Remove(name string) {
 // are. When handled, the call gets the reply or the error after the delay (or
 // never: NoReply). Later calls are not held up. For GetAll, reply holds a
 // map[string]dbus.Variant. nil ends it.
-func (f *Fake) OnGet(hook func(path dbus.ObjectPath, iface, prop string) (reply dbus.Variant, err *dbus.Error, delay time.Duration, handled bool)) {
+func (f *Fake) OnGet(hook func(object dbus.ObjectPath, iface, prop string) (reply dbus.Variant, err *dbus.Error, delay time.Duration, handled bool)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.onGet = hook
@@ -175,10 +175,10 @@ func (f *Fake) EmitPropertiesChanged(name string) {
 }
 
 // Emit emits any signal, if any client has subscribed.
-func (f *Fake) Emit(path dbus.ObjectPath, name string, values ...any) {
+func (f *Fake) Emit(object dbus.ObjectPath, name string, values ...any) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.emit(path, name, values...)
+	f.emit(object, name, values...)
 }
 
 // Restart gives the name up and takes it again on a new connection, as a
@@ -350,7 +350,7 @@ func (f *Fake) reply(conn *dbus.Conn, msg *dbus.Message, a answer) {
 	f.send(conn, out)
 }
 
-func (f *Fake) emit(path dbus.ObjectPath, name string, values ...any) {
+func (f *Fake) emit(object dbus.ObjectPath, name string, values ...any) {
 	// systemd broadcasts as soon as anybody at all has subscribed.
 	if f.conn == nil || len(f.subscribers) == 0 {
 		return
@@ -359,7 +359,7 @@ func (f *Fake) emit(path dbus.ObjectPath, name string, values ...any) {
 	f.send(f.conn, &dbus.Message{
 		Type: dbus.TypeSignal, Body: values,
 		Headers: map[dbus.HeaderField]dbus.Variant{
-			dbus.FieldPath:      dbus.MakeVariant(path),
+			dbus.FieldPath:      dbus.MakeVariant(object),
 			dbus.FieldInterface: dbus.MakeVariant(name[:max(dot, 0)]),
 			dbus.FieldMember:    dbus.MakeVariant(name[dot+1:]),
 		},

@@ -13,7 +13,7 @@ import (
 //go:embed traffic/main.go
 var trafficSource []byte
 
-//go:embed wallclock/main.go
+//go:embed wallclock/main_linux.go
 var wallClockSource []byte
 
 // programs are the compiled helpers by name. Each is compiled once per process,

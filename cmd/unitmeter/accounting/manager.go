@@ -63,9 +63,9 @@ func (m *Manager) Call(ctx context.Context, method string, args ...any) *dbus.Ca
 }
 
 // Get reads one property.
-func (m *Manager) Get(ctx context.Context, path dbus.ObjectPath, iface, property string, to any) error {
+func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, property string, to any) error {
 	var v dbus.Variant
-	err := m.conn.Object(Name, path).
+	err := m.conn.Object(Name, object).
 		CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, iface, property).Store(&v)
 	if err == nil {
 		err = dbus.Store([]any{v.Value()}, to)

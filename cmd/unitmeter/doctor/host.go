@@ -43,14 +43,11 @@ func (d *doctor) checkClock(ctx context.Context) finding {
 	if now.Year() < 2025 {
 		return failure(fix, "the clock says %s, which is before the release of this program", now.UTC().Format(time.RFC3339))
 	}
-	var state unix.Timex // all zero: asks, and sets nothing
-	status, err := unix.Adjtimex(&state)
+	synchronized, err := clockSynchronized()
 	if err != nil {
 		return skipped("adjtimex: %v", err)
 	}
-	// Chrony, ntpd and systemd-timesyncd all clear the flag in the kernel, so
-	// none of them need be known here.
-	if status == unix.TIME_ERROR || state.Status&unix.STA_UNSYNC != 0 {
+	if !synchronized {
 		return warning(fix, "%s; the clock is not synchronized (adjtimex: STA_UNSYNC)", now.UTC().Format(time.RFC3339))
 	}
 	found := now.UTC().Format(time.RFC3339) + ", synchronized"
@@ -79,15 +76,15 @@ func (d *doctor) clockStep(ctx context.Context) (time.Duration, error) {
 	if err := d.m.Property(ctx, "UserspaceTimestampMonotonic", &monotonic); err != nil {
 		return 0, err
 	}
-	var since unix.Timespec // CLOCK_BOOTTIME goes on during suspend
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
+	since, err := sinceBoot()
+	if err != nil {
 		return 0, err
 	}
 	if wall > math.MaxInt64 || monotonic > math.MaxInt64 {
 		return 0, errors.New("systemd's boot time is out of range")
 	}
 	atBoot := time.UnixMicro(int64(wall)).Add(-time.Duration(monotonic) * time.Microsecond)
-	return time.Since(atBoot.Add(time.Duration(since.Nano()))).Round(time.Second), nil
+	return time.Since(atBoot.Add(since)).Round(time.Second), nil
 }
 
 // checkKernel looks for what systemd's counting needs of the kernel.
@@ -150,19 +147,12 @@ func (d *doctor) checkCgroup(context.Context) finding {
 // cgroupFinding distinguishes the hierarchies by the types of the file systems.
 func cgroupFinding(root string) finding {
 	// The types and not the names: /sys/fs/cgroup is there in all of them.
-	kind := func(dir string) int64 {
-		var st unix.Statfs_t
-		if unix.Statfs(dir, &st) != nil {
-			return 0
-		}
-		return int64(st.Type)
-	}
 	switch {
-	case kind(root) == unix.CGROUP2_SUPER_MAGIC:
+	case fileSystem(root) == cgroupV2:
 		return good("v2 (unified) at %s", root)
-	case kind(root+"/unified") == unix.CGROUP2_SUPER_MAGIC:
+	case fileSystem(root+"/unified") == cgroupV2:
 		return good("v2 at %s/unified (hybrid)", root)
-	case kind(root+"/systemd") == unix.CGROUP_SUPER_MAGIC:
+	case fileSystem(root+"/systemd") == cgroupV1:
 		return failure("boot with the kernel parameter systemd.unified_cgroup_hierarchy=1",
 			"%s is cgroup v1 (legacy), on which systemd counts no IP traffic", root)
 	}

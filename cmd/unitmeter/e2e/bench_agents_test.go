@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -130,17 +129,6 @@ service: {telemetry: {metrics: {level: none}}, pipelines: {metrics: {receivers: 
 		telegraf("telegraf", statesOnly, "state: one ListUnits for all", false),
 		telegraf("telegraf, details", "no IP counters", "state, memory, restarts and more, picked out of all of a unit's properties: 2 GetAll, one unit after the other", true),
 	)
-}
-
-func toolPath(b *testing.B, name string) string {
-	path, err := filepath.Abs("../../.tools/bin/" + name)
-	if err == nil {
-		path, err = filepath.EvalSymlinks(path)
-	}
-	if err != nil {
-		b.Fatalf("find %s: %v; run \".ci/tools bench\"", name, err)
-	}
-	return path
 }
 
 // title is the name with what one must know to compare it.

@@ -105,8 +105,8 @@ func (r *recorder) take(p otlptest.Point) {
 		s = &trail{first: p.Start}
 		r.series[key] = s
 	}
-	problem := func(format string, args ...any) {
-		r.problems = append(r.problems, fmt.Sprintf(format, args...)+fmt.Sprintf("\n\tbefore: %s\n\tnow:    %s", s.point, p))
+	problem := func(text string) {
+		r.problems = append(r.problems, text+fmt.Sprintf("\n\tbefore: %s\n\tnow:    %s", s.point, p))
 	}
 	if ok && !p.Time.After(s.point.Time) {
 		if slices.Contains(s.seen, stamped{p.Time, p.Value}) {

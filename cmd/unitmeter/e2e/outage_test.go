@@ -270,8 +270,8 @@ func newTape(o outage) *tape {
 	for _, attributes := range r.fleet.sweep().All() {
 		i++
 		for j, set := range []attribute.Set{attributes.Receive, attributes.Transmit} {
-			for k, metric := range []string{receiver.IOName, receiver.PacketCountName} {
-				key := []byte(metric)
+			for k, name := range []string{receiver.IOName, receiver.PacketCountName} {
+				key := []byte(name)
 				for _, kv := range set.ToSlice() {
 					key = append(key, keyValue(string(kv.Key), kv.Value.AsString())...)
 				}
@@ -330,10 +330,10 @@ func (r *tape) take(request []byte) error {
 	})
 }
 
-func (r *tape) point(metric string, p []byte) error {
+func (r *tape) point(name string, p []byte) error {
 	var value uint64
 	var start, at int64
-	key := append(make([]byte, 0, 256), metric...)
+	key := append(make([]byte, 0, 256), name...)
 	err := fields(p, func(n protowire.Number, body []byte, v uint64) error {
 		switch n {
 		case 2:

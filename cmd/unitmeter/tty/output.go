@@ -15,7 +15,7 @@ import (
 // IsTerminal reports whether a file is a terminal: only a terminal has a mode
 // (tty_ioctl(4)); other character devices, such as /dev/null, have none.
 func IsTerminal(f *os.File) bool {
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	_, err := unix.IoctlGetTermios(int(f.Fd()), getTermios)
 	return err == nil
 }
 

@@ -262,11 +262,11 @@ func receive(socket int) (int, error) {
 	}
 	messages, err := syscall.ParseSocketControlMessage(rights[:n])
 	if err != nil || len(messages) != 1 {
-		return 0, fmt.Errorf("%d control messages (%v)", len(messages), err)
+		return 0, errors.Join(err, fmt.Errorf("receive a descriptor: %d control messages", len(messages)))
 	}
 	fds, err := syscall.ParseUnixRights(&messages[0])
 	if err != nil || len(fds) != 1 {
-		return 0, fmt.Errorf("%d descriptors (%v)", len(fds), err)
+		return 0, errors.Join(err, fmt.Errorf("receive a descriptor: got %d", len(fds)))
 	}
 	return fds[0], nil
 }
