@@ -23,9 +23,9 @@ func deliveryInstruments() []receiver.Instrument {
 		return receiver.Instrument{Name: name, Kind: "observable counter", Unit: "{data_point}", Description: description, Attributes: []string{"host.name"}}
 	}
 	return []receiver.Instrument{
-		counter("unitmeter.export.sent", "Data points that the receiver of the metrics accepted."),
-		counter("unitmeter.export.rejected", "Data points that the receiver of the metrics refused for good: partial successes and quarantined requests."),
-		counter("unitmeter.export.dropped", "Data points that were not fit to be sent: without a series in the sweep, or with an end before their start."),
+		counter("unitmeter.export.sent", "Data points that the OTLP receiver accepted."),
+		counter("unitmeter.export.rejected", "Data points that the OTLP receiver refused for good: in partial successes and quarantined requests."),
+		counter("unitmeter.export.dropped", "Invalid data points that were not sent: without a series in the sweep, or with an end before their start."),
 	}
 }
 
@@ -36,11 +36,11 @@ func outboxInstruments() []receiver.Instrument {
 		return receiver.Instrument{Name: name, Kind: kind, Unit: unit, Description: description, Attributes: []string{"host.name"}}
 	}
 	return []receiver.Instrument{
-		instrument("unitmeter.outbox.bytes", gauge, "By", "Size on disk of the requests that are not delivered yet."),
-		instrument("unitmeter.outbox.requests", gauge, "{request}", "Requests that are not delivered yet."),
-		instrument("unitmeter.outbox.age", gauge, "s", "Age of the oldest request that is not delivered yet; 0 without one."),
+		instrument("unitmeter.outbox.bytes", gauge, "By", "Size on disk of the undelivered requests."),
+		instrument("unitmeter.outbox.requests", gauge, "{request}", "Undelivered requests."),
+		instrument("unitmeter.outbox.age", gauge, "s", "Age of the oldest undelivered request; 0 if there is none."),
 		instrument("unitmeter.outbox.thinned", counter, "{data_point}", "Data points merged into later ones because the outbox was full. Totals stay exact."),
-		instrument("unitmeter.outbox.dropped", counter, "{data_point}", "Data points given up undelivered because the outbox was full or they were too old."),
+		instrument("unitmeter.outbox.dropped", counter, "{data_point}", "Data points dropped undelivered, because the outbox was full or they were too old."),
 	}
 }
 

@@ -44,21 +44,21 @@ func Instruments() []Instrument {
 	unit := []string{"systemd.unit.name", "network.io.direction", "host.name"}
 	host := []string{"host.name"}
 	return []Instrument{
-		{IOName, "observable counter", "By", "Bytes that a systemd unit received or sent, as its IP accounting counts them: IP headers included; forwarded, AF_PACKET and kernel socket traffic not counted.", unit},
-		{PacketCountName, "observable counter", "{packet}", "Packets that a systemd unit received or sent, as its IP accounting counts them: before segmentation offload splits them, so not packets on the wire.", unit},
-		{UnattributedName, "observable counter", "By", "Bytes that a top-level slice received or sent and that are in no series: traffic of units that are not metered, and of those that ended before anyone could read them. Needs IP accounting on the slice.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
-		{"unitmeter.units", "observable gauge", "{unit}", "Loaded units of the metered types, by what is known of their IP accounting: on, off (IPAccounting=no), no_data (nothing to count), lost (systemd lost the counters), failed (reading made no sense), unknown (not read yet).", append([]string{"unitmeter.accounting.state"}, host...)},
-		{"unitmeter.series", "observable gauge", "{series}", "Series in the ledger, those without a running unit included.", host},
-		{"unitmeter.sweep.duration", "observable gauge", "s", "How long the last reading of all units took.", host},
-		{"unitmeter.sweep.partial", "observable counter", "{sweep}", "Readings of all units that the deadline or an error cut short.", host},
-		{"unitmeter.dbus.errors", "observable counter", "{error}", "D-Bus replies that were errors or made no sense.", host},
-		{"unitmeter.dbus.signals.refused", "observable counter", "{signal}", "D-Bus signals that were dropped: they came from another sender than systemd, or were longer than any of its signals.", host},
+		{IOName, "observable counter", "By", "Bytes that a systemd unit received or sent, IP headers included. Forwarded packets, AF_PACKET sockets and the kernel's own sockets are not counted.", unit},
+		{PacketCountName, "observable counter", "{packet}", "IP packets that a systemd unit received or sent. A packet that segmentation offload splits later counts once, so this is not the number on the wire.", unit},
+		{UnattributedName, "observable counter", "By", "Bytes of a top-level slice that are in no series: from units that are not metered, or that ended before they could be read. The slice needs IP accounting.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
+		{"unitmeter.units", "observable gauge", "{unit}", "Loaded units of the metered types, by state of their IP accounting: on, off (IPAccounting=no), no_data (nothing to count), lost (systemd lost the counters), failed (invalid answer), unknown (not read yet).", append([]string{"unitmeter.accounting.state"}, host...)},
+		{"unitmeter.series", "observable gauge", "{series}", "Series in the ledger, including those whose unit no longer runs.", host},
+		{"unitmeter.sweep.duration", "observable gauge", "s", "Duration of the last reading of all units.", host},
+		{"unitmeter.sweep.partial", "observable counter", "{sweep}", "Readings of all units that a deadline or an error cut short.", host},
+		{"unitmeter.dbus.errors", "observable counter", "{error}", "D-Bus calls that failed or had an invalid reply.", host},
+		{"unitmeter.dbus.signals.refused", "observable counter", "{signal}", "D-Bus signals that were dropped: not sent by systemd, or longer than any of its signals.", host},
 		{"unitmeter.dbus.reconnects", "observable counter", "{attempt}", "Attempts to connect to systemd again.", host},
-		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd that were seen. systemd itself loses some traffic at each.", append([]string{"unitmeter.reload.type"}, host...)},
-		{"unitmeter.counter.resets", "observable counter", "{reset}", "Falls of a unit's counters within one run.", host},
-		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of units that ended without a last reading and without a stop record.", host},
-		{"unitmeter.journal.errors", "observable counter", "{record}", "Stop records in the journal that made no sense.", host},
-		{"unitmeter.units.skipped", "observable counter", "{unit}", "Units skipped because no unit can have their name.", host},
+		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd. At each, systemd fails to count some traffic.", append([]string{"unitmeter.reload.type"}, host...)},
+		{"unitmeter.counter.resets", "observable counter", "{reset}", "Times that a unit's counters fell within one run.", host},
+		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of units that ended with neither a last reading nor a stop record.", host},
+		{"unitmeter.journal.errors", "observable counter", "{record}", "Invalid stop records in the journal.", host},
+		{"unitmeter.units.skipped", "observable counter", "{unit}", "Units skipped because their name is invalid.", host},
 	}
 }
 

@@ -78,7 +78,7 @@ func commands() []command {
 		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch IP accounting on", enable},
 		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch IP accounting off", disable},
 		{"doctor", "[--json] [--here]", "check everything that the agent needs, and name the fix for each fault", diagnose},
-		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print the traffic of units in the past three weeks", history},
+		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print the traffic of units in the last 24 hours, or since T", history},
 		{"version", "", "print the version", printVersion},
 		{"help", "[COMMAND|environment]", "print this help, or the variables that configure unitmeter", help},
 	}

@@ -8,7 +8,7 @@ complete -c unitmeter -n __fish_use_subcommand -a units -d 'list all units: mete
 complete -c unitmeter -n __fish_use_subcommand -a enable -d 'switch IP accounting on'
 complete -c unitmeter -n __fish_use_subcommand -a disable -d 'switch IP accounting off'
 complete -c unitmeter -n __fish_use_subcommand -a doctor -d 'check everything that the agent needs, and name the fix for each fault'
-complete -c unitmeter -n __fish_use_subcommand -a history -d 'print the traffic of units in the past three weeks'
+complete -c unitmeter -n __fish_use_subcommand -a history -d 'print the traffic of units in the last 24 hours, or since T'
 complete -c unitmeter -n __fish_use_subcommand -a version -d 'print the version'
 complete -c unitmeter -n __fish_use_subcommand -a help -d 'print this help, or the variables that configure unitmeter'
 complete -c unitmeter -n '__fish_seen_subcommand_from help' -a 'run once top units enable disable doctor history version help environment'

@@ -26,7 +26,7 @@ import (
 	"time"
 )
 
-// update names the files to write: readme (README.md), baselines (the
+// update names the files to write: readme (docs/metrics.md), baselines (the
 // benchmarks' documents) or conformance (docs/conformance.md).
 var update = flag.String("update", "", "write the results: readme, baselines or conformance")
 

@@ -288,28 +288,28 @@ func (r *report) document(table string) string {
 # Conformance
 
 Each scenario runs the agent beside a real systemd with real cgroup-BPF
-accounting, sends traffic of known size through units, and compares what systemd
-accounted with what an OTLP/gRPC receiver got. The difference is for all four
-counters. Any agent can be tried:
+accounting, and sends traffic of known size through units. It compares the counters of
+systemd with those that an OTLP/gRPC receiver got, for all four counters. To test
+another agent:
 
 ` + "```" + `
 UNITMETER_BINARY=/path/to/unitmeter make conformance
 ` + "```" + `
 
-` + "`UNITMETER_CONFORMANCE_LONG=1`" + ` makes the long variants, ` + "`UNITMETER_TEST_ROOT=DIR`" + ` boots
+` + "`UNITMETER_CONFORMANCE_LONG=1`" + ` runs the long variants, ` + "`UNITMETER_TEST_ROOT=DIR`" + ` boots
 the systemd of another root tree. Needs root on Linux with cgroup v2.
 
-- "accounted" is what ` + "`systemctl show`" + ` says of the scenario's own slice, which holds
-  all of its units, those that are gone included; where systemd itself loses
-  traffic (reload, re-execution), it is what ` + "`systemctl show`" + ` says of the unit, and
-  where its counter of the slice left out short runs, the sum of its records of them.
-- "exact" means that the difference is 0, that it stayed so, and that no point of
-  any series broke the rules: no total fell, no start moved, no delta was negative
-  or overlapped with another. Where the truth is the slice's, nothing was in
-  ` + "`unitmeter.unattributed`" + ` of it either, unless the row says so; that is not looked
-  at over reloads, the reboot, in the overflow and in the fold by default.
+- "accounted" is the counter of the scenario's own slice by ` + "`systemctl show`" + `. The slice
+  includes all units of the scenario, also those that are gone. Where systemd loses
+  traffic (reload, re-execution), it is the counter of the unit. Where the slice left
+  out short runs, it is the sum of systemd's records of them.
+- "exact" means that the difference is 0 and stayed 0. Also, no point of any series
+  broke the rules: no total fell, no start moved, and no delta was negative or
+  overlapped with another. If the slice was compared, its ` + "`unitmeter.unattributed`" + ` was 0,
+  unless the row says otherwise; not checked over reloads and the reboot, in the
+  overflow, and in the default fold.
 - "stated" means that the difference is not 0, and that ` + "`unitmeter.unattributed`" + `
-  said just how much it is.
+  has exactly the difference.
 
 Last run: ` + time.Now().UTC().Format(time.DateOnly) + `, systemd ` + r.version + `, ` + mode() + `.
 
