@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strings"
 	"time"
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
@@ -41,8 +42,19 @@ type Config struct {
 	// OTEL_EXPORTER_OTLP_HEADERS. With an error come those of before. It must be
 	// safe for concurrent use. Default: those of the variable.
 	Headers func() (map[string]string, error)
+	// Specific has the variables for metrics only that are set, by the names of the
+	// general ones, which do not count then. Default: none.
+	Specific map[string]string
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
+}
+
+// Deciding returns a hint with the names of the variables that decide.
+func (cfg Config) Deciding(hint string) string {
+	for general, specific := range cfg.Specific {
+		hint = strings.ReplaceAll(hint, general, specific)
+	}
+	return hint
 }
 
 // Fields of a Config that are empty mean these, which are the specification's.
@@ -59,6 +71,7 @@ type Client struct {
 	timeout  time.Duration
 	caller   caller
 	target   string // for logs; without secrets
+	deciding func(hint string) string
 	empty    []byte // a request without metrics
 }
 
@@ -74,7 +87,7 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 		return nil, errors.New("make OTLP exporter: it has no endpoint; set OTEL_EXPORTER_OTLP_ENDPOINT")
 	}
 	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
-	c := &Client{timeout: cfg.Timeout}
+	c := &Client{timeout: cfg.Timeout, deciding: cfg.Deciding}
 	var err error
 	switch cmp.Or(cfg.Protocol, DefaultProtocol) {
 	case "grpc":
@@ -119,6 +132,9 @@ func (c *Client) Send(ctx context.Context, request []byte) Answer {
 
 // Target is where requests go, for logs.
 func (c *Client) Target() string { return c.target }
+
+// Hint is the next step after an answer, for a person who reads the log.
+func (c *Client) Hint(a Answer) string { return c.deciding(a.Hint()) }
 
 // Timeout is that of one call.
 func (c *Client) Timeout() time.Duration { return c.timeout }

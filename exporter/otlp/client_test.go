@@ -73,3 +73,15 @@ func TestPlainTextToTLSIsHeld(t *testing.T) {
 		t.Errorf("%v: %v", a.Verdict, a.Err)
 	}
 }
+
+func TestHintsNameTheVariableThatDecides(t *testing.T) {
+	c, err := Open(t.Context(), to("http://localhost:1", Config{Specific: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close(t.Context())
+	hint := c.Hint(Answer{Verdict: Misconfigured, Err: errorString("404")})
+	if !strings.Contains(hint, "check OTEL_EXPORTER_OTLP_METRICS_ENDPOINT (") || !strings.Contains(hint, " OTEL_EXPORTER_OTLP_HEADERS") {
+		t.Errorf("hint: %s", hint)
+	}
+}
