@@ -2,6 +2,7 @@ package otlp
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -26,8 +27,8 @@ const (
 	Misconfigured
 	// TooLarge: the request must be split.
 	TooLarge
-	// Doubtful: the receiver is in trouble, perhaps over this very data. It is held,
-	// and others are tried meanwhile.
+	// Doubtful: the receiver is in trouble, perhaps over this very data, or takes it
+	// only later. It is held, and others are tried meanwhile.
 	Doubtful
 	// Suspect: the receiver may refuse this very data. It does if, since then, it
 	// has accepted other data.
@@ -48,6 +49,9 @@ type Answer struct {
 	Message  string
 	// Slow says that our own deadline ended the call.
 	Slow bool
+	// Ahead is by how much our clock is ahead of the receiver's; 0 where that is
+	// less than a minute, or not known.
+	Ahead time.Duration
 }
 
 // MaxAsked caps the delay that a receiver may ask for, so that a bad value cannot
@@ -65,6 +69,13 @@ func (a Answer) aboutTLS() bool { return a.says("x509:", "tls:", "certificate") 
 // only the text of that error (storage.ErrOutOfBounds and others).
 func (a Answer) tooOld() bool {
 	return a.says("out of bounds", "out of order sample", "too old sample")
+}
+
+// tooNew says that the receiver refuses points of a time that is still to come, in
+// the words of Prometheus, Mimir or Cortex. Prometheus has words that it also uses
+// for points of the past. Then only the clocks tell.
+func (a Answer) tooNew() bool {
+	return a.says("in the future", "in-future", "too new") || a.Ahead > 0 && a.says("out of bounds", "timestamp")
 }
 
 // says reports whether the text of the error has any of the parts.
@@ -93,6 +104,10 @@ func (a Answer) Hint() string {
 		return "the receiver has no TLS: write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT"
 	case a.aboutTLS():
 		return "check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY against the receiver's certificate"
+	case a.tooNew() && a.Ahead > 0:
+		return fmt.Sprintf("correct the clock of this host (timedatectl), which is %v ahead of the receiver's; the receiver takes the points once their time has come", a.Ahead.Round(time.Second))
+	case a.tooNew():
+		return "compare the clocks of this host and of the receiver (timedatectl); the receiver takes the points once their time has come"
 	case a.says("temporality", "delta"):
 		return "the receiver may take no deltas: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"
 	case a.Verdict == Unreachable:

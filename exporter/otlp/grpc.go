@@ -138,9 +138,13 @@ func grpcAnswer(s *status.Status) Answer {
 			a.Verdict = TooLarge
 		}
 	case codes.InvalidArgument:
-		a.Verdict = Suspect
-		if a.aboutSize() {
+		switch {
+		case a.aboutSize():
 			a.Verdict = TooLarge
+		case a.tooNew():
+			a.Verdict = Doubtful
+		default:
+			a.Verdict = Suspect
 		}
 	}
 	// A proxy in front has a limit of its own, nginx of 1 MiB. grpc-go has only a

@@ -190,9 +190,12 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 	case code == http.StatusRequestEntityTooLarge:
 		a.Verdict = TooLarge
 	case code == http.StatusBadRequest, code == http.StatusUnprocessableEntity:
+		a.Ahead = ahead(resp.Header.Get("Date"), now)
 		switch {
 		case a.aboutSize():
 			a.Verdict = TooLarge
+		case a.tooNew():
+			a.Verdict = Doubtful
 		case !isPage && !wantsTLS(message):
 			a.Verdict = Suspect
 		}
@@ -203,6 +206,15 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 		a.Verdict = Transient
 	}
 	return a
+}
+
+// ahead returns by how much now is ahead of the Date header of an answer.
+func ahead(value string, now time.Time) time.Duration {
+	date, err := http.ParseTime(value)
+	if err != nil || now.Sub(date) < time.Minute { // an answer may take that long
+		return 0
+	}
+	return now.Sub(date)
 }
 
 // wantsTLS says that a TLS server was spoken to without, in the words of Go's
