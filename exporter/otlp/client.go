@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
@@ -72,12 +73,19 @@ type Client struct {
 	caller   caller
 	target   string // for logs; without secrets
 	deciding func(hint string) string
-	empty    []byte // a request without metrics
+	empty    []byte       // a request without metrics
+	refusals atomic.Int64 // in a row
 }
+
+// reconnectAfter is how many refusals in a row make a new connection, and that often
+// again. A name that has another address by now is not looked up before.
+const reconnectAfter = 3
 
 // caller makes single calls. It is safe for concurrent use.
 type caller interface {
 	send(ctx context.Context, request []byte) Answer
+	// reconnect closes the connection, so that the next call makes another one.
+	reconnect()
 }
 
 // Open makes the client that cfg describes. It does not wait for anybody to
@@ -125,9 +133,17 @@ func Probe(ctx context.Context, cfg Config) error {
 }
 
 // Send makes one attempt to deliver a request and returns when it is answered,
-// failed, or timed out.
+// failed, or timed out. Refusals in a row make a new connection, which may end
+// another call in progress.
 func (c *Client) Send(ctx context.Context, request []byte) Answer {
-	return c.caller.send(ctx, request)
+	a := c.caller.send(ctx, request)
+	switch {
+	case a.Verdict == Accepted, a.Verdict == TooLarge: // the right receiver
+		c.refusals.Store(0)
+	case c.refusals.Add(1)%reconnectAfter == 0:
+		c.caller.reconnect()
+	}
+	return a
 }
 
 // Target is where requests go, for logs.

@@ -149,6 +149,9 @@ func (c *httpCaller) send(ctx context.Context, request []byte) Answer {
 	return httpAnswer(resp, text, time.Now())
 }
 
+// reconnect implements caller.
+func (c *httpCaller) reconnect() { c.client.CloseIdleConnections() }
+
 // StatusError is an answer over HTTP that is no success.
 type StatusError struct {
 	Code int // the status, such as 503
