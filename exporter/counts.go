@@ -55,7 +55,7 @@ func (c *counts) accepted(points int, a otlp.Answer) {
 	switch {
 	case rejected > 0:
 		c.hourly(slog.LevelWarn, "the receiver refused some points (partial success); they are counted and not sent again",
-			"rejected", rejected, "message", a.Message, "endpoint", c.target, "next", "look at the receiver's log")
+			"rejected", rejected, "message", a.Message, "endpoint", c.target, "next", c.hint(a))
 	case a.Message != "":
 		c.hourly(slog.LevelWarn, "the receiver took all points and gives a warning", "message", a.Message, "endpoint", c.target)
 	}

@@ -78,9 +78,15 @@ func (a Answer) tooNew() bool {
 	return a.says("in the future", "in-future", "too new") || a.Ahead > 0 && a.says("out of bounds", "timestamp")
 }
 
-// says reports whether the text of the error has any of the parts.
+// says reports whether the text of the error, or of a partial success, has any of
+// the parts.
 func (a Answer) says(parts ...string) bool {
-	return a.Err != nil && slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(strings.ToLower(a.Err.Error()), strings.ToLower(part)) })
+	text := a.Message
+	if a.Err != nil {
+		text = a.Err.Error()
+	}
+	text = strings.ToLower(text)
+	return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, strings.ToLower(part)) })
 }
 
 // aboutSize says that the request is too large, however the receiver puts it. The
@@ -108,6 +114,8 @@ func (a Answer) Hint() string {
 		return fmt.Sprintf("correct the clock of this host (timedatectl), which is %v ahead of the receiver's; the receiver takes the points once their time has come", a.Ahead.Round(time.Second))
 	case a.tooNew():
 		return "compare the clocks of this host and of the receiver (timedatectl); the receiver takes the points once their time has come"
+	case a.Verdict == Accepted && a.says("cumulative") && !a.says("delta"):
+		return "the receiver may take deltas only: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"
 	case a.says("temporality", "delta"):
 		return "the receiver may take no deltas: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"
 	case a.Verdict == Unreachable:
@@ -116,6 +124,8 @@ func (a Answer) Hint() string {
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT (protocol and path) and the credentials in OTEL_EXPORTER_OTLP_HEADERS"
 	case a.tooOld():
 		return "the receiver takes no points that are as old as the outage was long: in Prometheus, set storage.tsdb.out_of_order_time_window to more than that"
+	case a.Verdict == Accepted:
+		return "look at the receiver's log for why it refuses the points"
 	case a.Verdict == Suspect, a.Verdict == TooLarge:
 		return "look at the receiver's log for why it refuses the request"
 	}

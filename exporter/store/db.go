@@ -95,6 +95,17 @@ CREATE VIEW top_talkers_last_night AS -- from 22:00 to 06:00 local time
   GROUP BY unit ORDER BY bytes DESC;
 `
 
+// additions are tables that came after the first stores. They are made where they
+// are not there, and a version that does not know them leaves them alone.
+const additions = `
+CREATE TABLE IF NOT EXISTS partial (  -- one row while the server refuses points of each request
+  since    INTEGER NOT NULL,          -- unix nanoseconds
+  points   INTEGER NOT NULL,          -- of the request
+  rejected INTEGER NOT NULL,          -- of them
+  message  TEXT NOT NULL
+);
+`
+
 // database is one connection to the file, with its prepared statements. It is
 // not safe for concurrent use.
 type database struct {
@@ -202,7 +213,10 @@ func (db *database) prepare() error {
 	} else if empty {
 		return db.create()
 	}
-	return db.run("PRAGMA journal_mode = WAL")
+	if err := db.run("PRAGMA journal_mode = WAL"); err != nil {
+		return err
+	}
+	return db.run(additions)
 }
 
 // identify says whether the file is empty, and fails if it is not our store.
@@ -238,7 +252,7 @@ func (db *database) create() error {
 		}
 	}
 	return db.tx(func() error {
-		return db.run(schema + fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d;", applicationID, schemaVersion))
+		return db.run(schema + additions + fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d;", applicationID, schemaVersion))
 	})
 }
 

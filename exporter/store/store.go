@@ -82,6 +82,7 @@ type Store struct {
 	failures  int       // transactions in a row that failed on db
 	recovered int       // how often it began anew since Open
 
+	partial *Partial // as the file has it; nil while that is not known
 	ledger  *ledgerState
 	outbox  outbox
 	history history
@@ -422,7 +423,7 @@ func (s *Store) open() error {
 // leave gives up the connection; the next call opens the file again.
 func (s *Store) leave() {
 	_ = s.db.close()
-	s.db, s.stale, s.failures = nil, false, 0
+	s.db, s.stale, s.failures, s.partial = nil, false, 0, nil
 }
 
 // beganAnew notes that the content is gone. aside is where the damaged or foreign

@@ -332,6 +332,33 @@ func TestDoctorOutbox(t *testing.T) {
 	want(t, examined(t, env...), "outbox", statusWarn, "unitmeter history --quarantined")
 }
 
+// A receiver that takes each request and refuses its points is not all right.
+func TestDoctorPartialSuccess(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	s, err := store.Open(t.Context(), store.Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.Commit(t.Context(), store.Cycle{Time: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		partial     store.Partial
+		status, fix string
+	}{
+		{store.Partial{Points: 26, Rejected: 26, Message: "UNSUPPORTED_METRIC_TYPE_MONOTONIC_CUMULATIVE_SUM"}, statusFail, "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"},
+		{store.Partial{Points: 26, Rejected: 2, Message: "delta temporality is not supported"}, statusWarn, "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"},
+		{store.Partial{Points: 26, Rejected: 1, Message: "too old"}, statusWarn, "the receiver's log"},
+		{store.Partial{}, statusOK, ""},
+	} {
+		if err := s.NotePartial(t.Context(), test.partial); err != nil {
+			t.Fatal(err)
+		}
+		want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "outbox", test.status, test.fix)
+	}
+}
+
 func TestLockHolder(t *testing.T) {
 	dir, err := os.Open(t.TempDir())
 	if err != nil {
