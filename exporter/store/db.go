@@ -104,6 +104,9 @@ CREATE TABLE IF NOT EXISTS partial (  -- one row while the server refuses points
   rejected INTEGER NOT NULL,          -- of them
   message  TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS owner (    -- one row once the machine is known
+  machine TEXT NOT NULL               -- as in Config.Machine
+);
 `
 
 // database is one connection to the file, with its prepared statements. It is
@@ -116,10 +119,11 @@ type database struct {
 	files [3]fileID // of the file, its log and its shared memory, once written
 }
 
-// Why a file cannot be used as our store; both are answered by setting it aside.
+// Why a file cannot be used as our store; all are answered by setting it aside.
 var (
 	errForeign = errors.New("is not a unitmeter store")
 	errCorrupt = errors.New("is damaged")
+	errMachine = errors.New("is of another machine")
 )
 
 // openDatabase opens the file, and makes it if there is none.
@@ -241,6 +245,31 @@ func (db *database) identify() (empty bool, err error) {
 		return false, fmt.Errorf("%s: %w (schema %d)", db.path, errForeign, version)
 	}
 	return false, nil
+}
+
+// claim makes the machine the owner of a store that has none, and fails with
+// errMachine if it has another one.
+func (db *database) claim(machine string) error {
+	var owner string
+	err := db.row("SELECT machine FROM owner", nil, &owner)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		_, err = db.exec("INSERT INTO owner(machine) VALUES(?)", machine)
+		return err
+	case err == nil && owner != machine:
+		return fmt.Errorf("%s: %w", db.path, errMachine)
+	}
+	return err
+}
+
+// disown lets any machine claim the store at path, and moves its log into it.
+func disown(path string) error {
+	db, err := openDatabase(path)
+	if err != nil {
+		return err
+	}
+	err = db.run("DELETE FROM owner; PRAGMA wal_checkpoint(TRUNCATE)")
+	return errors.Join(err, db.close())
 }
 
 // create makes the schema. A crash in the middle leaves a database without any
