@@ -199,6 +199,14 @@ func TestFoldNoneIsNotNil(t *testing.T) {
 	}
 }
 
+func TestSpecificVariables(t *testing.T) {
+	got := load(t, []string{"HOME=/home/u", "OTEL_EXPORTER_OTLP_ENDPOINT=http://a:1", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://b:1",
+		"OTEL_EXPORTER_OTLP_TIMEOUT=1000", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT=", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"}).OTLP.Specific
+	if want := map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"}; !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
 func TestHeadersFile(t *testing.T) {
 	dir := writeFiles(t)
 	cfg := load(t, []string{

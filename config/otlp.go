@@ -19,6 +19,7 @@ func (l *loader) finishOTLP() {
 		*o = otlp.Config{}
 		return
 	}
+	o.Specific = l.specific()
 	l.finishTLS()
 	l.finishHeaders()
 	if o.Protocol == "" { // refused
@@ -54,6 +55,22 @@ func (l *loader) finishOTLP() {
 			l.bad(s, "the endpoint has no TLS, so that this has no effect", "write the endpoint with https://, or unset this")
 		}
 	}
+}
+
+// specific returns the variables for metrics only that are set, by the names of the
+// general ones.
+func (l *loader) specific() map[string]string {
+	var names map[string]string
+	for general, s := range l.given {
+		if s.name == general {
+			continue
+		}
+		if names == nil {
+			names = map[string]string{}
+		}
+		names[general] = s.name
+	}
+	return names
 }
 
 // A target is an endpoint that was understood.

@@ -35,13 +35,14 @@ type counts struct {
 
 	mu     sync.Mutex
 	target string
+	hint   func(otlp.Answer) string
 	logged map[string]time.Time // by message: when it was logged last
 }
 
 func newCounts(log *slog.Logger) *counts {
 	return &counts{
 		log: log, delivery: episode{logger: log}, commit: episode{logger: log},
-		logged: make(map[string]time.Time),
+		hint: otlp.Answer.Hint, logged: make(map[string]time.Time),
 	}
 }
 
@@ -54,7 +55,7 @@ func (c *counts) accepted(points int, a otlp.Answer) {
 	switch {
 	case rejected > 0:
 		c.hourly(slog.LevelWarn, "the receiver refused some points (partial success); they are counted and not sent again",
-			"rejected", rejected, "message", a.Message, "endpoint", c.target, "next", "look at the receiver's log")
+			"rejected", rejected, "message", a.Message, "endpoint", c.target, "next", c.hint(a))
 	case a.Message != "":
 		c.hourly(slog.LevelWarn, "the receiver took all points and gives a warning", "message", a.Message, "endpoint", c.target)
 	}
@@ -66,7 +67,7 @@ func (c *counts) failed(a otlp.Answer, kept string) {
 	if a.Verdict == otlp.Misconfigured {
 		level = slog.LevelError
 	}
-	c.delivery.failed(level, a.Cause(), "cannot deliver metrics; "+kept, a.Err, "endpoint", c.target, "next", a.Hint())
+	c.delivery.failed(level, a.Cause(), "cannot deliver metrics; "+kept, a.Err, "endpoint", c.target, "next", c.hint(a))
 }
 
 // poisoned counts the points of a request that is given up; fate says what
@@ -74,7 +75,7 @@ func (c *counts) failed(a otlp.Answer, kept string) {
 func (c *counts) poisoned(points int, a otlp.Answer, fate string) {
 	c.rejected.Add(int64(points))
 	c.log.Error("the receiver refuses a request again and again; "+fate,
-		"points", points, "err", a.Err, "endpoint", c.target, "next", a.Hint())
+		"points", points, "err", a.Err, "endpoint", c.target, "next", c.hint(a))
 }
 
 // drop counts points that are not sent at all.

@@ -162,6 +162,14 @@ func (d *Durable) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
 
 // Done implements Outbox.
 func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
+	if n := len(outcomes); n > 0 && outcomes[n-1].Poison == "" {
+		p := store.Partial(outcomes[n-1].Partial)
+		if p.Rejected == 0 {
+			p = store.Partial{}
+		}
+		// What is only for the doctor must not hold up the delivery.
+		_ = d.store.NotePartial(ctx, p)
+	}
 	delivered := int64(0)
 	for _, o := range outcomes {
 		if o.Poison == "" {

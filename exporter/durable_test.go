@@ -219,7 +219,8 @@ func TestDurableSamples(t *testing.T) {
 }
 
 func TestDurableOutcomes(t *testing.T) {
-	s, d := openStore(t, filepath.Join(t.TempDir(), "state"))
+	dir := filepath.Join(t.TempDir(), "state")
+	s, d := openStore(t, dir)
 	var ids []int64
 	for i := range int64(6) {
 		if err := d.Commit(t.Context(), Cycle{Request: requestOf(t, 0, i), Points: 1}); err != nil {
@@ -251,6 +252,18 @@ func TestDurableOutcomes(t *testing.T) {
 	entries, err = d.Next(t.Context(), 1<<20)
 	if err != nil || len(entries) != 2 {
 		t.Fatalf("%d entries, %v", len(entries), err)
+	}
+	partial := Partial{Points: 1, Rejected: 1, Message: "old"}
+	if err := d.Done(t.Context(), Outcome{ID: entries[0].ID, Partial: partial}); err != nil {
+		t.Fatal(err)
+	}
+	r, err := store.OpenReader(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if p, _, err := r.Partial(t.Context()); err != nil || Partial(p) != partial {
+		t.Errorf("the store knows of %+v, %v, want %+v", p, err, partial)
 	}
 	if err := d.Done(t.Context(), Outcome{ID: entries[0].ID}, Outcome{ID: entries[1].ID, Poison: "bad"}); err != nil {
 		t.Fatal(err)

@@ -104,7 +104,7 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 	if e.client, err = otlp.Open(ctx, to); err != nil {
 		return nil, err
 	}
-	e.counts.target = e.client.Target()
+	e.counts.target, e.counts.hint = e.client.Target(), e.client.Hint
 	if e.outbox != nil {
 		// The sender outlives New's context by design.
 		var running context.Context

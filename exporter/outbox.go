@@ -50,4 +50,14 @@ type Outcome struct {
 	// Poison is why the entry must be set aside: the receiver refused it each
 	// time it was tried. It is empty for a delivered entry.
 	Poison string
+	// Partial is what the receiver refused of the request that the entry was in.
+	Partial Partial
+}
+
+// Partial is a partial success: so many points of a request are refused, and the
+// others taken. The zero Partial is a full success.
+type Partial struct {
+	Points   int
+	Rejected int64
+	Message  string
 }

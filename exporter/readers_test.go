@@ -199,6 +199,14 @@ func TestResourceIsStable(t *testing.T) {
 	}
 }
 
+// A machine id is confidential (machine-id(5)), and a state keeps what it is told.
+func TestMachineIsAHash(t *testing.T) {
+	one, two := hashed("0123456789abcdef0123456789abcdef"), hashed("0123456789abcdef0123456789abcdee")
+	if len(one) != 32 || one == two || strings.Contains(one, "0123456789abcdef") || hashed("") != "" {
+		t.Errorf("%q and %q, and %q of none", one, two, hashed(""))
+	}
+}
+
 func TestMachineID(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name, text string) string {

@@ -2,6 +2,8 @@ package exporter
 
 import (
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"os"
@@ -60,6 +62,20 @@ func describe(ctx context.Context, version, host, machine string) (*resource.Res
 			os.Getenv("OTEL_RESOURCE_ATTRIBUTES"), err)
 	}
 	return res, nil
+}
+
+// Machine tells this machine from others, also after its disk has been copied:
+// store.Config.Machine. It is a hash, as machine-id(5) asks for; "" if the machine
+// id is not known.
+func Machine() string { return hashed(machineID("/etc/machine-id", "/var/lib/dbus/machine-id")) }
+
+func hashed(machine string) string {
+	if machine == "" {
+		return ""
+	}
+	mac := hmac.New(sha256.New, []byte(machine))
+	mac.Write([]byte("unitmeter state"))
+	return hex.EncodeToString(mac.Sum(nil)[:16])
 }
 
 // machineID returns the first machine id (machine-id(5)) in the files; "" if

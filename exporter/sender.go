@@ -70,6 +70,8 @@ type parts struct {
 	left  [][]byte
 	// poison is why a part of it, or all of it, was given up.
 	poison string
+	// partial is what was refused of its parts, or of the whole request.
+	partial Partial
 }
 
 func newSender(outbox Outbox, c *counts, log *slog.Logger, call func(context.Context, []byte) otlp.Answer) *sender {
@@ -295,6 +297,11 @@ func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration
 		// The limit may have been halved for a reason that is over.
 		s.limit = min(s.limit+maxCall/32, maxCall)
 		s.counts.accepted(points, a)
+		s.part.partial.Points += points
+		if a.Rejected > 0 {
+			s.part.partial.Rejected += a.Rejected
+			s.part.partial.Message = a.Message
+		}
 		s.ended(batch)
 		return 0
 	case len(batch) > 1 && a.Verdict == otlp.TooLarge:
@@ -412,7 +419,7 @@ func (s *sender) ended(batch []Entry) {
 		return
 	}
 	for _, e := range batch {
-		s.acked = append(s.acked, Outcome{ID: e.ID, Poison: s.part.poison})
+		s.acked = append(s.acked, Outcome{ID: e.ID, Poison: s.part.poison, Partial: s.part.partial})
 	}
 	s.part = parts{}
 }

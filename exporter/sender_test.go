@@ -530,6 +530,9 @@ func TestSenderCountsPartialSuccessAndGoesOn(t *testing.T) {
 			t.Errorf("%d calls, counted %d sent, %d rejected", len(l.calls), s.counts.sent.Load(), s.counts.rejected.Load())
 		}
 		log.want(t, "partial success", 1)
+		if want := (Partial{Points: 3, Rejected: 1, Message: "too old"}); box.partial != want {
+			t.Errorf("the outbox knows of %+v, want %+v", box.partial, want)
+		}
 	})
 }
 

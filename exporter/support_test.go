@@ -143,6 +143,7 @@ type memory struct {
 	entries []Entry
 	cycles  []Cycle
 	poison  map[int64]string
+	partial Partial // of the last entry that is done
 	// fail makes a method fail.
 	failCommit, failNext, failDone error
 }
@@ -192,7 +193,7 @@ func (m *memory) Done(_ context.Context, outcomes ...Outcome) error {
 		if len(m.entries) == 0 || m.entries[0].ID != o.ID {
 			return fmt.Errorf("outcome for %d is not for the first entry", o.ID)
 		}
-		m.entries = m.entries[1:]
+		m.entries, m.partial = m.entries[1:], o.Partial
 		if o.Poison != "" {
 			if m.poison == nil {
 				m.poison = make(map[int64]string)

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/signal"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -42,6 +44,7 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return err
 	}
 	log := newLogger(t.stderr, cfg)
+	defer outliveHangups(log)()
 	for _, warning := range cfg.Warnings {
 		log.Warn(warning)
 	}
@@ -61,6 +64,23 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		if err != nil || !again {
 			return err
 		}
+	}
+}
+
+// outliveHangups keeps SIGHUP from ending the process until stop is called. systemd
+// calls that a clean end, and there would be no last collection. There is nothing
+// to reload: the exporter reads files again when they have changed.
+func outliveHangups(log *slog.Logger) (stop func()) {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	go func() { // until stop
+		for range hangups {
+			log.Info("SIGHUP: certificate, key and header files are read again when they change; variables need a restart")
+		}
+	}()
+	return func() {
+		signal.Stop(hangups)
+		close(hangups)
 	}
 }
 

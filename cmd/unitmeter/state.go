@@ -29,7 +29,7 @@ func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state
 	if cfg.Store.Dir == "" {
 		return s, nil
 	}
-	cfg.Store.Merge, cfg.Store.Logger = otlp.Merge, log
+	cfg.Store.Machine, cfg.Store.Merge, cfg.Store.Logger = exporter.Machine(), otlp.Merge, log
 	var err error
 	s.store, err = store.Open(ctx, cfg.Store)
 	if err != nil {

@@ -2,6 +2,7 @@ package otlp
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -26,8 +27,8 @@ const (
 	Misconfigured
 	// TooLarge: the request must be split.
 	TooLarge
-	// Doubtful: the receiver is in trouble, perhaps over this very data. It is held,
-	// and others are tried meanwhile.
+	// Doubtful: the receiver is in trouble, perhaps over this very data, or takes it
+	// only later. It is held, and others are tried meanwhile.
 	Doubtful
 	// Suspect: the receiver may refuse this very data. It does if, since then, it
 	// has accepted other data.
@@ -48,6 +49,9 @@ type Answer struct {
 	Message  string
 	// Slow says that our own deadline ended the call.
 	Slow bool
+	// Ahead is by how much our clock is ahead of the receiver's; 0 where that is
+	// less than a minute, or not known.
+	Ahead time.Duration
 }
 
 // MaxAsked caps the delay that a receiver may ask for, so that a bad value cannot
@@ -67,9 +71,22 @@ func (a Answer) tooOld() bool {
 	return a.says("out of bounds", "out of order sample", "too old sample")
 }
 
-// says reports whether the text of the error has any of the parts.
+// tooNew says that the receiver refuses points of a time that is still to come, in
+// the words of Prometheus, Mimir or Cortex. Prometheus has words that it also uses
+// for points of the past. Then only the clocks tell.
+func (a Answer) tooNew() bool {
+	return a.says("in the future", "in-future", "too new") || a.Ahead > 0 && a.says("out of bounds", "timestamp")
+}
+
+// says reports whether the text of the error, or of a partial success, has any of
+// the parts.
 func (a Answer) says(parts ...string) bool {
-	return a.Err != nil && slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(strings.ToLower(a.Err.Error()), strings.ToLower(part)) })
+	text := a.Message
+	if a.Err != nil {
+		text = a.Err.Error()
+	}
+	text = strings.ToLower(text)
+	return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, strings.ToLower(part)) })
 }
 
 // aboutSize says that the request is too large, however the receiver puts it. The
@@ -93,6 +110,12 @@ func (a Answer) Hint() string {
 		return "the receiver has no TLS: write http:// in front of OTEL_EXPORTER_OTLP_ENDPOINT"
 	case a.aboutTLS():
 		return "check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY against the receiver's certificate"
+	case a.tooNew() && a.Ahead > 0:
+		return fmt.Sprintf("correct the clock of this host (timedatectl), which is %v ahead of the receiver's; the receiver takes the points once their time has come", a.Ahead.Round(time.Second))
+	case a.tooNew():
+		return "compare the clocks of this host and of the receiver (timedatectl); the receiver takes the points once their time has come"
+	case a.Verdict == Accepted && a.says("cumulative") && !a.says("delta"):
+		return "the receiver may take deltas only: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"
 	case a.says("temporality", "delta"):
 		return "the receiver may take no deltas: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"
 	case a.Verdict == Unreachable:
@@ -101,6 +124,8 @@ func (a Answer) Hint() string {
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT (protocol and path) and the credentials in OTEL_EXPORTER_OTLP_HEADERS"
 	case a.tooOld():
 		return "the receiver takes no points that are as old as the outage was long: in Prometheus, set storage.tsdb.out_of_order_time_window to more than that"
+	case a.Verdict == Accepted:
+		return "look at the receiver's log for why it refuses the points"
 	case a.Verdict == Suspect, a.Verdict == TooLarge:
 		return "look at the receiver's log for why it refuses the request"
 	}

@@ -128,6 +128,42 @@ func TestBadRequests(t *testing.T) {
 	}
 }
 
+// Points that are too new are taken later, so the request is not to blame. The words
+// are those of Prometheus 3.16 (the first two), Mimir and Cortex.
+func TestPointsOfATimeToCome(t *testing.T) {
+	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	for _, test := range []struct {
+		text  string
+		ahead time.Duration // of the receiver's clock; no Date without
+		want  Verdict
+		hint  string
+	}{
+		{"out of bounds: timestamp is too far in the future", 2 * time.Hour, Doubtful, "this host (timedatectl), which is 2h0m0s ahead"},
+		{"out of bounds", 2 * time.Hour, Doubtful, "2h0m0s ahead"},
+		{"out of bounds", time.Second, Suspect, "out_of_order_time_window"},
+		{"out of bounds", -time.Hour, Suspect, "out_of_order_time_window"},
+		{"out of bounds", 0, Suspect, "out_of_order_time_window"},
+		{"received a sample whose timestamp is too far in the future (err-mimir-too-far-in-future)", 0, Doubtful, "compare the clocks"},
+		{"timestamp too new: 1795435200000", 0, Doubtful, "compare the clocks"},
+		{"invalid label name", 2 * time.Hour, Suspect, "the receiver's log"},
+	} {
+		resp := &http.Response{StatusCode: 400, Status: "400 Bad Request", Header: http.Header{}}
+		if test.ahead != 0 {
+			resp.Header.Set("Date", now.Add(-test.ahead).Format(http.TimeFormat))
+		}
+		a := httpAnswer(resp, []byte(test.text), now)
+		if a.Verdict != test.want || !strings.Contains(a.Hint(), test.hint) {
+			t.Errorf("%s, %v ahead: %v, want %v; %s", test.text, test.ahead, a.Verdict, test.want, a.Hint())
+		}
+		if test.ahead != 0 {
+			continue
+		}
+		if a := grpcAnswer(status.New(codes.InvalidArgument, test.text)); a.Verdict != test.want {
+			t.Errorf("gRPC, %s: %v, want %v", test.text, a.Verdict, test.want)
+		}
+	}
+}
+
 // A login portal, or a web application, has a page for every path.
 func TestSuccess(t *testing.T) {
 	for name, test := range map[string]struct {

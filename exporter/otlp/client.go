@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
@@ -41,8 +43,19 @@ type Config struct {
 	// OTEL_EXPORTER_OTLP_HEADERS. With an error come those of before. It must be
 	// safe for concurrent use. Default: those of the variable.
 	Headers func() (map[string]string, error)
+	// Specific has the variables for metrics only that are set, by the names of the
+	// general ones, which do not count then. Default: none.
+	Specific map[string]string
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
+}
+
+// Deciding returns a hint with the names of the variables that decide.
+func (cfg Config) Deciding(hint string) string {
+	for general, specific := range cfg.Specific {
+		hint = strings.ReplaceAll(hint, general, specific)
+	}
+	return hint
 }
 
 // Fields of a Config that are empty mean these, which are the specification's.
@@ -59,12 +72,20 @@ type Client struct {
 	timeout  time.Duration
 	caller   caller
 	target   string // for logs; without secrets
-	empty    []byte // a request without metrics
+	deciding func(hint string) string
+	empty    []byte       // a request without metrics
+	refusals atomic.Int64 // in a row
 }
+
+// reconnectAfter is how many refusals in a row make a new connection, and that often
+// again. A name that has another address by now is not looked up before.
+const reconnectAfter = 3
 
 // caller makes single calls. It is safe for concurrent use.
 type caller interface {
 	send(ctx context.Context, request []byte) Answer
+	// reconnect closes the connection, so that the next call makes another one.
+	reconnect()
 }
 
 // Open makes the client that cfg describes. It does not wait for anybody to
@@ -74,7 +95,7 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 		return nil, errors.New("make OTLP exporter: it has no endpoint; set OTEL_EXPORTER_OTLP_ENDPOINT")
 	}
 	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
-	c := &Client{timeout: cfg.Timeout}
+	c := &Client{timeout: cfg.Timeout, deciding: cfg.Deciding}
 	var err error
 	switch cmp.Or(cfg.Protocol, DefaultProtocol) {
 	case "grpc":
@@ -112,13 +133,24 @@ func Probe(ctx context.Context, cfg Config) error {
 }
 
 // Send makes one attempt to deliver a request and returns when it is answered,
-// failed, or timed out.
+// failed, or timed out. Refusals in a row make a new connection, which may end
+// another call in progress.
 func (c *Client) Send(ctx context.Context, request []byte) Answer {
-	return c.caller.send(ctx, request)
+	a := c.caller.send(ctx, request)
+	switch {
+	case a.Verdict == Accepted, a.Verdict == TooLarge: // the right receiver
+		c.refusals.Store(0)
+	case c.refusals.Add(1)%reconnectAfter == 0:
+		c.caller.reconnect()
+	}
+	return a
 }
 
 // Target is where requests go, for logs.
 func (c *Client) Target() string { return c.target }
+
+// Hint is the next step after an answer, for a person who reads the log.
+func (c *Client) Hint(a Answer) string { return c.deciding(a.Hint()) }
 
 // Timeout is that of one call.
 func (c *Client) Timeout() time.Duration { return c.timeout }

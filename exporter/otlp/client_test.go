@@ -1,12 +1,18 @@
 package otlp
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"net"
+	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
@@ -71,5 +77,90 @@ func TestPlainTextToTLSIsHeld(t *testing.T) {
 	defer c.Close(t.Context())
 	if a := c.Send(t.Context(), c.empty); a.Verdict != Misconfigured || !strings.Contains(a.Hint(), "OTEL_EXPORTER_OTLP_ENDPOINT") {
 		t.Errorf("%v: %v", a.Verdict, a.Err)
+	}
+}
+
+func TestHintsNameTheVariableThatDecides(t *testing.T) {
+	c, err := Open(t.Context(), to("http://localhost:1", Config{Specific: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close(t.Context())
+	hint := c.Hint(Answer{Verdict: Misconfigured, Err: errorString("404")})
+	if !strings.Contains(hint, "check OTEL_EXPORTER_OTLP_METRICS_ENDPOINT (") || !strings.Contains(hint, " OTEL_EXPORTER_OTLP_HEADERS") {
+		t.Errorf("hint: %s", hint)
+	}
+}
+
+// counting is a listener that counts the connections.
+type counting struct {
+	net.Listener
+	n atomic.Int64
+}
+
+func (l *counting) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.n.Add(1)
+	}
+	return conn, err
+}
+
+func (o *openConns) empty() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.conns) == 0
+}
+
+// The name of the endpoint may have another address by now, and who refuses may be
+// what is left at the old one. Only a new connection has the name looked up.
+func TestRefusalsMakeANewConnection(t *testing.T) {
+	ca := otlptest.NewCA(t)
+	for _, secure := range []bool{false, true} {
+		protocols(t, func(t *testing.T, protocol string, server otlptest.Config) {
+			ln, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			listener := &counting{Listener: ln}
+			server.Listener = listener
+			roots := x509.NewCertPool()
+			if secure {
+				server.TLS = ca.Server(t, false)
+				pem, err := os.ReadFile(ca.File)
+				if err != nil || !roots.AppendCertsFromPEM(pem) {
+					t.Fatalf("read the authority: %v", err)
+				}
+			}
+			s := otlptest.Start(t, server)
+			settings := &tls.Config{RootCAs: roots}
+			c, err := Open(t.Context(), to(s.URL(), Config{Protocol: protocol, TLS: func() (*tls.Config, error) { return settings, nil }}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close(t.Context())
+			gone, large := otlptest.Answer{Code: codes.Unimplemented}, otlptest.Answer{Code: codes.InvalidArgument, Message: "request too large"}
+			for i, step := range []struct {
+				answer otlptest.Answer
+				conns  int64
+			}{
+				{gone, 1}, {gone, 1}, {otlptest.Answer{}, 1}, // only those in a row
+				{gone, 1}, {gone, 1}, {large, 1}, {gone, 1}, {gone, 1}, {gone, 1},
+				{gone, 2}, {gone, 2}, {gone, 2},
+				{otlptest.Answer{}, 3}, {otlptest.Answer{}, 3},
+			} {
+				s.Answer(step.answer)
+				if a := c.Send(t.Context(), c.empty); a.Verdict == Unreachable || (a.Verdict == Accepted) != (step.answer.Code == codes.OK) {
+					t.Fatalf("call %d: %v, %v", i, a.Verdict, a.Err)
+				}
+				// gRPC learns of the end of a connection a moment later.
+				if g, ok := c.caller.(*grpcCaller); ok && g.open.empty() && g.conn.GetState() == connectivity.Ready {
+					g.conn.WaitForStateChange(t.Context(), connectivity.Ready)
+				}
+				if n := listener.n.Load(); n != step.conns {
+					t.Errorf("call %d over connection %d, want %d", i, n, step.conns)
+				}
+			}
+		})
 	}
 }

@@ -3,6 +3,10 @@ package otlp
 import (
 	"context"
 	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel/exporters/otlp/otlpmetric/otlpmetricgrpc"
@@ -13,6 +17,8 @@ import (
 	grpcbackoff "google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
@@ -24,6 +30,7 @@ import (
 // headers that it would send.
 type grpcCaller struct {
 	conn    *grpc.ClientConn
+	open    *openConns
 	method  string
 	headers metadata.MD // the official exporter's
 	own     *renewed[map[string]string]
@@ -37,11 +44,16 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 	// after an outage that ended.
 	dial := grpcbackoff.DefaultConfig
 	dial.MaxDelay = 15 * time.Second
+	security, open := insecure.NewCredentials(), &openConns{}
+	if !cfg.Insecure {
+		security = newRenewedCredentials(newRenewed("TLS files", cfg.TLS, cfg.Logger))
+	}
 	opts := []otlpmetricgrpc.Option{
 		otlpmetricgrpc.WithEndpoint(cfg.Endpoint),
 		otlpmetricgrpc.WithRetry(otlpmetricgrpc.RetryConfig{Enabled: false}),
+		otlpmetricgrpc.WithTLSCredentials(trackedCredentials{security, open}),
 		otlpmetricgrpc.WithDialOption(
-			grpc.WithChainUnaryInterceptor(captureUnary(cfg.Timeout, newRenewed("headers", cfg.Headers, cfg.Logger))),
+			grpc.WithChainUnaryInterceptor(captureUnary(cfg.Timeout, newRenewed("headers", cfg.Headers, cfg.Logger), open)),
 			grpc.WithConnectParams(grpc.ConnectParams{Backoff: dial, MinConnectTimeout: 20 * time.Second}),
 			// Timeout is TCP_USER_TIMEOUT: a connection on which nothing comes
 			// through is made anew. Otherwise TCP would try again after up to
@@ -53,11 +65,6 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 	if cfg.Headers != nil {
 		opts = append(opts, otlpmetricgrpc.WithHeaders(map[string]string{})) // the wire adds them
 	}
-	if cfg.Insecure {
-		opts = append(opts, otlpmetricgrpc.WithInsecure())
-	} else {
-		opts = append(opts, otlpmetricgrpc.WithTLSCredentials(newRenewedCredentials(newRenewed("TLS files", cfg.TLS, cfg.Logger))))
-	}
 	if cfg.Gzip {
 		opts = append(opts, otlpmetricgrpc.WithCompressor("gzip"))
 	}
@@ -65,7 +72,7 @@ func newGRPC(ctx context.Context, cfg Config) (sdkmetric.Exporter, error) {
 }
 
 // captureUnary is the interceptor on the official exporter's connection.
-func captureUnary(timeout time.Duration, own *renewed[map[string]string]) grpc.UnaryClientInterceptor {
+func captureUnary(timeout time.Duration, own *renewed[map[string]string], open *openConns) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		c := captureFrom(ctx)
 		if c == nil {
@@ -80,7 +87,7 @@ func captureUnary(timeout time.Duration, own *renewed[map[string]string]) grpc.U
 		}
 		md, _ := metadata.FromOutgoingContext(ctx)
 		c.target = cc.CanonicalTarget()
-		c.caller = &grpcCaller{conn: cc, method: method, headers: md.Copy(), own: own, timeout: timeout}
+		c.caller = &grpcCaller{conn: cc, open: open, method: method, headers: md.Copy(), own: own, timeout: timeout}
 		return nil // the empty reply is a full success
 	}
 }
@@ -116,6 +123,71 @@ func (c *grpcCaller) send(ctx context.Context, request []byte) Answer {
 	return Answer{Verdict: Accepted, Rejected: partial.GetRejectedDataPoints(), Message: partial.GetErrorMessage()}
 }
 
+// reconnect implements caller. A ClientConn that loses its connection looks the name
+// up again, at most every 30 s.
+func (c *grpcCaller) reconnect() { c.open.close() }
+
+// openConns are the open connections of a ClientConn, which closes none by itself.
+// It is safe for concurrent use.
+type openConns struct {
+	mu    sync.Mutex
+	conns map[*trackedConn]struct{}
+}
+
+func (o *openConns) add(conn net.Conn) net.Conn {
+	c := &trackedConn{conn, o}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.conns == nil {
+		o.conns = map[*trackedConn]struct{}{}
+	}
+	o.conns[c] = struct{}{}
+	return c
+}
+
+func (o *openConns) close() {
+	o.mu.Lock()
+	conns := slices.Collect(maps.Keys(o.conns))
+	o.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close()
+	}
+}
+
+// trackedConn leaves openConns when it is closed.
+type trackedConn struct {
+	net.Conn
+	open *openConns
+}
+
+func (c *trackedConn) Close() error {
+	c.open.mu.Lock()
+	delete(c.open.conns, c)
+	c.open.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// trackedCredentials see each connection of gRPC, which has no other place for
+// that: a dialer of our own would leave out the proxy.
+type trackedCredentials struct {
+	credentials.TransportCredentials
+	open *openConns
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (t trackedCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := t.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	if err != nil {
+		return conn, info, err
+	}
+	return t.open.add(conn), info, nil
+}
+
+// Clone implements credentials.TransportCredentials.
+func (t trackedCredentials) Clone() credentials.TransportCredentials {
+	return trackedCredentials{t.TransportCredentials.Clone(), t.open}
+}
+
 // grpcAnswer sorts the status codes. InvalidArgument alone can blame the data. All
 // other codes also come from what stands before the receiver, and from a receiver
 // whose backend has a hiccup (Internal), or that knows no such token
@@ -138,9 +210,13 @@ func grpcAnswer(s *status.Status) Answer {
 			a.Verdict = TooLarge
 		}
 	case codes.InvalidArgument:
-		a.Verdict = Suspect
-		if a.aboutSize() {
+		switch {
+		case a.aboutSize():
 			a.Verdict = TooLarge
+		case a.tooNew():
+			a.Verdict = Doubtful
+		default:
+			a.Verdict = Suspect
 		}
 	}
 	// A proxy in front has a limit of its own, nginx of 1 MiB. grpc-go has only a

@@ -149,6 +149,9 @@ func (c *httpCaller) send(ctx context.Context, request []byte) Answer {
 	return httpAnswer(resp, text, time.Now())
 }
 
+// reconnect implements caller.
+func (c *httpCaller) reconnect() { c.client.CloseIdleConnections() }
+
 // StatusError is an answer over HTTP that is no success.
 type StatusError struct {
 	Code int // the status, such as 503
@@ -190,9 +193,12 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 	case code == http.StatusRequestEntityTooLarge:
 		a.Verdict = TooLarge
 	case code == http.StatusBadRequest, code == http.StatusUnprocessableEntity:
+		a.Ahead = ahead(resp.Header.Get("Date"), now)
 		switch {
 		case a.aboutSize():
 			a.Verdict = TooLarge
+		case a.tooNew():
+			a.Verdict = Doubtful
 		case !isPage && !wantsTLS(message):
 			a.Verdict = Suspect
 		}
@@ -203,6 +209,15 @@ func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 		a.Verdict = Transient
 	}
 	return a
+}
+
+// ahead returns by how much now is ahead of the Date header of an answer.
+func ahead(value string, now time.Time) time.Duration {
+	date, err := http.ParseTime(value)
+	if err != nil || now.Sub(date) < time.Minute { // an answer may take that long
+		return 0
+	}
+	return now.Sub(date)
 }
 
 // wantsTLS says that a TLS server was spoken to without, in the words of Go's

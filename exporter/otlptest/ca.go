@@ -62,12 +62,12 @@ func (ca *CA) Server(tb testing.TB, mutual bool) *tls.Config {
 	return config
 }
 
-// ServerFiles makes a certificate for a server at the address and returns its PEM
-// files.
-func (ca *CA) ServerFiles(tb testing.TB, address net.IP) (certFile, keyFile string) {
+// ServerFiles makes a certificate for a server at the addresses and returns its PEM
+// files. Without any it has a common name only, which counts for nothing.
+func (ca *CA) ServerFiles(tb testing.TB, addresses ...net.IP) (certFile, keyFile string) {
 	tb.Helper()
 	return ca.pair(tb, "server", &x509.Certificate{
-		SerialNumber: big.NewInt(4), Subject: pkix.Name{CommonName: "server"}, IPAddresses: []net.IP{address},
+		SerialNumber: big.NewInt(4), Subject: pkix.Name{CommonName: "server"}, IPAddresses: addresses,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	})
 }

@@ -95,6 +95,20 @@ CREATE VIEW top_talkers_last_night AS -- from 22:00 to 06:00 local time
   GROUP BY unit ORDER BY bytes DESC;
 `
 
+// additions are tables that came after the first stores. They are made where they
+// are not there, and a version that does not know them leaves them alone.
+const additions = `
+CREATE TABLE IF NOT EXISTS partial (  -- one row while the server refuses points of each request
+  since    INTEGER NOT NULL,          -- unix nanoseconds
+  points   INTEGER NOT NULL,          -- of the request
+  rejected INTEGER NOT NULL,          -- of them
+  message  TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS owner (    -- one row once the machine is known
+  machine TEXT NOT NULL               -- as in Config.Machine
+);
+`
+
 // database is one connection to the file, with its prepared statements. It is
 // not safe for concurrent use.
 type database struct {
@@ -105,10 +119,11 @@ type database struct {
 	files [3]fileID // of the file, its log and its shared memory, once written
 }
 
-// Why a file cannot be used as our store; both are answered by setting it aside.
+// Why a file cannot be used as our store; all are answered by setting it aside.
 var (
 	errForeign = errors.New("is not a unitmeter store")
 	errCorrupt = errors.New("is damaged")
+	errMachine = errors.New("is of another machine")
 )
 
 // openDatabase opens the file, and makes it if there is none.
@@ -202,7 +217,10 @@ func (db *database) prepare() error {
 	} else if empty {
 		return db.create()
 	}
-	return db.run("PRAGMA journal_mode = WAL")
+	if err := db.run("PRAGMA journal_mode = WAL"); err != nil {
+		return err
+	}
+	return db.run(additions)
 }
 
 // identify says whether the file is empty, and fails if it is not our store.
@@ -229,6 +247,31 @@ func (db *database) identify() (empty bool, err error) {
 	return false, nil
 }
 
+// claim makes the machine the owner of a store that has none, and fails with
+// errMachine if it has another one.
+func (db *database) claim(machine string) error {
+	var owner string
+	err := db.row("SELECT machine FROM owner", nil, &owner)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		_, err = db.exec("INSERT INTO owner(machine) VALUES(?)", machine)
+		return err
+	case err == nil && owner != machine:
+		return fmt.Errorf("%s: %w", db.path, errMachine)
+	}
+	return err
+}
+
+// disown lets any machine claim the store at path, and moves its log into it.
+func disown(path string) error {
+	db, err := openDatabase(path)
+	if err != nil {
+		return err
+	}
+	err = db.run("DELETE FROM owner; PRAGMA wal_checkpoint(TRUNCATE)")
+	return errors.Join(err, db.close())
+}
+
 // create makes the schema. A crash in the middle leaves a database without any
 // table, to which VACUUM applies the first setting.
 func (db *database) create() error {
@@ -238,7 +281,7 @@ func (db *database) create() error {
 		}
 	}
 	return db.tx(func() error {
-		return db.run(schema + fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d;", applicationID, schemaVersion))
+		return db.run(schema + additions + fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d;", applicationID, schemaVersion))
 	})
 }
 

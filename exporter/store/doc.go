@@ -35,6 +35,9 @@
 // copy; a damaged request is quarantined; a damaged hour of one unit's history is
 // skipped and counted.
 //
+// A file that another machine has used, as on a clone, is set aside as well: its
+// series and requests are not this machine's. See [Config].
+//
 // # Bounds
 //
 // The outbox is bounded by bytes and by age; see [Config]. The file itself

@@ -350,6 +350,45 @@ func (s *Store) Ack(ctx context.Context, upTo int64) error {
 	return nil
 }
 
+// Partial is what a server said when it took a request and refused points of it. The
+// zero Partial is none.
+type Partial struct {
+	Points   int   // of the request
+	Rejected int64 // of them
+	Message  string
+}
+
+// NotePartial keeps what the server said to the newest delivered request, for a
+// Reader. It writes only what is new.
+func (s *Store) NotePartial(ctx context.Context, p Partial) error {
+	const op = "note refused points"
+	p.Message = strings.ToValidUTF8(p.Message[:min(len(p.Message), quarantineReason)], "?")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.partial != nil && *s.partial == p {
+		return nil
+	}
+	if err := s.begin(ctx, op); err != nil {
+		return err
+	}
+	err := s.db.tx(func() error {
+		since := s.cfg.Now().UnixNano()
+		err := s.db.row("SELECT coalesce(max(since), ?) FROM partial", []any{since}, &since)
+		if err == nil {
+			_, err = s.db.exec("DELETE FROM partial")
+		}
+		if err == nil && p.Rejected > 0 {
+			_, err = s.db.exec("INSERT INTO partial(since, points, rejected, message) VALUES(?, ?, ?, ?)", since, p.Points, p.Rejected, p.Message)
+		}
+		return err
+	})
+	if err != nil {
+		return s.failed(op, err)
+	}
+	s.partial = &p
+	return nil
+}
+
 func (s *Store) noteDrained() {
 	o := &s.outbox
 	if o.entries == 0 && (o.thinning || o.dropping) {

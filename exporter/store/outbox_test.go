@@ -493,3 +493,56 @@ func TestBacklog(t *testing.T) {
 		t.Errorf("after all deliveries: backlog %+v", got)
 	}
 }
+
+func TestPartial(t *testing.T) {
+	dir, t0 := filepath.Join(t.TempDir(), "state"), time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	now := t0
+	s, err := Open(t.Context(), Config{Dir: dir, Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	want := func(want Partial, since time.Time) {
+		t.Helper()
+		r, err := OpenReader(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		if p, at, err := r.Partial(t.Context()); err != nil || p != want || !at.Equal(since) {
+			t.Errorf("%+v since %v, %v; want %+v since %v", p, at, err, want, since)
+		}
+	}
+	note := func(p Partial) {
+		t.Helper()
+		if err := s.NotePartial(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		now = now.Add(time.Hour)
+	}
+	want(Partial{}, time.Time{})
+	note(Partial{Points: 3, Rejected: 2, Message: "no"})
+	note(Partial{Points: 4, Rejected: 4, Message: "no"})
+	want(Partial{Points: 4, Rejected: 4, Message: "no"}, t0)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Open(t.Context(), Config{Dir: dir}); err != nil {
+		t.Fatal(err)
+	}
+	note(Partial{})
+	want(Partial{}, time.Time{})
+
+	// A store of before is read, and gets the table when it is opened.
+	if err := s.db.run("DROP TABLE partial"); err != nil {
+		t.Fatal(err)
+	}
+	want(Partial{}, time.Time{})
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Open(t.Context(), Config{Dir: dir}); err != nil {
+		t.Fatal(err)
+	}
+	note(Partial{Points: 1, Rejected: 1})
+}

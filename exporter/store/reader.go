@@ -339,6 +339,27 @@ func (r *Reader) Quarantined(ctx context.Context) ([]Quarantined, error) {
 	return out, nil
 }
 
+// Partial returns what the server said to the newest delivered request, and since
+// when it says so; the zero Partial if it took all points.
+func (r *Reader) Partial(ctx context.Context) (p Partial, since time.Time, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var at, there int64
+	if err = ctx.Err(); err == nil {
+		err = r.db.row("SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'partial'", nil, &there)
+	}
+	if err == nil && there > 0 { // an older version has made the file, and none newer has opened it
+		err = r.db.row("SELECT since, points, rejected, message FROM partial", nil, &at, &p.Points, &p.Rejected, &p.Message)
+	}
+	if errors.Is(err, sql.ErrNoRows) || err == nil && at == 0 {
+		return Partial{}, time.Time{}, nil
+	}
+	if err != nil {
+		return Partial{}, time.Time{}, fmt.Errorf("read refused points: %w", err)
+	}
+	return p, fromNanos(at), nil
+}
+
 // Backlog is the outbox as it stands in the file.
 type Backlog struct {
 	Requests int

@@ -56,6 +56,10 @@ type Config struct {
 	SeriesMaxAge time.Duration // 0 = 30 days
 	// SeriesMax is how many series are kept; those seen longest ago go first.
 	SeriesMax int // 0 = 20,000
+	// Machine tells this machine from the copies of its disk. A store that another
+	// one has used is set aside, with its series and undelivered requests. "" =
+	// not known, and not compared.
+	Machine string
 	// Merge makes one request of two consecutive ones, and says how many points
 	// it has; it is used to thin an outbox that is full. It must not retain or
 	// change its arguments. It is called while the store is locked and must not
@@ -82,6 +86,7 @@ type Store struct {
 	failures  int       // transactions in a row that failed on db
 	recovered int       // how often it began anew since Open
 
+	partial *Partial // as the file has it; nil while that is not known
 	ledger  *ledgerState
 	outbox  outbox
 	history history
@@ -346,15 +351,33 @@ func (s *Store) ready() error {
 		return err
 	}
 	err := s.open()
-	if err == nil || !isCorrupt(err) {
+	other := errors.Is(err, errMachine)
+	if err == nil || !isCorrupt(err) && !other {
 		return err
 	}
 	aside, asideErr := setAside(s.path, s.cfg.Now())
 	if asideErr != nil {
 		return errors.Join(err, asideErr)
 	}
-	s.beganAnew(err, aside)
+	if other {
+		s.leaveTo(aside)
+	} else {
+		s.beganAnew(err, aside)
+	}
 	return s.open()
+}
+
+// leaveTo notes that the file at aside is of another machine, and how to use it all
+// the same.
+func (s *Store) leaveTo(aside string) {
+	s.recovered++
+	if err := disown(aside); err != nil {
+		s.cfg.Logger.Warn("the state of another machine is set aside, and cannot be used again", "set_aside", aside, "err", err)
+		return
+	}
+	s.cfg.Logger.Warn("the state is of another machine, as after cloning: it is set aside, and this machine begins its own series",
+		"path", s.path, "set_aside", aside, "next", fmt.Sprintf("none after cloning; if this machine has a new machine id on purpose, stop the agent, run "+
+			`for s in "" -wal -shm; do mv -f %q$s %q$s; done, and start it again`, aside, s.path))
 }
 
 // leaveIfGone gives up the connection if its files are no longer those at the
@@ -406,7 +429,15 @@ func (s *Store) open() error {
 		return err
 	}
 	s.db = db
-	if err = s.load(); err == nil {
+	if s.cfg.Machine != "" {
+		err = db.claim(s.cfg.Machine)
+	}
+	// A disk that cannot be written now must not keep a store from being read.
+	switch code := sqliteCode(err); {
+	case err == nil, code == sqlite3.SQLITE_FULL, code == sqlite3.SQLITE_IOERR, code == sqlite3.SQLITE_READONLY:
+		err = s.load()
+	}
+	if err == nil {
 		if err = db.remember(); err == nil {
 			return nil
 		}
@@ -422,7 +453,7 @@ func (s *Store) open() error {
 // leave gives up the connection; the next call opens the file again.
 func (s *Store) leave() {
 	_ = s.db.close()
-	s.db, s.stale, s.failures = nil, false, 0
+	s.db, s.stale, s.failures, s.partial = nil, false, 0, nil
 }
 
 // beganAnew notes that the content is gone. aside is where the damaged or foreign

@@ -1,11 +1,15 @@
 package store
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -105,4 +109,69 @@ func cpuTime(b *testing.B) time.Duration {
 		b.Fatal(err)
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// A copy of the disk on another machine neither goes on with the series nor sends
+// the requests. A machine with a new id gets its state back as the log says.
+func TestStateOfAnotherMachine(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	var log bytes.Buffer
+	entries := func(machine string, requests ...string) {
+		t.Helper()
+		s, err := Open(t.Context(), Config{Dir: dir, Machine: machine, Logger: slog.New(slog.NewJSONHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		waiting, err := s.Next(t.Context(), 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, e := range waiting {
+			got = append(got, string(e.Request))
+		}
+		if !slices.Equal(got, requests) {
+			t.Errorf("on %q: %q, want %q", machine, got, requests)
+		}
+		l, err := s.Ledger(t.Context())
+		if err != nil || (len(l.Series) > 0) != (len(requests) > 0) {
+			t.Errorf("on %q: %d series, %v", machine, len(l.Series), err)
+		}
+	}
+	commit := func(machine, request string) {
+		t.Helper()
+		s, err := Open(t.Context(), Config{Dir: dir, Machine: machine})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		l := Ledger{Series: []Series{{Key: "a.service", Total: [4]uint64{1, 2, 3, 4}, Seen: time.Now()}}}
+		if err := s.Commit(t.Context(), Cycle{Time: time.Now(), Ledger: l, Request: []byte(request), Points: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	commit("", "of before") // a version that knows no machines
+	entries("one", "of before")
+	entries("one", "of before")
+	entries("", "of before")
+	if log.Len() > 0 {
+		t.Errorf("the log: %s", &log)
+	}
+	entries("two")
+	entries("two")
+	commit("two", "of two")
+	var line struct{ Next string }
+	if err := json.NewDecoder(&log).Decode(&line); err != nil || log.Len() > 0 {
+		t.Fatalf("%v; the log goes on: %s", err, &log)
+	}
+	_, command, _ := strings.Cut(line.Next, "run ")
+	command, _, _ = strings.Cut(command, ", and start")
+	if out, err := exec.Command("sh", "-c", command).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v, %s", command, err, out)
+	}
+	entries("two", "of before")
+	if log.Len() > 0 {
+		t.Errorf("the log: %s", &log)
+	}
 }

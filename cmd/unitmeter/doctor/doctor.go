@@ -151,6 +151,7 @@ func (d *doctor) withEndpoint(run func(context.Context, endpoint) finding) func(
 			return skipped("the endpoint %q is not valid: %v", d.cfg.OTLP.Endpoint, err)
 		}
 		f := run(ctx, ep)
+		f.Fix = d.cfg.OTLP.Deciding(f.Fix)
 		// Later checks of the same way fail of the same cause.
 		if f.Status == statusFail && d.blocked == "" {
 			d.blocked = f.Fix

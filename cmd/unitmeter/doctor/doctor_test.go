@@ -3,6 +3,7 @@ package doctor
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -68,6 +69,7 @@ func TestDoctorEndpoint(t *testing.T) {
 	secure := otlptest.Start(t, otlptest.Config{TLS: ca.Server(t, false)})
 	mutual := otlptest.Start(t, otlptest.Config{TLS: ca.Server(t, true)})
 	misnamed := otlptest.Start(t, otlptest.Config{TLS: ca.Server(t, false), Address: "127.0.0.2:0"})
+	nameless := otlptest.Start(t, otlptest.Config{TLS: namelessServer(t, ca)})
 	plainHTTP := otlptest.Start(t, otlptest.Config{HTTP: true})
 	secureHTTP := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: ca.Server(t, false)})
 	mutualHTTP := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: ca.Server(t, true)})
@@ -151,8 +153,16 @@ func TestDoctorEndpoint(t *testing.T) {
 			[]string{endpoint + guardedHTTP.URL(), protocol + "http/protobuf", headers + "authorization=Bearer right"}},
 		{"no permission", []string{endpoint + forbidding.URL()}, "collector", "UNITMETER_OTLP_HEADERS_FILE", []string{endpoint + plain.URL()}},
 		{"overloaded", []string{endpoint + overloaded.URL(), protocol + "http/protobuf"}, "collector", "look at the log of the Collector", []string{endpoint + plain.URL()}},
-		{"wrong path", []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=" + plainHTTP.URL() + "/v2/metrics", protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT",
+		{"wrong path", []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=" + plainHTTP.URL() + "/v2/metrics", protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_METRICS_ENDPOINT to the Collector's OTLP/HTTP address, such as http://127.0.0.1:4318/v1/metrics",
+			[]string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=" + plainHTTP.URL() + "/v1/metrics", protocol + "http/protobuf"}},
+		{"no path", []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=" + plainHTTP.URL(), endpoint + "http://unused.invalid", protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
 			[]string{endpoint + plainHTTP.URL(), protocol + "http/protobuf"}},
+		{"no TLS, for metrics only", []string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://" + secureHTTP.Address() + "/v1/metrics", protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=https://" + secureHTTP.Address() + "/v1/metrics",
+			[]string{"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=https://" + secureHTTP.Address() + "/v1/metrics", protocol + "http/protobuf", roots + ca.File}},
+		{"wrong authority, for metrics only", []string{endpoint + secure.URL(), "OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE=" + other.File, roots + ca.File}, "endpoint-tls", "set OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE",
+			[]string{endpoint + secure.URL(), "OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE=" + ca.File}},
+		{"a certificate without names", []string{endpoint + nameless.URL(), roots + ca.File}, "endpoint-tls", "renew the certificate of the Collector with the name in it",
+			[]string{endpoint + secure.URL(), roots + ca.File}},
 		{"a web server", []string{endpoint + web.URL, protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT", []string{endpoint + plain.URL()}},
 		{"a redirect", []string{endpoint + redirect.URL, protocol + "http/protobuf"}, "collector", "set OTEL_EXPORTER_OTLP_ENDPOINT", []string{endpoint + plain.URL()}},
 		{"gRPC without metrics", []string{endpoint + "http://" + noMetrics}, "collector", "add the otlp receiver", []string{endpoint + plain.URL()}},
@@ -174,6 +184,17 @@ func TestDoctorEndpoint(t *testing.T) {
 			}
 		})
 	}
+}
+
+// namelessServer is the configuration of a server whose certificate has no names but a
+// common one.
+func namelessServer(t *testing.T, ca *otlptest.CA) *tls.Config {
+	t.Helper()
+	pair, err := tls.LoadX509KeyPair(ca.ServerFiles(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{pair}, NextProtos: []string{"h2"}}
 }
 
 // listenAndServe returns the address of a listener that ends with the test.
@@ -309,6 +330,33 @@ func TestDoctorOutbox(t *testing.T) {
 		t.Fatal(err)
 	}
 	want(t, examined(t, env...), "outbox", statusWarn, "unitmeter history --quarantined")
+}
+
+// A receiver that takes each request and refuses its points is not all right.
+func TestDoctorPartialSuccess(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	s, err := store.Open(t.Context(), store.Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.Commit(t.Context(), store.Cycle{Time: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		partial     store.Partial
+		status, fix string
+	}{
+		{store.Partial{Points: 26, Rejected: 26, Message: "UNSUPPORTED_METRIC_TYPE_MONOTONIC_CUMULATIVE_SUM"}, statusFail, "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"},
+		{store.Partial{Points: 26, Rejected: 2, Message: "delta temporality is not supported"}, statusWarn, "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"},
+		{store.Partial{Points: 26, Rejected: 1, Message: "too old"}, statusWarn, "the receiver's log"},
+		{store.Partial{}, statusOK, ""},
+	} {
+		if err := s.NotePartial(t.Context(), test.partial); err != nil {
+			t.Fatal(err)
+		}
+		want(t, examined(t, noSystemd, "UNITMETER_STATE_DIR="+dir), "outbox", test.status, test.fix)
+	}
 }
 
 func TestLockHolder(t *testing.T) {

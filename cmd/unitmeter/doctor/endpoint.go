@@ -28,6 +28,7 @@ import (
 type endpoint struct {
 	network, address string
 	host             string // of a tcp address, without the port
+	path             string // that a URL needs in the variable that decides
 	url              string // for a proxy to judge
 	plain            bool   // no TLS
 	grpc             bool
@@ -44,6 +45,9 @@ func parseEndpoint(o otlp.Config) (endpoint, error) {
 		}
 		port := cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
 		ep.host, ep.address, ep.url = u.Hostname(), net.JoinHostPort(u.Hostname(), port), o.Endpoint
+		if o.Specific["OTEL_EXPORTER_OTLP_ENDPOINT"] != "" { // to the other the exporter adds it
+			ep.path = "/v1/metrics"
+		}
 		return ep, nil
 	}
 	target := o.Endpoint
@@ -75,6 +79,9 @@ func (ep endpoint) scheme() string {
 	}
 	return "https://"
 }
+
+// at is the endpoint as a URL, with another scheme or address.
+func (ep endpoint) at(scheme, address string) string { return scheme + address + ep.path }
 
 // proxy returns the proxy for an endpoint, or nil.
 func (ep endpoint) proxy() *url.URL {
@@ -111,7 +118,7 @@ func (d *doctor) checkEndpointName(ctx context.Context, ep endpoint) finding {
 	if err != nil {
 		d.nameless = true
 		if ep.host == "localhost" { // in a container made from nothing
-			return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.scheme()+strings.Replace(ep.address, "localhost", "127.0.0.1", 1), "%v: /etc/hosts does not have it", err)
+			return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.at(ep.scheme(), strings.Replace(ep.address, "localhost", "127.0.0.1", 1)), "%v: /etc/hosts does not have it", err)
 		}
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to a name that exists (getent hosts "+ep.host+")", "%v", err)
 	}
@@ -163,7 +170,7 @@ func (d *doctor) checkTLS(ctx context.Context, ep endpoint) finding {
 	switch {
 	// Headers are there to carry secrets.
 	case ep.plain && ep.network == "tcp" && !loopback(ep.host) && headerCount(d.cfg.OTLP) > 0:
-		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "TLS is off, and the headers cross the network in clear text")
+		return warning("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.at("https://", ep.address), "TLS is off, and the headers cross the network in clear text")
 	case ep.plain:
 		return good("TLS is off, as the endpoint asks")
 	case ep.proxy() != nil:
@@ -242,11 +249,15 @@ func tlsFailure(err error, ep endpoint, files config.Files) finding {
 	var invalid x509.CertificateInvalidError
 	switch {
 	case errors.As(err, &plain):
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS, and the settings require it", ep.address)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.at("http://", ep.address), "%s does not speak TLS, and the settings require it", ep.address)
 	case errors.As(err, &name):
 		names := slices.Clone(name.Certificate.DNSNames)
 		for _, ip := range name.Certificate.IPAddresses {
 			names = append(names, ip.String())
+		}
+		if len(names) == 0 {
+			return failure("renew the certificate of the Collector with the name in it (subjectAltName)",
+				"the certificate of %s has no names: its common name has not counted as one for years", certName(name.Certificate))
 		}
 		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to one of the names in the certificate: "+strings.Join(names, ", "),
 			"the certificate is not for %s", ep.host)
@@ -272,7 +283,7 @@ func tlsFailure(err error, ep endpoint, files config.Files) finding {
 			"the Collector rejects the client certificate %s: %v", files.ClientCertificate, err)
 	// Servers that read a TLS handshake as something else hang up.
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s closes the connection during the TLS handshake: it may not speak TLS", ep.address)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.at("http://", ep.address), "%s closes the connection during the TLS handshake: it may not speak TLS", ep.address)
 	}
 	return failure(lookAtLog, "%v", err)
 }
@@ -342,9 +353,9 @@ func collectorFailure(err error, peer string, ep endpoint, o otlp.Config) findin
 	case code == codes.PermissionDenied, web == http.StatusForbidden:
 		return failure(header, "the credentials do not allow sending metrics (%d headers are set): %s", headerCount(o), err)
 	case peer == peerTLS && ep.plain:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=https://"+ep.address, "%s speaks TLS, and the settings have it off: %s", ep.address, err)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.at("https://", ep.address), "%s speaks TLS, and the settings have it off: %s", ep.address, err)
 	case peer == peerPlain && !ep.plain:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT=http://"+ep.address, "%s does not speak TLS: %s", ep.address, err)
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT="+ep.at("http://", ep.address), "%s does not speak TLS: %s", ep.address, err)
 	case peer == peerHTTP1 && ep.grpc:
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or the endpoint to the port for grpc (4317)",
 			"%s speaks HTTP/1 and not gRPC: %s", ep.address, err)
@@ -352,7 +363,7 @@ func collectorFailure(err error, peer string, ep endpoint, o otlp.Config) findin
 		return failure("set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or the endpoint to the port for HTTP (4318)",
 			"%s speaks gRPC: %s", ep.address, err)
 	case web == http.StatusNotFound, web == http.StatusMethodNotAllowed, web >= 300 && web < 400:
-		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to the Collector's OTLP/HTTP address, such as "+ep.scheme()+net.JoinHostPort(cmp.Or(ep.host, "localhost"), "4318"),
+		return failure("set OTEL_EXPORTER_OTLP_ENDPOINT to the Collector's OTLP/HTTP address, such as "+ep.at(ep.scheme(), net.JoinHostPort(cmp.Or(ep.host, "localhost"), "4318")),
 			"a web server answers that does not accept OTLP metrics: %s", err)
 	// A Collector without a metrics pipeline has no such service.
 	case code == codes.Unimplemented:

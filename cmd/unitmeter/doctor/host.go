@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/store"
 )
 
@@ -280,7 +281,8 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	}
 	waiting, err := reader.Backlog(ctx)
 	refused, err2 := reader.Quarantined(ctx)
-	if err := errors.Join(err, err2, reader.Close()); err != nil {
+	partial, since, err3 := reader.Partial(ctx)
+	if err := errors.Join(err, err2, err3, reader.Close()); err != nil {
 		return failure(look, "%v", err)
 	}
 	// A request is sent when it is made, so one of the cycle before last shows
@@ -288,12 +290,25 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	if age := time.Since(waiting.Oldest); waiting.Requests > 0 && age > 2*d.cfg.Interval+d.cfg.OTLP.Timeout {
 		return d.backlogFinding(waiting, age.Round(time.Second))
 	}
+	if partial.Rejected > 0 {
+		return partialFinding(partial, since)
+	}
 	if n := len(refused); n > 0 {
 		last := refused[n-1]
 		return warning("unitmeter history --quarantined",
 			"the Collector refused %d requests for good (see its log), the last at %s: %s", n, last.At.UTC().Format(time.RFC3339), last.Reason)
 	}
 	return good("no request was refused, and none waits too long")
+}
+
+// partialFinding is about a receiver that takes the requests, and not the points.
+func partialFinding(p store.Partial, since time.Time) finding {
+	judged := warning
+	if p.Rejected >= int64(p.Points) {
+		judged = failure
+	}
+	return judged(otlp.Answer{Message: p.Message}.Hint(), "since %s the Collector takes each request and refuses %d of its %d points: %q",
+		since.UTC().Format(time.RFC3339), p.Rejected, p.Points, p.Message)
 }
 
 // backlogFinding says why requests wait: what the agent says of itself counts

@@ -7,13 +7,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
 
-// runAgent starts the agent with nothing but env, without a systemd. Its log is
-// what is returned; it is killed at the end of the test.
-func runAgent(t *testing.T, env ...string) *bufio.Scanner {
+// runAgent starts the agent with nothing but env, without a systemd, and returns
+// it with its log. It is killed at the end of the test.
+func runAgent(t *testing.T, env ...string) (*exec.Cmd, *bufio.Scanner) {
 	t.Helper()
 	binary, err := agentBinary()
 	if err != nil {
@@ -32,7 +33,7 @@ func runAgent(t *testing.T, env ...string) *bufio.Scanner {
 		_ = agent.Process.Kill()
 		_ = agent.Wait()
 	})
-	return bufio.NewScanner(stderr)
+	return agent, bufio.NewScanner(stderr)
 }
 
 // scan reads a log up to the line with the text.
@@ -52,7 +53,7 @@ func scan(t *testing.T, log *bufio.Scanner, text string) (lines []string) {
 func TestUnusedSecretIsNotLogged(t *testing.T) {
 	t.Parallel()
 	for _, protocol := range []string{"grpc", "http/protobuf"} {
-		log := runAgent(t, "OTEL_EXPORTER_OTLP_PROTOCOL="+protocol,
+		_, log := runAgent(t, "OTEL_EXPORTER_OTLP_PROTOCOL="+protocol,
 			"OTEL_EXPORTER_OTLP_HEADERS=authorization: Bearer s3cr3t", "OTEL_EXPORTER_OTLP_METRICS_HEADERS=a=1",
 			"OTEL_EXPORTER_OTLP_ENDPOINT=https://user:s3cr3t%@localhost:1", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://localhost:1",
 			"OTEL_EXPORTER_OTLP_TIMEOUT=s3cr3t", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT=1000")
@@ -61,6 +62,27 @@ func TestUnusedSecretIsNotLogged(t *testing.T) {
 				t.Errorf("%s: %s", protocol, line)
 			}
 		}
+	}
+}
+
+// SIGHUP comes from a hook of a certificate's renewal, a lost terminal, or
+// SendSIGHUP=. The agent goes on, and ends as always when it is told to.
+func TestHangup(t *testing.T) {
+	t.Parallel()
+	agent, log := runAgent(t, "OTEL_METRICS_EXPORTER=none")
+	scan(t, log, "msg=started")
+	for range 2 {
+		if err := agent.Process.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		scan(t, log, "SIGHUP")
+	}
+	if err := agent.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	scan(t, log, "msg=stopping")
+	if err := agent.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v", err)
 	}
 }
 
