@@ -76,6 +76,7 @@ func commands() []command {
 		{"units", "[--json] [UNIT...]", "list all units: metered or not, and why", units},
 		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default", "switch IP accounting on", enable},
 		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default", "switch IP accounting off", disable},
+		{"meter", "load|unload|status", "load the eBPF program that counts for UNITMETER_SOURCE=ebpf, or take it away", manageMeter},
 		{"doctor", "[--json] [--here]", "check everything that the agent needs, and name the fix for each fault", diagnose},
 		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print the traffic of units in the past three weeks", history},
 		{"version", "", "print the version", printVersion},
