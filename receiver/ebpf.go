@@ -23,9 +23,28 @@ const (
 	rootSlice = "-.slice"
 )
 
-// MeterDirs are where a Receiver looks for the pinned maps, in its order: where a
-// drop-in of the service mounts them, and where "unitmeter meter load" pins them.
-func MeterDirs() []string { return []string{"/run/unitmeter/meter", ebpf.DefaultDir} }
+// meterDirs are where the pinned maps are looked for, in this order: where a drop-in
+// of the service mounts them, and where "unitmeter meter load" pins them.
+func meterDirs() []string { return []string{"/run/unitmeter/meter", ebpf.DefaultDir} }
+
+// OpenMeter opens the maps that a Receiver reads with EBPF, in the first place that
+// has any. The error is that of ebpf.Open.
+func OpenMeter(cfg ebpf.Config) (*ebpf.Reader, error) { return openMeter(cfg, meterDirs()) }
+
+func openMeter(cfg ebpf.Config, dirs []string) (*ebpf.Reader, error) {
+	var reason error
+	for _, cfg.Dir = range dirs {
+		reader, err := ebpf.Open(cfg)
+		if err == nil {
+			return reader, nil
+		}
+		// That there is nothing in one place says less than what is wrong in another.
+		if reason == nil || errors.Is(reason, ebpf.ErrNotLoaded) {
+			reason = err
+		}
+	}
+	return nil, reason
+}
 
 // meter is the source of readings that counts by itself. It reads the maps of the
 // pinned program, or attaches one of its own for as long as it runs.
@@ -40,7 +59,8 @@ type meter struct {
 	reader *ebpf.Reader          // nil while there is nothing to read
 	runs   map[cgroup]*cgroupRun // by the entries of the last sweep
 	swept  time.Time             // when the last sweep began, of an earlier Receiver at first
-	said   string                // the fault that was logged last; empty when all was well since
+	// failing is what could not be done at the last sweep, empty if all could.
+	failing string
 }
 
 // cgroup is one entry of the maps.
@@ -57,30 +77,18 @@ type cgroupRun struct {
 // open opens the pinned maps. Where there are none and attach is true, it attaches
 // the program for this process alone.
 func (m *meter) open(attach bool) error {
-	var reasons []error
-	for _, dir := range m.dirs {
-		cfg := m.cfg
-		cfg.Dir = dir
-		reader, err := ebpf.Open(cfg)
-		if err == nil {
-			m.reader = reader
-			return nil
-		}
-		// That there is nothing in one of the places is no reason.
-		if !errors.Is(err, ebpf.ErrNotLoaded) {
-			reasons = append(reasons, err)
-		}
+	const next = "or set UNITMETER_SOURCE=dbus"
+	reader, err := openMeter(m.cfg, m.dirs)
+	if err == nil {
+		m.reader = reader
+		return nil
 	}
-	const next = `run "unitmeter meter load" as root, or set UNITMETER_SOURCE=dbus`
-	if len(reasons) > 0 {
-		return fmt.Errorf("%w; %s", reasons[0], next)
+	if !attach || !errors.Is(err, ebpf.ErrNotLoaded) {
+		return fmt.Errorf("%w, %s", err, next)
 	}
-	if !attach {
-		return fmt.Errorf("open the meter: %w; %s", ebpf.ErrNotLoaded, next)
-	}
-	reader, err := ebpf.Attach(context.Background(), m.cfg)
-	if err != nil {
-		return fmt.Errorf("%w, and this process cannot attach one: %w; %s", ebpf.ErrNotLoaded, err, next)
+	reader, attachErr := ebpf.Attach(context.Background(), m.cfg)
+	if attachErr != nil {
+		return fmt.Errorf("%w, %s; this process cannot count by itself: %w", err, next, attachErr)
 	}
 	m.reader = reader
 	m.log.Info("no eBPF meter is loaded: counting for as long as this process runs")
@@ -121,37 +129,39 @@ func (m *meter) Each(f func(unit, epoch string, reading bool)) {
 
 // Read implements source. It takes milliseconds, and does not look at ctx.
 func (m *meter) Read(context.Context) error {
+	const reading = "read the eBPF meter"
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.reader == nil {
 		if err := m.open(false); err != nil {
-			return m.fault(err)
+			return m.fault(reading, err)
 		}
 	}
 	asked := time.Now()
 	sweep, err := m.reader.Read()
 	if err != nil {
-		return m.fault(err)
+		return m.fault(reading, err)
 	}
 	m.take(&sweep, asked, time.Now())
 	m.swept = asked
 	if sweep.Detached {
 		m.close()
-		return m.fault(errors.New(`the eBPF meter was unloaded; run "unitmeter meter load" as root`))
+		return m.fault(reading, errors.New(`the eBPF meter was unloaded; run "unitmeter meter load" as root`))
 	}
-	_ = m.fault(sweep.Deletion) // it costs memory of the kernel, and no data
+	_ = m.fault("delete from the eBPF meter", sweep.Deletion) // it costs memory of the kernel, and no data
 	return nil
 }
 
-// fault logs a fault once, and that it is over, and returns it.
-func (m *meter) fault(err error) error {
+// fault logs what cannot be done once, and when it can be done again, and returns
+// the error.
+func (m *meter) fault(what string, err error) error {
 	switch {
-	case err == nil && m.said != "":
-		m.said = ""
+	case err == nil && m.failing != "":
+		m.failing = ""
 		m.log.Info("the eBPF meter is read again")
-	case err != nil && err.Error() != m.said:
-		m.said = err.Error()
-		m.log.Warn("read the eBPF meter", "err", err)
+	case err != nil && what != m.failing:
+		m.failing = what
+		m.log.Warn(what, "err", err)
 	}
 	return err
 }

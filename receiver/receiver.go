@@ -74,7 +74,7 @@ type Config struct {
 
 	// journalctl is the command and its first arguments. Tests set it.
 	journalctl []string
-	// meterDirs are instead of MeterDirs, and meterRoot is the cgroup that is
+	// meterDirs are instead of those of OpenMeter, and meterRoot is the cgroup that is
 	// metered with all below it. Tests set them.
 	meterDirs []string
 	meterRoot string
@@ -195,7 +195,7 @@ func (cfg *Config) setDefaults() error {
 		return fmt.Errorf("count by %q: there is no such source; use dbus, ebpf or auto", cfg.Source)
 	}
 	if cfg.meterDirs == nil {
-		cfg.meterDirs = MeterDirs()
+		cfg.meterDirs = meterDirs()
 	}
 	cfg.Bus = cmp.Or(cfg.Bus, DefaultBus)
 	if cfg.Logger == nil {

@@ -68,6 +68,9 @@ type Sweep struct {
 	// RootID is the id of the metered root: 1 for the whole host, where its traffic
 	// is the kernel's own.
 	RootID uint64
+	// Naming is true when the kernel names the cgroups. Else those that are gone
+	// before a Read have no name.
+	Naming bool
 	// Meters has one for each cgroup with traffic, in no order.
 	Meters []Meter
 	// Lost is what found no room. It only grows.

@@ -74,10 +74,20 @@ func TestMeterAsPackaged(t *testing.T) {
 		t.Errorf("the capabilities of the agent, and the pins: %s", out)
 	}
 
+	findings := w.report("unitmeter doctor --json 2>/dev/null")
+	for name, status := range map[string]string{"ebpf": "ok", "agent": "ok", "accounting-default": "skip", "accounting": "skip", "counters": "skip", "stop-records": "skip"} {
+		if findings[name].Status != status {
+			t.Errorf("the doctor's check %s is %+v, want %s", name, findings[name], status)
+		}
+	}
+
 	// As the scripts of the packages do it.
 	w.sh("systemctl stop unitmeter-meter.service")
 	w.sh(send + "1")
 	wantTotal(13, "with the loader's unit stopped")
 	w.sh("systemctl stop unitmeter.service; unitmeter meter unload; unitmeter meter unload")
 	w.sh("! test -e /sys/fs/bpf/unitmeter")
+	if f := w.report("unitmeter doctor --json 2>/dev/null")["ebpf"]; f.Status != "fail" {
+		t.Errorf("without a meter, the doctor says %+v", f)
+	}
 }
