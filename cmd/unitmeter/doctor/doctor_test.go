@@ -436,10 +436,10 @@ func TestMeterFinding(t *testing.T) {
 		f            finding
 		status, next string
 	}{
-		"not loaded":          {meterFailure(receiver.EBPF, false, none), statusFail, "unitmeter meter load"},
+		"not loaded":          {meterFailure(receiver.EBPF, false, none), statusFail, "unitmeter enable --ebpf"},
 		"not loaded, as root": {meterFailure(receiver.EBPF, true, none), statusWarn, "unitmeter meter load"},
-		"not loaded, auto":    {meterFailure(receiver.Auto, true, none), statusWarn, "unitmeter meter load"},
-		"refused":             {meterFailure(receiver.EBPF, true, refused), statusFail, "unitmeter-ebpf.conf"},
+		"not loaded, auto":    {meterFailure(receiver.Auto, true, none), statusWarn, "unitmeter enable --ebpf"},
+		"refused":             {meterFailure(receiver.EBPF, true, refused), statusFail, "5.19"},
 		"well":                {meterFinding(well), statusOK, ""},
 		"detached":            {meterFinding(detached), statusFail, "unitmeter-meter.service"},
 		"nearly full":         {meterFinding(full), statusWarn, "start the agent"},

@@ -41,9 +41,9 @@ const loadMeter = "systemctl restart unitmeter-meter.service unitmeter.service"
 
 // meterFailure says what it means that the counters cannot be read.
 func meterFailure(source string, root bool, err error) finding {
-	fix := "set UNITMETER_SOURCE=dbus, or: unitmeter meter load"
+	fix := "unitmeter enable --ebpf, or set UNITMETER_SOURCE=dbus"
 	if errors.Is(err, ebpf.ErrPermission) {
-		fix = "set UNITMETER_SOURCE=dbus, or install /usr/share/doc/unitmeter/examples/unitmeter-ebpf.conf"
+		fix = "unitmeter enable --ebpf, or set UNITMETER_SOURCE=dbus; before Linux 5.19 see docs/ebpf.md"
 	}
 	switch {
 	case source == receiver.Auto:

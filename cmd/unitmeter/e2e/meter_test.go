@@ -29,7 +29,7 @@ func TestMeterAsPackaged(t *testing.T) {
 	server := otlptest.Start(t, otlptest.Config{})
 	w.forward("127.0.0.1:5317", server.Address())
 	w.sh("useradd --system --no-create-home unitmeter")
-	for name, unit := range map[string]string{"unitmeter.service": "unitmeter.service", "unitmeter-meter.service": "unitmeter-meter.service", "examples/unitmeter-ebpf.conf": "unitmeter.service.d/unitmeter-ebpf.conf"} {
+	for name, unit := range map[string]string{"unitmeter.service": "unitmeter.service", "unitmeter-meter.service": "unitmeter-meter.service"} {
 		w.WriteFile(t, "/etc/systemd/system/"+unit, packaged(t, name))
 	}
 	w.WriteFile(t, "/etc/unitmeter/unitmeter.env", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:5317\nOTEL_METRIC_EXPORT_INTERVAL=500\n")
@@ -41,8 +41,9 @@ func TestMeterAsPackaged(t *testing.T) {
 	if out := w.sh("unitmeter meter status 2>&1 && exit 1 || :"); !strings.Contains(out, "no eBPF meter is loaded") {
 		t.Errorf("status before: %s", out)
 	}
-	w.sh("systemctl start unitmeter.service || { journalctl -u unitmeter -u unitmeter-meter --no-pager; exit 1; } >&2")
-	w.sh("systemctl is-active unitmeter-meter.service")
+	w.sh("systemctl start unitmeter.service")
+	w.sh("unitmeter enable --ebpf || { journalctl -u unitmeter -u unitmeter-meter --no-pager; exit 1; } >&2")
+	w.sh("systemctl is-active unitmeter-meter.service unitmeter.service && systemctl is-enabled unitmeter-meter.service")
 	w.sh("systemd-run --quiet --service-type=notify --unit=sink " + w.Traffic() + " udp-sink 127.0.0.1:9000")
 	send := "systemd-run --quiet --wait --unit=talker -p IPAccounting=no " + w.Traffic() + " udp-send 127.0.0.1:9000 -bytes 100 -count "
 	// total is what the agent has sent of the talker: bytes.
@@ -85,9 +86,18 @@ func TestMeterAsPackaged(t *testing.T) {
 	w.sh("systemctl stop unitmeter-meter.service")
 	w.sh(send + "1")
 	wantTotal(13, "with the loader's unit stopped")
-	w.sh("systemctl stop unitmeter.service; unitmeter meter unload; unitmeter meter unload")
-	w.sh("! test -e /sys/fs/bpf/unitmeter")
+	w.sh("unitmeter meter unload; unitmeter meter unload; ! test -e /sys/fs/bpf/unitmeter")
 	if f := w.report("unitmeter doctor --json 2>/dev/null")["ebpf"]; f.Status != "fail" {
 		t.Errorf("without a meter, the doctor says %+v", f)
 	}
+	w.sh("systemctl restart unitmeter-meter.service unitmeter.service; " + send + "1")
+	wantTotal(14, "loaded anew")
+	w.sh("unitmeter disable --ebpf")
+	w.sh("! test -e /sys/fs/bpf/unitmeter && ! test -e /etc/systemd/system/unitmeter.service.d/50-ebpf.conf && ! systemctl is-enabled unitmeter-meter.service && systemctl is-active unitmeter.service")
+	if f := w.report("unitmeter doctor --json 2>/dev/null")["ebpf"]; f.Status != "skip" {
+		t.Errorf("switched back, the doctor says %+v", f)
+	}
+
+	// Where the program cannot be loaded, nothing is changed.
+	w.sh("umount /sys/fs/bpf; ! unitmeter enable --ebpf; ! test -e /etc/systemd/system/unitmeter.service.d/50-ebpf.conf && ! systemctl is-enabled unitmeter-meter.service && systemctl is-active unitmeter.service")
 }
