@@ -86,6 +86,7 @@ func (m *meter) open(attach bool) error {
 	if !attach || !errors.Is(err, ebpf.ErrNotLoaded) {
 		return fmt.Errorf("%w, %s", err, next)
 	}
+	// It walks the cgroups once, which takes a fraction of a second.
 	reader, attachErr := ebpf.Attach(context.Background(), m.cfg)
 	if attachErr != nil {
 		return fmt.Errorf("%w, %s; this process cannot count by itself: %w", err, next, attachErr)
