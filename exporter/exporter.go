@@ -98,8 +98,10 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 	if cfg.OTLP == nil {
 		return e, nil
 	}
+	to := *cfg.OTLP
+	to.Logger = cmp.Or(to.Logger, log)
 	var err error
-	if e.client, err = otlp.Open(ctx, *cfg.OTLP); err != nil {
+	if e.client, err = otlp.Open(ctx, to); err != nil {
 		return nil, err
 	}
 	e.counts.target = e.client.Target()

@@ -495,8 +495,9 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		client := Config{OTLP: &otlp.Config{Protocol: protocol, TLS: trusting(t, ca), Gzip: true}}
-		client.OTLP.TLS.Certificates = []tls.Certificate{pair}
+		settings := trusting(t, ca)
+		settings.Certificates = []tls.Certificate{pair}
+		client := Config{OTLP: &otlp.Config{Protocol: protocol, TLS: always(settings), Gzip: true}}
 		t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "tenant=from%20env,authorization=Bearer%20abc")
 		server := otlptest.Start(t, cfg)
 		server.Stop()
@@ -511,7 +512,7 @@ func TestTLSHeadersAndCompressionOverReplay(t *testing.T) {
 		if r.Header["tenant"] != "from env" || r.Header["authorization"] != "Bearer abc" || r.Encoding != "gzip" || r.ClientCert != "unitmeter-test" {
 			t.Errorf("headers %v, encoding %q, client certificate %q", r.Header, r.Encoding, r.ClientCert)
 		}
-		client.Outbox, client.OTLP.Headers = nil, map[string]string{"tenant": "from file"}
+		client.Outbox, client.OTLP.Headers = nil, always(map[string]string{"tenant": "from file"})
 		b := newAgent(t, server.URL(), client)
 		if err := b.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
 			t.Fatal(err)
@@ -529,7 +530,7 @@ func TestWrongCertificate(t *testing.T) {
 		server := otlptest.Start(t, cfg)
 		another := trusting(t, otlptest.NewCA(t))
 		// Time for all tries: one that is cut short has another cause.
-		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol, TLS: another, Timeout: time.Minute}})
+		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol, TLS: always(another), Timeout: time.Minute}})
 		for i := range 3 {
 			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 5)); err != nil {
 				t.Fatal(err)
@@ -766,7 +767,7 @@ func TestDeadConnectionIsReplaced(t *testing.T) {
 			}
 		}
 	})
-	a := newAgent(t, "https://"+door.Addr().String(), Config{OTLP: &otlp.Config{Protocol: "http/protobuf", TLS: trusting(t, ca), Timeout: 2 * time.Second}, Outbox: &memory{}})
+	a := newAgent(t, "https://"+door.Addr().String(), Config{OTLP: &otlp.Config{Protocol: "http/protobuf", TLS: always(trusting(t, ca)), Timeout: 2 * time.Second}, Outbox: &memory{}})
 	t.Cleanup(func() {
 		door.Close()
 		server.Stop()

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 )
 
@@ -42,9 +43,12 @@ func TestRenewedSettings(t *testing.T) {
 		cfg.TLS = first.Server(t, true)
 		server := otlptest.Start(t, cfg)
 		a := newAgent(t, server.URL(), Config{
-			Protocol: protocol, Outbox: &memory{},
-			TLS:     func() (*tls.Config, error) { return settings.Load(), problem() },
-			Headers: func() (map[string]string, error) { return *headers.Load(), problem() },
+			Outbox: &memory{},
+			OTLP: &otlp.Config{
+				Protocol: protocol,
+				TLS:      func() (*tls.Config, error) { return settings.Load(), problem() },
+				Headers:  func() (map[string]string, error) { return *headers.Load(), problem() },
+			},
 		})
 		arrived := 0
 		cycle := func(tenant, client string) {

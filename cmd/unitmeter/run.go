@@ -191,7 +191,6 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 	for _, name := range cfg.Exporters {
 		switch name {
 		case "otlp":
-			cfg.OTLP.Logger = log
 			main.OTLP = &cfg.OTLP
 		case "console":
 			if out.console, err = exporter.NewConsole(t.stdout, rcv); err != nil {

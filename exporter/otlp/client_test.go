@@ -36,7 +36,7 @@ func to(endpoint string, cfg Config) Config {
 func TestProbe(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		server := otlptest.Start(t, cfg)
-		probe := to(server.URL(), Config{Protocol: protocol, Headers: map[string]string{"tenant": "t"}, Gzip: true, Timeout: 5 * time.Second})
+		probe := to(server.URL(), Config{Protocol: protocol, Headers: func() (map[string]string, error) { return map[string]string{"tenant": "t"}, nil }, Gzip: true, Timeout: 5 * time.Second})
 		if err := Probe(t.Context(), probe); err != nil {
 			t.Fatal(err)
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -13,42 +12,6 @@ import (
 
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
-
-// booted is the one rig that all tests of this package share: booted by the first
-// that asks, from the tree in UNITMETER_TEST_ROOT if that is set, and closed by
-// TestMain.
-var booted struct {
-	once sync.Once
-	rig  *systemdtest.Rig
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if booted.rig != nil {
-		if err := booted.rig.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = max(code, 1)
-		}
-	}
-	os.Exit(code)
-}
-
-// theRig returns the shared rig. Where there can be none, the test is skipped
-// with the reason, or fails if UNITMETER_TEST_NO_SKIP is set.
-func theRig(t testing.TB) *systemdtest.Rig {
-	t.Helper()
-	booted.once.Do(func() {
-		booted.rig, booted.err = systemdtest.Boot(context.Background(), systemdtest.Config{Root: os.Getenv("UNITMETER_TEST_ROOT")})
-	})
-	if errors.Is(booted.err, errors.ErrUnsupported) && os.Getenv("UNITMETER_TEST_NO_SKIP") == "" {
-		t.Skip(booted.err)
-	}
-	if booted.err != nil {
-		t.Fatal(booted.err)
-	}
-	return booted.rig
-}
 
 // sums is a Sink that adds up what a Source reads, by unit, as simply as can be.
 type sums struct {
@@ -89,19 +52,6 @@ func (s *sums) Restart(epoch string, at time.Time) {
 
 // Place implements Sink.
 func (s *sums) Place(string, string, string) {}
-
-// record takes a stop record as a reading.
-func (s *sums) record(_ Position, r *Record) {
-	if r == nil {
-		return
-	}
-	s.mu.Lock()
-	last := s.last[r.Epoch]
-	s.mu.Unlock()
-	if !r.Counters.lower(last) {
-		s.Credit(Reading{Unit: r.Unit, Epoch: r.Epoch, Counters: r.Counters, Asked: time.Now()})
-	}
-}
 
 func (s *sums) of(unit string) Counters {
 	s.mu.Lock()
