@@ -190,6 +190,8 @@ var badInputs = [][]string{
 	{"UNITMETER_SWEEP_TIMEOUT=1h"},
 	{"UNITMETER_SWEEP_TIMEOUT=30s"},
 	{"UNITMETER_STOP_RECORDS=journal"},
+	{"UNITMETER_SOURCE=bpf"},
+	{"UNITMETER_SOURCE=auto", "UNITMETER_UNIT_TYPES=service,slice"},
 	// State
 	{"UNITMETER_STATE_DIR=state"},
 	{"UNITMETER_STATE_DIR=~/state"},

@@ -40,7 +40,7 @@ func TestNoConfigurationNeeded(t *testing.T) {
 		Temporality: "cumulative",
 		Prometheus:  exporter.PrometheusConfig{Address: "localhost:9464"},
 		Receiver: receiver.Config{
-			Bus: "auto", StopRecords: "auto", SweepTimeout: 10 * time.Second, MaxSeries: 5000,
+			Source: "dbus", Bus: "auto", StopRecords: "auto", SweepTimeout: 10 * time.Second, MaxSeries: 5000,
 			Fold: []string{"run-*.service", "run-*.scope", "session-*.scope", "docker-*.scope", "libpod-*.scope",
 				"nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope"},
 			Types: []string{"service", "scope", "socket", "mount", "swap"},
@@ -133,6 +133,7 @@ func TestGoodInput(t *testing.T) {
 		{"OTEL_EXPORTER_OTLP_COMPRESSION=GZIP\nOTEL_EXPORTER_OTLP_TIMEOUT=1500", "OTLP.Gzip=true OTLP.Timeout=1.5s"},
 		{"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=Delta", "Temporality=delta"},
 
+		{"UNITMETER_SOURCE=EBPF", "Receiver.Source=ebpf"},
 		{"UNITMETER_BUS=Private", "Receiver.Bus=private"},
 		{"UNITMETER_BUS=unix:path=/tmp/bus,guid=00;tcp:host=localhost,port=1", "Receiver.Bus=unix:path=/tmp/bus,guid=00;tcp:host=localhost,port=1"},
 		{"DBUS_SYSTEM_BUS_ADDRESS=unix:abstract=bus", "Receiver.SystemBus=unix:abstract=bus Receiver.Bus=auto"},

@@ -80,8 +80,12 @@ func checkSuffix(pattern string) (reason, hint string) {
 	return "does not end in a type of unit", "write it in full, such as " + shorten(pattern) + ".service, or end it in *"
 }
 
-// finishUnits warns of patterns that the other variables leave no effect.
+// finishUnits refuses types that the source does not count, and warns of patterns
+// that the other variables leave no effect.
 func (l *loader) finishUnits() {
+	if types, set := l.given["UNITMETER_UNIT_TYPES"]; set && slices.Contains([]string{receiver.EBPF, receiver.Auto}, l.cfg.Receiver.Source) && slices.Contains(l.cfg.Receiver.Types, "slice") {
+		l.bad(types, "has slice, and only UNITMETER_SOURCE=dbus counts slices", "remove slice, or UNITMETER_SOURCE")
+	}
 	check := func(name string, patterns []string) {
 		if _, set := l.given[name]; !set {
 			return

@@ -369,6 +369,11 @@ func (l *loader) otlp(o *otlp.Config) []entry {
 func (l *loader) units(c *Config) []entry {
 	const patterns = "a comma list of unit names; *, ? and [a-z] stand for other characters"
 	return []entry{
+		enum(Variable{
+			Name:    "UNITMETER_SOURCE",
+			Default: receiver.DefaultSource,
+			Meaning: "Who counts. dbus is systemd, which counts units that have IP accounting on. ebpf is a program of unitmeter, which counts every unit and does not ask systemd; the command meter loads it. auto is ebpf where that is loaded and can be read, and else dbus.",
+		}, &c.Receiver.Source, receiver.DBus, receiver.EBPF, receiver.Auto),
 		{Variable: Variable{
 			Name:    "UNITMETER_BUS",
 			Values:  "auto, system, private, or a D-Bus address such as unix:path=/run/dbus/system_bus_socket",

@@ -3,6 +3,7 @@ package exporter
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -285,7 +286,7 @@ func (e *Exporter) deliver(ctx context.Context, requests [][]byte) (left [][]byt
 				continue
 			}
 		}
-		if context.Cause(ctx) == context.Canceled {
+		if errors.Is(context.Cause(ctx), context.Canceled) {
 			break // our own end, not the receiver's answer
 		}
 		failures++

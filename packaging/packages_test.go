@@ -130,16 +130,18 @@ func copyTree(from, to string) error {
 // Each format has the same files, with the same rights.
 func testContents(t *testing.T, dir string) {
 	want := map[string]string{ // in the package, with its mode
-		"usr/bin/unitmeter":                                  "-rwxr-xr-x",
-		"usr/lib/systemd/system/unitmeter.service":           "-rw-r--r--",
-		"usr/lib/sysusers.d/unitmeter.conf":                  "-rw-r--r--",
-		"etc/unitmeter/unitmeter.env":                        "-rw-r-----",
-		"usr/share/man/man8/unitmeter.8.gz":                  "-rw-r--r--",
-		"usr/share/bash-completion/completions/unitmeter":    "-rw-r--r--",
-		"usr/share/fish/vendor_completions.d/unitmeter.fish": "-rw-r--r--",
-		"usr/share/doc/unitmeter/examples/credentials.conf":  "-rw-r--r--",
-		"usr/share/doc/unitmeter/LICENSES.gz":                "-rw-r--r--",
-		"usr/share/doc/unitmeter/examples/stop-records.conf": "-rw-r--r--",
+		"usr/bin/unitmeter":                                    "-rwxr-xr-x",
+		"usr/lib/systemd/system/unitmeter.service":             "-rw-r--r--",
+		"usr/lib/systemd/system/unitmeter-meter.service":       "-rw-r--r--",
+		"usr/lib/sysusers.d/unitmeter.conf":                    "-rw-r--r--",
+		"etc/unitmeter/unitmeter.env":                          "-rw-r-----",
+		"usr/share/man/man8/unitmeter.8.gz":                    "-rw-r--r--",
+		"usr/share/bash-completion/completions/unitmeter":      "-rw-r--r--",
+		"usr/share/fish/vendor_completions.d/unitmeter.fish":   "-rw-r--r--",
+		"usr/share/doc/unitmeter/examples/credentials.conf":    "-rw-r--r--",
+		"usr/share/doc/unitmeter/examples/unitmeter-ebpf.conf": "-rw-r--r--",
+		"usr/share/doc/unitmeter/LICENSES.gz":                  "-rw-r--r--",
+		"usr/share/doc/unitmeter/examples/stop-records.conf":   "-rw-r--r--",
 	}
 	list := map[string]*exec.Cmd{
 		"unitmeter_0.1.0_amd64.deb":    exec.Command("dpkg-deb", "-c", "unitmeter_0.1.0_amd64.deb"),

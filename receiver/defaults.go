@@ -2,8 +2,16 @@ package receiver
 
 import "time"
 
+// The sources of readings, for Config.Source.
+const (
+	DBus = "dbus"
+	EBPF = "ebpf"
+	Auto = "auto"
+)
+
 // Fields of a Config that are zero mean these.
 const (
+	DefaultSource       = DBus
 	DefaultBus          = "auto"
 	DefaultMaxSeries    = 5000
 	DefaultStopRecords  = "auto"

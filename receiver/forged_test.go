@@ -67,8 +67,8 @@ func TestForgedSignals(t *testing.T) {
 
 	forge := func(when string) {
 		t.Helper()
-		before := r.source.Health()
-		refused := r.source.Health().Refused
+		before := r.systemd.Health()
+		refused := r.systemd.Health().Refused
 		sent := int64(0)
 		for _, peer := range peersOf(t, forger) {
 			sendStraight(forger, peer, object, managerInterface, "UnitRemoved", "a.service", path)
@@ -81,11 +81,11 @@ func TestForgedSignals(t *testing.T) {
 			sendStraight(forger, peer, object, managerInterface, "UnitRemoved", "a.service", path)
 			sent = 7
 		}
-		eventually(t, "all of them have arrived, "+when, func() bool { return r.source.Health().Refused == refused+sent })
+		eventually(t, "all of them have arrived, "+when, func() bool { return r.systemd.Health().Refused == refused+sent })
 		if u := r.unitNamed("a.service"); u.Accounting != "on" || u.Invocation != id(1) {
 			t.Errorf("%s, the unit is %+v", when, u)
 		}
-		if after := r.source.Health(); after.Reloads != before.Reloads || after.Reexecs != before.Reexecs || after.Errors != before.Errors {
+		if after := r.systemd.Health(); after.Reloads != before.Reloads || after.Reexecs != before.Reexecs || after.Errors != before.Errors {
 			t.Errorf("%s, health went from %+v to %+v", when, before, after)
 		}
 	}
@@ -93,7 +93,7 @@ func TestForgedSignals(t *testing.T) {
 	want(t, r.Sweep(t.Context()), "a.service", all(7))
 
 	fake.Restart()
-	eventually(t, "the new owner is noticed", func() bool { return r.source.Health().Reexecs == 1 })
+	eventually(t, "the new owner is noticed", func() bool { return r.systemd.Health().Reexecs == 1 })
 	forge("after another process has become systemd")
 	fake.SetUnit(accounted("a.service", 1, all(20)))
 	want(t, r.Sweep(t.Context()), "a.service", all(20))
@@ -116,19 +116,19 @@ func TestForgedSignalsOfReal(t *testing.T) {
 	path := dbus.ObjectPath(unitPath("forged.service"))
 	for i, change := range [][]string{nil, {"systemctl", "daemon-reload"}, {"systemctl", "daemon-reexec"}} {
 		if change != nil {
-			before := r.source.Health()
+			before := r.systemd.Health()
 			rig.Run(t, change[0], change[1:]...)
 			eventually(t, "systemd is back", func() bool {
-				h := r.source.Health()
+				h := r.systemd.Health()
 				return h.Reloads+h.Reexecs > before.Reloads+before.Reexecs
 			})
 		}
-		refused := r.source.Health().Refused
+		refused := r.systemd.Health().Refused
 		for _, peer := range peersOf(t, forger) {
 			sendStraight(forger, peer, managerPath, managerInterface, "UnitRemoved", "forged.service", path)
 			sendStraight(forger, peer, managerPath, managerInterface, "Reloading", true)
 		}
-		eventually(t, "the forged signals have arrived", func() bool { return r.source.Health().Refused >= refused+2 })
+		eventually(t, "the forged signals have arrived", func() bool { return r.systemd.Health().Refused >= refused+2 })
 		before := r.unitNamed("forged.service")
 		if before.Accounting != "on" {
 			t.Errorf("after %d: the unit is %+v", i, before)

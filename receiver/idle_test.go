@@ -166,7 +166,7 @@ func TestIdleRule(t *testing.T) {
 			}
 		}
 	}
-	if h := r.source.Health(); h != (systemd.Health{}) {
+	if h := r.systemd.Health(); h != (systemd.Health{}) {
 		t.Errorf("something went wrong: %+v", h)
 	}
 }

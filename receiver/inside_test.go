@@ -235,7 +235,7 @@ func (r *insideReport) thousand(ctx context.Context) error {
 			}
 		}
 	}
-	r.Health = fmt.Sprintf("%+v", receiver.source.Health())
+	r.Health = fmt.Sprintf("%+v", receiver.systemd.Health())
 
 	reader := sdkmetric.NewManualReader()
 	provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader), sdkmetric.WithCardinalityLimit(0))

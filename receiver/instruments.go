@@ -3,6 +3,7 @@ package receiver
 import (
 	"context"
 	"fmt"
+	"maps"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
@@ -46,7 +47,7 @@ func Instruments() []Instrument {
 	return []Instrument{
 		{IOName, "observable counter", "By", "Bytes that a systemd unit received or sent, IP headers included. Forwarded packets, AF_PACKET sockets and the kernel's own sockets are not counted.", unit},
 		{PacketCountName, "observable counter", "{packet}", "IP packets that a systemd unit received or sent. A packet that segmentation offload splits later counts once, so this is not the number on the wire.", unit},
-		{UnattributedName, "observable counter", "By", "Bytes of a top-level slice that are in no series: from units that are not metered, or that ended before they could be read. The slice needs IP accounting.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
+		{UnattributedName, "observable counter", "By", "Bytes of a top-level slice that are in no series: from units that are not metered, or that ended before they could be read. The slice needs IP accounting. With UNITMETER_SOURCE=ebpf, -.slice has what the eBPF program had no room for.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
 		{"unitmeter.units", "observable gauge", "{unit}", "Loaded units of the metered types, by state of their IP accounting: on, off (IPAccounting=no), no_data (nothing to count), lost (systemd lost the counters), failed (invalid answer), unknown (not read yet).", append([]string{"unitmeter.accounting.state"}, host...)},
 		{"unitmeter.series", "observable gauge", "{series}", "Series in the ledger, including those whose unit no longer runs.", host},
 		{"unitmeter.sweep.duration", "observable gauge", "s", "Duration of the last reading of all units.", host},
@@ -102,14 +103,17 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			}
 		}
 		o.ObserveFloat64(duration, sweep.Duration.Seconds(), plain)
-		states, counts := r.source.States()
-		for i, state := range states {
-			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
-		}
 		for name, n := range r.counts() {
 			o.ObserveInt64(counters[name], n, plain)
 		}
-		h := r.source.Health()
+		if r.systemd == nil {
+			return nil
+		}
+		states, counts := r.systemd.States()
+		for i, state := range states {
+			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
+		}
+		h := r.systemd.Health()
 		for kind, n := range map[string]int64{"reload": h.Reloads, "reexec": h.Reexecs} {
 			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
 		}
@@ -121,24 +125,32 @@ func (r *Receiver) Register(meter metric.Meter) error {
 	return nil
 }
 
-// counts returns the values of the instruments that have one point each.
+// counts returns the values of the instruments that have one point each. Most are
+// about the connection to systemd.
 func (r *Receiver) counts() map[string]int64 {
-	h := r.source.Health()
+	r.mu.Lock()
+	counts := map[string]int64{
+		"unitmeter.series":        int64(r.ledger.Size()),
+		"unitmeter.sweep.partial": r.partial,
+	}
+	resets, missed := r.ledger.Resets(), r.ledger.Missed()
+	r.mu.Unlock()
+	if r.systemd == nil {
+		return counts
+	}
+	h := r.systemd.Health()
 	var badRecords int64
 	if r.journal != nil {
 		badRecords = r.journal.Bad()
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return map[string]int64{
-		"unitmeter.series":               int64(r.ledger.Size()),
-		"unitmeter.sweep.partial":        r.partial,
+	maps.Copy(counts, map[string]int64{
 		"unitmeter.dbus.errors":          h.Errors,
 		"unitmeter.dbus.signals.refused": h.Refused,
 		"unitmeter.dbus.reconnects":      h.Reconnects,
-		"unitmeter.counter.resets":       r.ledger.Resets(),
-		"unitmeter.runs.missed":          r.ledger.Missed(),
+		"unitmeter.counter.resets":       resets,
+		"unitmeter.runs.missed":          missed,
 		"unitmeter.journal.errors":       badRecords,
 		"unitmeter.units.skipped":        h.BadNames,
-	}
+	})
+	return counts
 }

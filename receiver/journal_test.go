@@ -125,7 +125,7 @@ func TestRigEarlierBoot(t *testing.T) {
 		r, stop := journaled(t, rig, Config{Include: include, State: state})
 		s := readTo(t, rig, r, unit)
 		check(s)
-		if h := r.source.Health(); r.journal.Bad() != 0 || r.ledger.Missed() != 0 {
+		if h := r.systemd.Health(); r.journal.Bad() != 0 || r.ledger.Missed() != 0 {
 			t.Errorf("try %d: %+v", i, h)
 		}
 		states = append(states, s.State)

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/unitmeter/unitmeter/receiver/ebpf"
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
@@ -19,6 +20,16 @@ import (
 // Config tells a Receiver where systemd is and which units to meter. The zero
 // value meters every unit of the default types of this host.
 type Config struct {
+	// Source is who counts: DBus is systemd, where units have IP accounting on; EBPF
+	// is a program of our own, which counts every unit. Auto is EBPF where the
+	// pinned maps of that can be opened, and else DBus. Default: DefaultSource.
+	//
+	// With EBPF there is no connection to systemd, no journal is read, and Bus,
+	// SystemBus and StopRecords mean nothing. Traffic of cgroups that are no unit's
+	// is metered under a name of theirs. Where no maps are pinned, New attaches the
+	// program for this process, which takes the rights of ebpf.Attach. Slices cannot
+	// be metered.
+	Source string
 	// Bus is "private" for PID 1's own socket (root only, half the cost),
 	// "system" for the system bus, a D-Bus address, or "auto" for the private
 	// socket where it can be opened and else the system bus. Default: DefaultBus.
@@ -63,6 +74,21 @@ type Config struct {
 
 	// journalctl is the command and its first arguments. Tests set it.
 	journalctl []string
+	// meterDirs are instead of those of OpenMeter, and meterRoot is the cgroup that is
+	// metered with all below it. Tests set them.
+	meterDirs []string
+	meterRoot string
+}
+
+// source is where readings come from. It credits them to the ledger.
+type source interface {
+	// Run keeps the source going until ctx ends. It returns ctx.Err().
+	Run(ctx context.Context) error
+	// Each calls f for each run that is there, and says whether it is still being
+	// read. f must not call the source.
+	Each(f func(unit, epoch string, reading bool))
+	// Read reads the counters of all runs. An error says that some were not reached.
+	Read(ctx context.Context) error
 }
 
 // A Receiver joins the source of readings, the ledger and the instruments. Run
@@ -70,8 +96,9 @@ type Config struct {
 // several goroutines at the same time.
 type Receiver struct {
 	cfg     Config
-	source  *systemd.Source
-	journal *systemd.Journal // nil with StopRecords "off"
+	source  source
+	systemd *systemd.Source  // the source, or nil with EBPF
+	journal *systemd.Journal // nil with EBPF and with StopRecords "off"
 
 	// sweeping is held for the length of a sweep; last is its result.
 	sweeping sync.Mutex
@@ -85,7 +112,8 @@ type Receiver struct {
 	partial    int64 // sweeps that the deadline or an error cut short
 }
 
-// New checks cfg and returns a Receiver that is not connected yet.
+// New checks cfg and returns a Receiver that is not connected yet. With EBPF it has
+// opened the maps, which Run closes.
 func New(cfg Config) (*Receiver, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
@@ -95,9 +123,15 @@ func New(cfg Config) (*Receiver, error) {
 		return nil, err
 	}
 	metered := func(unit string) bool {
-		return slices.Contains(cfg.Types, systemd.TypeOf(unit)) && include.Index(unit) >= 0 && exclude.Index(unit) < 0
+		// Types are of units: a cgroup that is none has no type to leave out.
+		typed := !systemd.ValidUnitName(unit) || slices.Contains(cfg.Types, systemd.TypeOf(unit))
+		return typed && include.Index(unit) >= 0 && exclude.Index(unit) < 0
 	}
 	r := &Receiver{cfg: cfg, attributes: map[ledger.ID]*Attributes{}}
+	counting, err := r.newMeter(metered)
+	if err != nil {
+		return nil, err
+	}
 	r.ledger = ledger.New(ledger.Config{
 		MaxSeries: cfg.MaxSeries, KeepEnded: cfg.KeepEnded, Patterns: cfg.Fold, Metered: metered,
 		Fold: func(unit string) (string, bool) {
@@ -106,14 +140,19 @@ func New(cfg Config) (*Receiver, error) {
 			}
 			return "", false
 		},
-		Boot: cfg.BootID, Began: time.Now(), State: cfg.State,
+		Boot: cfg.BootID, Began: time.Now(), State: cfg.State, Switched: switchedTo(r.cfg.Source, cfg.State),
 	})
 	r.cfg.State = ledger.State{} // it may be large
-	r.source = systemd.New(systemd.Config{
-		Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
-		Known: r.known, BootID: cfg.BootID, Sink: ledgerSink{r}, Logger: cfg.Logger,
-	})
-	if cfg.StopRecords == "off" {
+	if counting != nil {
+		r.source = counting
+	} else {
+		r.systemd = systemd.New(systemd.Config{
+			Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
+			Known: r.known, BootID: cfg.BootID, Sink: ledgerSink{r}, Logger: cfg.Logger,
+		})
+		r.source = r.systemd
+	}
+	if counting != nil || cfg.StopRecords == "off" {
 		// Whoever reads the journal again must not take what is counted meanwhile.
 		r.ledger.SetJournal(ledger.Position{})
 	} else {
@@ -125,8 +164,39 @@ func New(cfg Config) (*Receiver, error) {
 	return r, nil
 }
 
+// newMeter decides between the sources: nil is systemd.
+func (r *Receiver) newMeter(metered func(unit string) bool) (*meter, error) {
+	if r.cfg.Source == DBus {
+		return nil, nil
+	}
+	m := &meter{
+		cfg: ebpf.Config{Root: r.cfg.meterRoot}, dirs: r.cfg.meterDirs, metered: metered,
+		runs: map[cgroup]*cgroupRun{}, swept: r.cfg.State.Time, log: r.cfg.Logger,
+		credit: func(reading ledger.Reading) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.ledger.Credit(reading)
+		},
+	}
+	err := m.open(r.cfg.Source == EBPF)
+	if err != nil && r.cfg.Source == Auto {
+		r.cfg.Source = DBus
+		r.cfg.Logger.Info("systemd counts, over D-Bus: the eBPF meter cannot be read", "err", err)
+		return nil, nil
+	}
+	r.cfg.Source = EBPF
+	return m, err
+}
+
 // setDefaults fills in what is not set, and refuses what makes no sense.
 func (cfg *Config) setDefaults() error {
+	cfg.Source = cmp.Or(cfg.Source, DefaultSource)
+	if !slices.Contains([]string{DBus, EBPF, Auto}, cfg.Source) {
+		return fmt.Errorf("count by %q: there is no such source; use dbus, ebpf or auto", cfg.Source)
+	}
+	if cfg.meterDirs == nil {
+		cfg.meterDirs = meterDirs()
+	}
 	cfg.Bus = cmp.Or(cfg.Bus, DefaultBus)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
@@ -141,6 +211,9 @@ func (cfg *Config) setDefaults() error {
 		if systemd.CounterInterface(t) == "" {
 			return fmt.Errorf("meter units of type %q: systemd has no IP accounting for them; use any of service, scope, socket, mount, swap, slice", t)
 		}
+	}
+	if slices.Contains(cfg.Types, "slice") && cfg.Source != DBus {
+		return fmt.Errorf("meter slices with the source %s: it counts the units in them only; leave slice out of the types, or use the source dbus", cfg.Source)
 	}
 	cfg.StopRecords = cmp.Or(cfg.StopRecords, DefaultStopRecords)
 	if !slices.Contains([]string{"auto", "on", "off"}, cfg.StopRecords) {
@@ -191,8 +264,8 @@ func (cfg Config) Addresses() []string {
 }
 
 // Run connects to systemd and follows its signals and its stop records until ctx
-// ends, connecting again whenever the connection is lost. It returns ctx.Err(). It
-// must be called once.
+// ends, connecting again whenever the connection is lost. With EBPF it waits for the
+// end of ctx. It returns ctx.Err(). It must be called once.
 func (r *Receiver) Run(ctx context.Context) error {
 	var following sync.WaitGroup
 	defer following.Wait()
@@ -204,14 +277,24 @@ func (r *Receiver) Run(ctx context.Context) error {
 
 // Ready waits until the units have been listed for the first time. Where ctx
 // ends before, the error says why there is no connection.
-func (r *Receiver) Ready(ctx context.Context) error { return r.source.Ready(ctx) }
+func (r *Receiver) Ready(ctx context.Context) error {
+	if r.systemd == nil {
+		return nil
+	}
+	return r.systemd.Ready(ctx)
+}
 
 // Last returns the result of the last sweep, or nil before the first.
 func (r *Receiver) Last() *Sweep { return r.last.Load() }
 
 // Units returns the loaded units of the metered types as they were read last, in
-// the order of their names.
-func (r *Receiver) Units() []systemd.Unit { return r.source.Units() }
+// the order of their names: what systemd says, so nothing with EBPF.
+func (r *Receiver) Units() []systemd.Unit {
+	if r.systemd == nil {
+		return nil
+	}
+	return r.systemd.Units()
+}
 
 // known reports whether a run has been read, by this Receiver or an earlier one.
 func (r *Receiver) known(epoch string) bool {

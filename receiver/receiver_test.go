@@ -243,7 +243,7 @@ func TestBadReplies(t *testing.T) {
 				if s.Partial != test.partial {
 					t.Errorf("partial: %v", s.Partial)
 				}
-				if h := r.source.Health(); h.Errors != int64(i+1) || test.partial != (r.partial > 0) {
+				if h := r.systemd.Health(); h.Errors != int64(i+1) || test.partial != (r.partial > 0) {
 					t.Errorf("after %d sweeps: %+v", i+1, h)
 				}
 			}
@@ -311,7 +311,7 @@ func TestBadStates(t *testing.T) {
 			want(t, s, "good.service", all(7))
 			if test.skipped {
 				none(t, s, "bad.service")
-				if h := r.source.Health(); h.Errors != 1 {
+				if h := r.systemd.Health(); h.Errors != 1 {
 					t.Errorf("the skip was not counted: %+v", h)
 				}
 				fake.SetUnit(accounted("bad.service", 1, all(100)))
@@ -396,7 +396,7 @@ func TestBadLists(t *testing.T) {
 			r, _ := start(t, Config{Bus: fake.Address()})
 			s := r.Sweep(t.Context())
 			want(t, s, "good.service", all(7))
-			if h := r.source.Health(); h.BadNames != test.badNames || h.Errors != 0 {
+			if h := r.systemd.Health(); h.BadNames != test.badNames || h.Errors != 0 {
 				t.Errorf("%+v, want %d bad names", h, test.badNames)
 			}
 			if len(s.State.Series) != 1 || fake.Stubs() != 0 {
@@ -467,7 +467,7 @@ func TestBadSignals(t *testing.T) {
 	if len(s.State.Series) != 2 || fake.Stubs() != 0 {
 		t.Errorf("series %+v; %d names were touched that are not there", s.State.Series, fake.Stubs())
 	}
-	h := r.source.Health()
+	h := r.systemd.Health()
 	if h.Reloads != 0 || h.Reconnects != 0 {
 		t.Errorf("%+v", h)
 	}
@@ -552,7 +552,7 @@ func TestReloadFreezes(t *testing.T) {
 	}
 	fake.EmitReloading(false)
 	eventually(t, "the units are listed again", func() bool { return fake.Calls("ListUnitsByPatterns") > lists })
-	eventually(t, "the reload is counted", func() bool { return r.source.Health().Reloads == 1 })
+	eventually(t, "the reload is counted", func() bool { return r.systemd.Health().Reloads == 1 })
 	for range 2 {
 		s := r.Sweep(t.Context())
 		want(t, s, "a.service", all(150))
@@ -566,7 +566,7 @@ func TestReloadFreezes(t *testing.T) {
 	fake.Remove("b.service")
 	fake.EmitUnitRemoved("b.service")
 	eventually(t, "a removed unit is forgotten", func() bool { return r.unitNamed("b.service").Accounting == "" })
-	if h := r.source.Health(); h.Reloads != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
+	if h := r.systemd.Health(); h.Reloads != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
 }
@@ -587,7 +587,7 @@ func TestNameOwnerChanged(t *testing.T) {
 	fake.SetUnit(accounted("c.service", 3, all(6)))
 	fake.EmitUnitNew("c.service")
 	sweepUntil(t, r, "signals come again", func(s *Sweep) bool { _, ok := s.seriesOf("c.service"); return ok })
-	if h := r.source.Health(); h.Reexecs != 1 || h.Reloads != 0 || h.Reconnects != 0 {
+	if h := r.systemd.Health(); h.Reexecs != 1 || h.Reloads != 0 || h.Reconnects != 0 {
 		t.Errorf("%+v", h)
 	}
 	l.only(t, 0, "WARN")
@@ -603,7 +603,7 @@ func TestReconnect(t *testing.T) {
 		fake.KillBus()
 		s := sweepUntil(t, r, "the loss is noticed", func(s *Sweep) bool { return s.Partial })
 		none(t, s, "a.service")
-		eventually(t, "it has tried again", func() bool { return r.source.Health().Reconnects >= int64(2*i+2) })
+		eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= int64(2*i+2) })
 		l.only(t, i+1, "WARN", "lost systemd; trying again")
 		grown := uint64(200 + 100*i)
 		fake.SetUnit(accounted("a.service", 1, all(grown))) // counts on meanwhile
@@ -703,7 +703,7 @@ func TestSweepDeadline(t *testing.T) {
 		}
 		time.Sleep(200 * time.Millisecond) // for the late reply to come within this loop
 	}
-	if h := r.source.Health(); r.partial != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
+	if h := r.systemd.Health(); r.partial != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
 	l.only(t, 0, "WARN")
@@ -920,7 +920,7 @@ func TestStateOutlastsAnOutage(t *testing.T) {
 	state := first.Sweep(t.Context()).State
 	fake.KillBus()
 	second, _ := unstarted(t, Config{Bus: fake.Address(), State: state})
-	eventually(t, "it has tried", func() bool { return second.source.Health().Reconnects > 0 })
+	eventually(t, "it has tried", func() bool { return second.systemd.Health().Reconnects > 0 })
 	for range 2 {
 		if s := second.Sweep(t.Context()); !s.Partial || len(s.State.Runs) != 1 || s.State.Series[0].Total != ledgerAll(100) {
 			t.Fatalf("without systemd the state has become %+v", s.State)
@@ -1162,7 +1162,7 @@ func TestPoints(t *testing.T) {
 	var collected metricdata.ResourceMetrics
 	_ = reader.Collect(ctx, &collected) // the SDK may tell of the context
 	fake.OnGet(nil)
-	if h := r.source.Health(); r.partial != 1 {
+	if h := r.systemd.Health(); r.partial != 1 {
 		t.Errorf("%+v", h)
 	}
 }
@@ -1217,7 +1217,7 @@ func TestBusRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, l := unstarted(t, Config{Bus: test.bus})
-			eventually(t, "it has tried again", func() bool { return r.source.Health().Reconnects >= 2 })
+			eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= 2 })
 			l.only(t, 1, "WARN", "lost systemd; trying again", test.want)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 			defer cancel()

@@ -134,7 +134,7 @@ func rigTotals(t *testing.T, rig *systemdtest.Rig, bus string) {
 	}
 	talk(t, rig, "totals.service", 1)
 	want(t, r.Sweep(t.Context()), "totals.service", sent(28))
-	if h := r.source.Health(); h != (systemd.Health{}) {
+	if h := r.systemd.Health(); h != (systemd.Health{}) {
 		t.Errorf("something went wrong: %+v", h)
 	}
 }
@@ -160,7 +160,7 @@ func rigRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
 			want(t, r.Sweep(t.Context()), "restart.service", sent(total))
 		}
 	}
-	if h := r.source.Health(); r.ledger.Resets() != 0 || h.Errors != 0 {
+	if h := r.systemd.Health(); r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("a restart is no reset and no error: %+v", h)
 	}
 }
@@ -197,7 +197,7 @@ func rigAutoRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
 		eventually(t, "the next run", func() bool { return rig.Show(t, "auto.service").InvocationID != invocation })
 		want(t, r.Sweep(t.Context()), "auto.service", sent(total))
 	}
-	if h := r.source.Health(); r.ledger.Resets() != 0 {
+	if h := r.systemd.Health(); r.ledger.Resets() != 0 {
 		t.Errorf("a restart is no reset: %+v", h)
 	}
 }
@@ -295,7 +295,7 @@ func rigAccountingSwitched(t *testing.T, rig *systemdtest.Rig, bus string) {
 	if u.Start.Before(first.Time) || u.Start.After(on) {
 		t.Errorf("the unit's counters count from %v, accounting was on at %v", u.Start, on)
 	}
-	if h := r.source.Health(); h.Errors != 0 {
+	if h := r.systemd.Health(); h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
 }
@@ -511,7 +511,7 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 			}
 		}
 		eventually(t, operation+" has been noticed", func() bool {
-			h := r.source.Health()
+			h := r.systemd.Health()
 			return h.Reloads+h.Reexecs > int64(i)
 		})
 		if forgetful {
@@ -538,7 +538,7 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 			t.Errorf("after %s, systemctl show says %+v", operation, shown(t, rig, "calm.service"))
 		}
 	}
-	h := r.source.Health()
+	h := r.systemd.Health()
 	if h.Reloads != 2 || h.Reexecs != 2 || r.ledger.Resets() != 0 {
 		t.Errorf("2 reloads, 2 reexecs and no resets make %+v", h)
 	}

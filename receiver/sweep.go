@@ -10,7 +10,6 @@ import (
 	"go.opentelemetry.io/otel/metric"
 
 	"github.com/unitmeter/unitmeter/receiver/ledger"
-	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // Sweep is the result of one reading of all units. It is immutable.
@@ -23,7 +22,7 @@ type Sweep struct {
 	// series that were not reached have Observed false.
 	Partial bool
 	// Units are the loaded units of the metered types, Accounted those of them
-	// that have counters.
+	// that have counters. With EBPF both are the units that have had traffic.
 	Units, Accounted int
 	// State is the ledger after this sweep.
 	State ledger.State
@@ -77,7 +76,7 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.SweepTimeout)
 	defer cancel()
 	began := time.Now()
-	if r.journal != nil && r.source.Listed() {
+	if r.journal != nil && r.systemd.Listed() {
 		r.journal.Located(ctx)
 	}
 	r.mu.Lock()
@@ -101,8 +100,7 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 
 // finish ends a sweep and returns the result.
 func (r *Receiver) finish(began time.Time, partial bool) *Sweep {
-	units, accounted := r.source.Accounted()
-	listed := r.source.Listed()
+	units, accounted, listed := r.present(partial)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if partial {
@@ -114,6 +112,22 @@ func (r *Receiver) finish(began time.Time, partial bool) *Sweep {
 		Time: now, Duration: now.Sub(began), Partial: partial, Units: units, Accounted: accounted,
 		State: state, attributes: r.attributesOf(&state),
 	}
+}
+
+// present returns how many units there are and how many of them have counters, and
+// whether all of them are known.
+func (r *Receiver) present(partial bool) (units, accounted int, listed bool) {
+	if r.systemd != nil {
+		units, accounted = r.systemd.Accounted()
+		return units, accounted, r.systemd.Listed()
+	}
+	names := map[string]struct{}{}
+	r.source.Each(func(unit, _ string, reading bool) {
+		if reading {
+			names[unit] = struct{}{}
+		}
+	})
+	return len(names), len(names), !partial
 }
 
 // attributesOf returns the attributes of the series of a state, which it makes for
@@ -146,7 +160,7 @@ func (r *Receiver) describe(s *ledger.Series) *Attributes {
 	default:
 		attrs = append(attrs, attribute.String("systemd.unit.name", s.Name))
 		if r.cfg.UnitType {
-			attrs = append(attrs, attribute.String("systemd.unit.type", systemd.TypeOf(s.Name)))
+			attrs = append(attrs, attribute.String("systemd.unit.type", typeOf(s.Name)))
 		}
 		if r.cfg.UnitSlice && s.Slice != "" {
 			attrs = append(attrs, attribute.String("systemd.unit.slice", s.Slice))

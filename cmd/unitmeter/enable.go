@@ -35,6 +35,7 @@ const (
 type selection struct {
 	names                              []string
 	all, lost, byDefault, runtime, dry bool
+	ebpf                               bool
 }
 
 // enable switches IP accounting on. It needs root, or polkit's manage-units.
@@ -54,12 +55,15 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
+	defer cancel()
+	if s.ebpf {
+		return switchSource(ctx, t, on, s.dry)
+	}
 	cfg, err := loadConfig(t)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
-	defer cancel()
 	m, err := accounting.Connect(ctx, cfg.Receiver.Addresses()...)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
@@ -78,15 +82,17 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 
 // parseSelection reads the command line.
 func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err error) {
-	choices := "names of units, or one of --all and --default"
+	choices := "names of units, or one of --all, --default and --ebpf"
 	if on {
-		choices = "names of units, or one of --all, --lost and --default"
+		choices = "names of units, or one of --all, --lost, --default and --ebpf"
 		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting off, and lost ones")
 		flags.BoolVar(&s.lost, "lost", false, "the units whose counters systemd has lost")
 		flags.BoolVar(&s.byDefault, "default", false, "all units, future ones too: set DefaultIPAccounting=yes and reload systemd")
+		flags.BoolVar(&s.ebpf, "ebpf", false, "no unit: let unitmeter.service count all units by its own eBPF program, and restart it")
 	} else {
 		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting on")
 		flags.BoolVar(&s.byDefault, "default", false, "undo \"enable --default\", and reload systemd")
+		flags.BoolVar(&s.ebpf, "ebpf", false, "undo \"enable --ebpf\", and restart unitmeter.service")
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
 	flags.BoolVar(&s.dry, "dry-run", false, "print the changes, and make none")
@@ -94,10 +100,13 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 		return s, err
 	}
 	ways := 0
-	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault} {
+	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf} {
 		if given {
 			ways++
 		}
+	}
+	if s.ebpf && s.runtime {
+		return s, usageError{errors.New("--runtime does not go with --ebpf, which is for good")}
 	}
 	if ways != 1 {
 		return s, usageError{fmt.Errorf("want %s; see \"unitmeter help %s\"", choices, flags.Name())}

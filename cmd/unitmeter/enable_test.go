@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +19,27 @@ func runCommand(t *testing.T, environ []string, args ...string) (code int, stdou
 	var out, errs bytes.Buffer
 	code = dispatch(t.Context(), &terminal{args: args, environ: environ, stdout: &out, stderr: &errs})
 	return code, out.String(), errs.String()
+}
+
+// TestEnableEBPF: the drop-in is the one of the packages.
+func TestEnableEBPF(t *testing.T) {
+	example, err := os.ReadFile("../../packaging/examples/unitmeter-ebpf.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, want, _ := strings.Cut(string(example), "[Unit]")
+	if _, got, _ := strings.Cut(ebpfText, "[Unit]"); got != want {
+		t.Errorf("the drop-in has\n%s\nthe example\n%s", got, want)
+	}
+	code, stdout, _ := runCommand(t, nil, "enable", "--ebpf", "--dry-run")
+	if code != exitOK || strings.Count(stdout, "would ") != 4 || !strings.Contains(stdout, "would write "+ebpfFile) {
+		t.Errorf("the dry run ends with %d:\n%s", code, stdout)
+	}
+	for _, args := range [][]string{{"--ebpf", "--all"}, {"--ebpf", "--runtime"}, {"--ebpf", "a.service"}} {
+		if code, _, _ := runCommand(t, nil, append([]string{"enable"}, args...)...); code != exitUsage {
+			t.Errorf("enable %q ends with %d", args, code)
+		}
+	}
 }
 
 // fakeUnit is a service of the fake.

@@ -82,7 +82,7 @@ func lockHolder(f *os.File) string {
 	}
 	defer locks.Close()
 	// "1: FLOCK  ADVISORY  WRITE 708 fd:01:13894 0 EOF"
-	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev)), st.Ino)
 	for lines := bufio.NewScanner(locks); lines.Scan(); {
 		fields := strings.Fields(lines.Text())
 		if len(fields) < 6 || fields[1] != "FLOCK" || fields[5] != file {

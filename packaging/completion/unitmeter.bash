@@ -4,13 +4,13 @@ _unitmeter() {
 	local current=${COMP_WORDS[COMP_CWORD]} words units name
 	COMPREPLY=()
 	case $COMP_CWORD,${COMP_WORDS[1]} in
-	1,*) words='run once top units enable disable doctor history version help' ;;
-	2,help) words='run once top units enable disable doctor history version help environment' ;;
+	1,*) words='run once top units enable disable meter doctor history version help' ;;
+	2,help) words='run once top units enable disable meter doctor history version help environment' ;;
 	*,once) words='--interval --json' units=1 ;;
 	*,top) words='--bytes --interval --once' units=1 ;;
 	*,units) words='--json' units=1 ;;
-	*,enable) words='--all --default --dry-run --lost --runtime' units=1 ;;
-	*,disable) words='--all --default --dry-run --runtime' units=1 ;;
+	*,enable) words='--all --default --dry-run --ebpf --lost --runtime' units=1 ;;
+	*,disable) words='--all --default --dry-run --ebpf --runtime' units=1 ;;
 	*,doctor) words='--here --json' units= ;;
 	*,history) words='--csv --json --quarantined --since --step --until' units=1 ;;
 	esac

@@ -60,11 +60,17 @@ type Sweep struct {
 	Time time.Time
 	// BootID, ID and Born together are the epoch of an entry.
 	BootID string
-	// Since is when counting began: cgroups that are older count since then.
-	Since time.Time
+	// Since is when counting began: cgroups that are older count since then. Loaded
+	// is the same moment in nanoseconds of CLOCK_BOOTTIME. It tells the maps of one
+	// loading from those of another in this boot, so it is the epoch of Lost.
+	Since  time.Time
+	Loaded uint64
 	// RootID is the id of the metered root: 1 for the whole host, where its traffic
 	// is the kernel's own.
 	RootID uint64
+	// Naming is true when the kernel names the cgroups. Else those that are gone
+	// before a Read have no name.
+	Naming bool
 	// Meters has one for each cgroup with traffic, in no order.
 	Meters []Meter
 	// Lost is what found no room. It only grows.

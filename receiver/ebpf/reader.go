@@ -195,7 +195,7 @@ func (r *Reader) read() (Sweep, error) {
 	deleted, deletion := r.deleter.run(r, now)
 	r.identities.expire(len(r.meters)-deleted, now)
 	return Sweep{
-		Time: clock, BootID: r.bootID, Since: r.since, RootID: r.info.Root,
+		Time: clock, BootID: r.bootID, Since: r.since, Loaded: r.info.Loaded, RootID: r.info.Root, Naming: r.info.Naming != 0,
 		Meters:  r.meters,
 		Lost:    Lost{Received: countersOf(&l.Counts[received]), Sent: countersOf(&l.Counts[sent]), Names: l.Names},
 		Entries: len(r.meters) - deleted, MaxEntries: int(r.maps.Meters.MaxEntries()),

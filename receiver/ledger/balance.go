@@ -74,6 +74,16 @@ func (l *Ledger) sliceGrew(reading Reading, start time.Time, delta Counters, fir
 	b.recent = b.recent.Plus(delta)
 }
 
+// unattribute adds to what is unattributed in a slice that has no balance.
+func (l *Ledger) unattribute(reading Reading, start time.Time, delta Counters) {
+	b := l.balanceOf(reading.Unit)
+	if b.unattributed == nil {
+		b.unattributed = &series{ID: ID{Unattributed, reading.Unit}, start: start}
+	}
+	b.unattributed.observed = true
+	b.unattributed.add(delta, reading.Time)
+}
+
 // settled takes out what has waited for long enough at a reading of the slice.
 func (b *balance) settled(at time.Time) (old Counters) {
 	switch {

@@ -18,7 +18,8 @@
 //   - fold: several units, matched by one pattern, that share a series.
 //   - overflow: the one series for the units over the limit.
 //   - balance: a top-level slice against the units in it.
-//   - unattributed: what a top-level slice counted and no series has.
+//   - unattributed: what a top-level slice counted and no series has, and traffic
+//     of which nobody knows the unit.
 //   - sweep: one reading of all units, between Begin and Finish.
 //
 // # What survives
@@ -26,6 +27,9 @@
 // A Ledger made from the State of another goes on from there: a reading adds what
 // its run has grown by since that State was taken. Totals never go down. A total
 // above 2^63-1, which OTLP cannot carry, begins again with a new start time.
+//
+// A State of another source goes on too, see Config.Switched. What passed between
+// the last sweep of the one and the first of the other is not in the totals.
 //
 // A run is remembered for Config.KeepEnded after its end, and one of an earlier
 // State for an hour. A reading that is older than the last one of its run adds

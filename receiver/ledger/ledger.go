@@ -41,6 +41,10 @@ type Config struct {
 	Began time.Time
 	// State is the State of an earlier Ledger.
 	State State
+	// Switched says that State has what another source counted. Its runs are left
+	// out, and what both sources may have counted is added once: the first reading
+	// of a run that began before State adds nothing to a series of State.
+	Switched bool
 }
 
 // Reading is the counters of one run at one time.
@@ -62,6 +66,9 @@ type Reading struct {
 	// Unmetered says that the unit has no series: a top-level slice that is read
 	// for its balance only.
 	Unmetered bool
+	// Unattributed says that Counters are traffic of which nobody knows the unit.
+	// Unit is then the slice that it was in, as far as known.
+	Unattributed bool
 }
 
 // Record is a stop record of one run.
@@ -88,6 +95,7 @@ type Ledger struct {
 	unplaced Counters
 	journal  Position
 	swept    time.Time // end of the last sweep, of the earlier State at first
+	switched time.Time // end of the last sweep of another source; zero for none
 	// forgotten is when the last of the runs ended that are remembered no more.
 	forgotten time.Time
 	resets    int64
@@ -102,6 +110,7 @@ type series struct {
 	start, time time.Time
 	shown       time.Time // time as of the last sweep
 	shared      bool      // by several units: a fold, or the overflow series
+	restored    bool      // of an earlier State
 	fresh       bool      // made since the last sweep
 	observed    bool      // by the sweep
 	moved       bool      // since the last sweep
@@ -137,6 +146,10 @@ func New(cfg Config) *Ledger {
 		cfg: cfg, series: map[string]*series{}, runs: map[string]*run{}, balances: map[string]*balance{},
 		journal: cfg.State.Journal, swept: cfg.State.Time,
 	}
+	if cfg.Switched {
+		l.switched = cfg.State.Time
+		cfg.State.Runs = nil
+	}
 	l.restore(cfg.State)
 	l.cfg.State = State{} // it may be large
 	return l
@@ -155,7 +168,7 @@ func (l *Ledger) restore(state State) {
 		return t
 	}
 	take := func(s *series, saved Series) {
-		s.total, s.start, s.time, s.fresh = saved.Total, saved.Start, past(saved.Time), false
+		s.total, s.start, s.time, s.fresh, s.restored = saved.Total, saved.Start, past(saved.Time), false, true
 	}
 	for _, saved := range state.Series {
 		if _, ok := l.series[saved.Name]; !ok && saved.Total.Valid() {
@@ -297,6 +310,20 @@ func (l *Ledger) Credit(reading Reading) (fell bool) {
 	if fell {
 		l.resets++
 	}
+	overlaps := first && !reading.Young && reading.Start.Before(l.switched)
+	if reading.Unattributed {
+		if overlaps {
+			delta = Counters{}
+		}
+		l.unattribute(reading, start, delta)
+		return fell
+	}
+	if r.series == nil && !reading.Unmetered {
+		r.series = l.seriesOf(r.unit, r.slice, start)
+	}
+	if overlaps && r.series != nil && r.series.restored {
+		delta = Counters{}
+	}
 	if TopSlice(reading.Unit) {
 		l.sliceGrew(reading, start, delta, first && !reading.Young)
 	} else {
@@ -321,9 +348,6 @@ func (r *run) advance(counters Counters, at time.Time) (delta Counters, fell boo
 
 // add adds to the series of a run, which begins at start where it is new.
 func (l *Ledger) add(r *run, start time.Time, delta Counters, at time.Time) {
-	if r.series == nil {
-		r.series = l.seriesOf(r.unit, r.slice, start)
-	}
 	s := r.series
 	if !s.shared {
 		s.slice = cmp.Or(r.slice, s.slice)
@@ -369,7 +393,15 @@ func (l *Ledger) Take(record Record, now time.Time) bool {
 	if at.Before(r.time) {
 		at = r.time
 	}
+	// Before the first sweep nobody knows whether the run is older than that.
+	overlaps := r.time.IsZero() && !l.switched.IsZero() && l.swept.Equal(l.switched)
 	delta, _ := r.advance(record.Counters.Max(r.last), at)
+	if r.series == nil {
+		r.series = l.seriesOf(r.unit, r.slice, start)
+	}
+	if overlaps && r.series.restored {
+		delta = Counters{}
+	}
 	l.add(r, start, delta, at)
 	if r.boot == "" {
 		l.unitGrew(r.slice, delta)

@@ -391,3 +391,61 @@ func TestRecordIsShown(t *testing.T) {
 		t.Errorf("its point is of %v", s.Time)
 	}
 }
+
+// TestSwitched: another source has counted the same traffic until the State.
+func TestSwitched(t *testing.T) {
+	first := New(config())
+	sweep(first, 1, reading("a.service", "1", 1, all(5)), reading("run-x", "2", 1, all(7)))
+	state := sweep(first, 10, reading("a.service", "1", 10, all(6)), reading("run-x", "2", 10, all(7)))
+
+	cfg := config()
+	cfg.State, cfg.Switched, cfg.Began = state, true, at(11)
+	l := New(cfg)
+	young, late := reading("a.service", "young", 12, all(100)), reading("a.service", "late", 12, all(1000))
+	young.Young = true
+	late.Start = at(11)
+	lost := reading("-.slice", "lost", 12, all(3))
+	lost.Unattributed = true
+	s := sweep(l, 12,
+		reading("a.service", "other", 12, all(50)), // counted by both
+		young, late, // since the State
+		reading("run-y", "fold", 12, all(60)), // of a fold that both know
+		reading("b.service", "b", 12, all(9)), // that the other source did not count
+		lost)
+	want(t, s, "a.service", all(1106))
+	want(t, s, "run-*", all(7))
+	want(t, s, "b.service", all(9))
+	if l.Take(record("a.service", "1", 13, all(8)), at(13)); l.Known("2") {
+		t.Error("a run of the other source is known")
+	}
+	s = sweep(l, 14, reading("a.service", "other", 14, all(52)), reading("run-y", "fold", 14, all(61)))
+	want(t, s, "a.service", all(1116)) // what came after the first sweep counts
+	want(t, s, "run-*", all(8))
+	if s.Balances[0].Unattributed.Total != (Counters{}) {
+		t.Errorf("%+v is unattributed, and both sources may have counted it", s.Balances[0])
+	}
+
+	cfg.Switched, cfg.State = false, s
+	again := New(cfg)
+	lost.Asked, lost.Time, lost.Counters = at(16), at(16), all(10)
+	s = sweep(again, 16, reading("a.service", "other", 16, all(53)), lost)
+	want(t, s, "a.service", all(1117))
+	if got := s.Balances[0].Unattributed; got.Total != all(7) || !got.Observed || got.Name != "-.slice" {
+		t.Errorf("%+v is unattributed, want 7 in -.slice", got)
+	}
+}
+
+// TestSwitchedRecord: a run may end before the first sweep after a switch.
+func TestSwitchedRecord(t *testing.T) {
+	cfg := config()
+	cfg.State = sweep(New(config()), 10, reading("a.service", "1", 10, all(6)))
+	cfg.Switched, cfg.Began = true, at(11)
+	l := New(cfg)
+	l.Take(record("a.service", "2", 12, all(8)), at(12))
+	l.Take(record("b.service", "3", 12, all(8)), at(12))
+	s := sweep(l, 13)
+	want(t, s, "a.service", all(6))
+	want(t, s, "b.service", all(8))
+	l.Take(record("a.service", "4", 14, all(8)), at(14))
+	want(t, sweep(l, 15), "a.service", all(14))
+}

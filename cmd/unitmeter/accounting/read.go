@@ -29,7 +29,8 @@ func Values(c systemd.Counters) [4]uint64 {
 // Open starts a receiver that only looks, and waits until it can read. The caller
 // calls stop, which waits for the receiver's end.
 func Open(ctx context.Context, cfg receiver.Config) (r *receiver.Receiver, stop func(), err error) {
-	cfg.StopRecords = "off" // nothing is left running behind
+	cfg.Source = receiver.DBus // the commands are about what systemd says
+	cfg.StopRecords = "off"    // nothing is left running behind
 	if r, err = receiver.New(cfg); err != nil {
 		return nil, nil, err
 	}

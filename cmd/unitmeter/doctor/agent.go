@@ -48,6 +48,11 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		Optional bool
 	}
 	var credentials []struct{ Name, Path string }
+	var binds []struct {
+		Source, Destination string
+		Optional            bool
+		Flags               uint64
+	}
 	const service = accounting.Name + ".Service"
 	for _, property := range []struct {
 		iface, name string
@@ -63,6 +68,7 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		{service, "StateDirectory", &stateDirectory},
 		{service, "StateDirectoryMode", &stateMode},
 		{service, "LoadCredential", &credentials},
+		{service, "BindReadOnlyPaths", &binds},
 	} {
 		err := m.Get(ctx, p, property.iface, property.name, property.to)
 		if err != nil && !accounting.ErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") { // an older systemd
@@ -96,6 +102,13 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 	}
 	for _, c := range credentials {
 		set("LoadCredential", c.Name+":"+c.Path)
+	}
+	for _, b := range binds { // of the eBPF counters
+		path := b.Source + ":" + b.Destination
+		if b.Optional {
+			path = "-" + path
+		}
+		set("BindReadOnlyPaths", path)
 	}
 	// Whatever the unit has: the proof of own traffic needs it.
 	set("IPAccounting", "yes")

@@ -31,6 +31,8 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ebpf"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
@@ -470,6 +472,29 @@ func TestStopRecordsFinding(t *testing.T) {
 	} {
 		f := stopRecordsFinding(test.mode, test.err)
 		want(t, map[string]finding{test.mode: f}, test.mode, test.status, test.next)
+	}
+}
+
+func TestMeterFinding(t *testing.T) {
+	none, refused := fmt.Errorf("open: %w", ebpf.ErrNotLoaded), fmt.Errorf("open: %w", ebpf.ErrPermission)
+	well := ebpf.Sweep{Entries: 10, MaxEntries: 100, Naming: true}
+	detached, full, lost, nameless := well, well, well, well
+	detached.Detached, full.Entries, lost.Lost.Sent.Bytes, nameless.Naming = true, 76, 1, false
+	for name, test := range map[string]struct {
+		f            finding
+		status, next string
+	}{
+		"not loaded":          {meterFailure(receiver.EBPF, false, none), statusFail, "unitmeter enable --ebpf"},
+		"not loaded, as root": {meterFailure(receiver.EBPF, true, none), statusWarn, "unitmeter meter load"},
+		"not loaded, auto":    {meterFailure(receiver.Auto, true, none), statusWarn, "unitmeter enable --ebpf"},
+		"refused":             {meterFailure(receiver.EBPF, true, refused), statusFail, "5.19"},
+		"well":                {meterFinding(well), statusOK, ""},
+		"detached":            {meterFinding(detached), statusFail, "unitmeter-meter.service"},
+		"nearly full":         {meterFinding(full), statusWarn, "start the agent"},
+		"lost":                {meterFinding(lost), statusWarn, "meter unload"},
+		"no names":            {meterFinding(nameless), statusWarn, "CONFIG_DEBUG_INFO_BTF"},
+	} {
+		want(t, map[string]finding{name: test.f}, name, test.status, test.next)
 	}
 }
 

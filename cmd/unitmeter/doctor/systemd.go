@@ -18,6 +18,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter/otlp"
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
@@ -31,6 +32,9 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 			err = &accounting.BusError{Address: m.Address, Err: fmt.Errorf("use systemd at %s: %w", m.Address, err)}
 			m.Close()
 		}
+	}
+	if err != nil && d.cfg.Receiver.Source == receiver.EBPF {
+		return skipped("%v; with UNITMETER_SOURCE=ebpf the agent does not need it", err)
 	}
 	if err != nil {
 		return busFailure(err, booted(), container(), apparmor())
