@@ -379,8 +379,8 @@ func TestDamageWhileOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	size := command(t, "stat", "-c", "%s", path)
-	bytes, _ := strconv.Atoi(size)
-	if err := overwrite(path, 4096, make([]byte, bytes-4096)); err != nil {
+	length, _ := strconv.Atoi(size)
+	if err := overwrite(path, 4096, make([]byte, length-4096)); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.db.run("PRAGMA shrink_memory"); err != nil { // forget the pages in the cache
@@ -566,7 +566,7 @@ func mount(t testing.TB, args ...string) string {
 	needRoot(t)
 	dir := t.TempDir()
 	command(t, "mount", append(args, dir)...)
-	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	t.Cleanup(func() { _ = exec.Command("umount", "-l", dir).Run() })
 	return dir
 }
 
@@ -927,7 +927,7 @@ func ext4(t testing.TB, image, dir string) string {
 	loop := command(t, "losetup", "--find", "--show", image)
 	t.Cleanup(func() { _ = exec.Command("losetup", "-d", loop).Run() })
 	command(t, "mount", "-t", "ext4", loop, dir)
-	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	t.Cleanup(func() { _ = exec.Command("umount", "-l", dir).Run() })
 	return loop
 }
 
