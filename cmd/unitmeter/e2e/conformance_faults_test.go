@@ -127,6 +127,12 @@ var rebooted = scenario{
 			next.WriteFile(s.t, to, string(data))
 			next.Run(s.t, "chmod", "0600", to)
 		}
+		// It is the same machine, whatever the rig's systemd makes up at its boot.
+		machine, err := os.ReadFile(s.Path("/etc/machine-id"))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		next.WriteFile(s.t, "/etc/machine-id", string(machine))
 		after := *s
 		after.lab = next
 		next.WriteFile(s.t, "/run/boot_id", "11111111-2222-4333-8444-555555555555\n")
