@@ -19,6 +19,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 const (
@@ -322,7 +323,7 @@ func (w *switcher) describe(u accounting.Unit, runtime, rearm bool) {
 		why = " (its counters are lost)"
 	}
 	fmt.Fprintf(w.out, "%s%s:\n", u.Name, why)
-	fmt.Fprintf(w.out, "  call             %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", accounting.ManagerInterface, u.Name, runtime, w.on)
+	fmt.Fprintf(w.out, "  call             %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", bus.ManagerInterface, u.Name, runtime, w.on)
 	fmt.Fprintf(w.out, "  file             %s/%s.d/%s\n", dir, u.Name, accounting.SettingFile)
 	if strings.HasPrefix(u.Name, "-") {
 		option += "-- "
@@ -375,7 +376,7 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	if w.on {
 		text = fmt.Sprintf("%swrite %s:\n  %s\n", would, file, strings.ReplaceAll(strings.TrimSpace(defaultText), "\n", "\n  "))
 	}
-	text += fmt.Sprintf("%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, accounting.ManagerInterface) +
+	text += fmt.Sprintf("%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, bus.ManagerInterface) +
 		"No unit is restarted. While it reloads (about 0.1 s, longer with slow generators), systemd counts nothing.\n"
 	if w.reloadLoses(ctx) {
 		text += "This systemd loses the counters of running units at a reload; unitmeter restores them at once.\n"

@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // maxAsked is how many questions for a slice may wait for an answer. With
@@ -20,7 +22,7 @@ const finalRead = time.Second
 // loaded, until ctx ends. It has a goroutine of its own, so that signals are
 // answered meanwhile; under a burst of ends it reads many in one go. Where a unit
 // is unloaded already, the journal has its last counters.
-func (s *Source) readEnded(ctx context.Context, b *bus, ended <-chan []*unit) {
+func (s *Source) readEnded(ctx context.Context, b *bus.Conn, ended <-chan []*unit) {
 	for {
 		select {
 		case units := <-ended:
@@ -33,7 +35,7 @@ func (s *Source) readEnded(ctx context.Context, b *bus, ended <-chan []*unit) {
 
 // readFinal reads units that have ended. What it does not reach, the next sweep
 // reads.
-func (s *Source) readFinal(ctx context.Context, b *bus, units []*unit) {
+func (s *Source) readFinal(ctx context.Context, b *bus.Conn, units []*unit) {
 	ctx, cancel := context.WithTimeout(ctx, finalRead)
 	defer cancel()
 	now := time.Now()
@@ -77,8 +79,8 @@ func (f *follower) askPlaces() {
 			continue
 		}
 		f.asked[path] = r
-		f.bus.client.Object(systemdName, path).
-			Go(propertiesInterface+".Get", dbus.FlagNoAutoStart, f.places, u.iface, "Slice")
+		f.bus.Object(path).
+			Go(bus.PropertiesInterface+".Get", dbus.FlagNoAutoStart, f.places, u.iface, "Slice")
 	}
 }
 

@@ -8,13 +8,15 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 const (
 	relistEvery          = 5 * time.Minute
 	reloadTimeout        = 10 * time.Second // Reloading(false) never came (systemd#43200)
 	newUnitPause         = 250 * time.Millisecond
-	propertiesChangedSig = propertiesInterface + ".PropertiesChanged"
+	propertiesChangedSig = bus.PropertiesInterface + ".PropertiesChanged"
 	nameOwnerChangedSig  = "org.freedesktop.DBus.NameOwnerChanged"
 )
 
@@ -28,11 +30,11 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	defer func() {
 		s.mu.Lock()
 		s.bus = nil
-		s.health.Refused += b.conn.refused.Load()
+		s.health.Refused += b.Refused()
 		s.mu.Unlock()
-		_ = b.client.Close() // the reason is in err already
+		_ = b.Close() // the reason is in err already
 	}()
-	stop := context.AfterFunc(ctx, func() { _ = b.client.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = b.Close() })
 	defer stop()
 
 	if err := s.relist(ctx, b, true); err != nil {
@@ -68,12 +70,12 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 			more = nil
 		}
 		select {
-		case signal, ok := <-b.signals:
+		case signal, ok := <-b.Signals():
 			if !ok {
-				if f.reloading && b.private { // which does not survive a reexec
+				if f.reloading && b.Private() { // which does not survive a reexec
 					f.reloaded(func(h *Health) { h.Reexecs++ })
 				}
-				return true, b.conn.failure()
+				return true, b.Err()
 			}
 			err = f.handle(ctx, signal)
 		case more <- f.ended:
@@ -103,7 +105,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 // follower is the state of following the signals of one connection.
 type follower struct {
 	*Source
-	bus *bus
+	bus *bus.Conn
 	// fresh are the units of UnitNew signals that no PropertiesChanged has
 	// followed yet.
 	fresh      map[string]bool
@@ -129,16 +131,16 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 			delete(f.fresh, name)
 			return f.changed(ctx, name, properties)
 		}
-	case managerInterface + ".UnitNew":
+	case bus.ManagerInterface + ".UnitNew":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil && f.follows(name) {
 			f.noteFresh(name)
 		}
-	case managerInterface + ".UnitRemoved":
+	case bus.ManagerInterface + ".UnitRemoved":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil {
 			delete(f.fresh, name)
 			f.removed(name)
 		}
-	case managerInterface + ".Reloading":
+	case bus.ManagerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
 			f.mu.Lock()
@@ -156,7 +158,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 			f.reloaded(func(h *Health) { h.Reexecs++ })
 			// Before systemd 258, one that has lost the bus forgets its
 			// subscribers; one that has not answers with an error.
-			f.bus.client.Object(systemdName, managerPath).Go(managerInterface+".Subscribe", dbus.FlagNoReplyExpected, nil)
+			f.bus.Manager().Go(bus.ManagerInterface+".Subscribe", dbus.FlagNoReplyExpected, nil)
 			return f.relist(ctx, f.bus, true)
 		}
 	}
@@ -186,7 +188,7 @@ func wellFormed(signal *dbus.Signal) (ok bool) {
 	switch signal.Name {
 	case propertiesChangedSig:
 		_, ok = argument[map[string]dbus.Variant](signal, 1)
-	case managerInterface + ".Reloading":
+	case bus.ManagerInterface + ".Reloading":
 		_, ok = argument[bool](signal, 0)
 	case nameOwnerChangedSig:
 		_, ok = argument[string](signal, 2)

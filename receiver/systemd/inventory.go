@@ -8,6 +8,8 @@ import (
 	"math"
 	"strings"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 const (
@@ -132,18 +134,18 @@ func (s *Source) metered(name string) bool {
 // relist brings the inventory in line with what systemd has loaded. Without all, it
 // is for what signals may have missed: units that are in the same state as before are
 // not asked. If one was restarted, its run shows to be over where it is read.
-func (s *Source) relist(ctx context.Context, b *bus, all bool) error {
+func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	patterns := make([]string, len(s.cfg.Types))
 	for i, t := range s.cfg.Types {
 		patterns[i] = "*." + t
 	}
 	patterns = append(patterns, "*.slice")
-	rows, err := b.list(ctx, patterns)
+	rows, err := list(ctx, b, patterns)
 	if err != nil {
 		return err
 	}
 	here := make(map[string]listed, len(rows))
-	version, err := b.version(ctx)
+	version, err := versionOf(ctx, b)
 	if err != nil {
 		return err
 	}
@@ -182,8 +184,8 @@ func (s *Source) relist(ctx context.Context, b *bus, all bool) error {
 // refresh asks systemd for the state of some units, without loading those that
 // have gone: to read a unit by its name loads it, and announces that as new. It
 // returns the names of those that are there and not inactive.
-func (s *Source) refresh(ctx context.Context, b *bus, names []string) (loaded []string, err error) {
-	rows, err := b.list(ctx, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
+func (s *Source) refresh(ctx context.Context, b *bus.Conn, names []string) (loaded []string, err error) {
+	rows, err := list(ctx, b, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
 	if err != nil {
 		return nil, err
 	}
@@ -196,7 +198,7 @@ func (s *Source) refresh(ctx context.Context, b *bus, names []string) (loaded []
 }
 
 // learn reads the state of units that have just been listed.
-func (s *Source) learn(ctx context.Context, b *bus, names []string) error {
+func (s *Source) learn(ctx context.Context, b *bus.Conn, names []string) error {
 	properties := []string{"InvocationID", "ActiveState", "SubState", "InactiveExitTimestamp", "ActiveEnterTimestamp", "ActiveExitTimestamp", "InactiveEnterTimestamp"}
 	n := len(properties)
 	found := make([]status, len(names))
@@ -205,11 +207,11 @@ func (s *Source) learn(ctx context.Context, b *bus, names []string) error {
 	for i, name := range names {
 		paths[i] = unitPath(name)
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, bus.CallTimeout)
 	defer cancel()
-	err := b.conn.gets(ctx, n*len(names), func(i int) property {
-		return property{paths[i/n], unitInterface, properties[i%n]}
-	}, func(i int, reply reply) {
+	err := b.Gets(ctx, n*len(names), func(i int) bus.Property {
+		return bus.Property{Path: paths[i/n], Interface: bus.UnitInterface, Name: properties[i%n]}
+	}, func(i int, reply bus.Reply) {
 		if err := found[i/n].set(properties[i%n], reply); err != nil {
 			failed[i/n] = err
 		}
@@ -231,20 +233,20 @@ func (s *Source) learn(ctx context.Context, b *bus, names []string) error {
 }
 
 // set takes one property from a reply.
-func (s *status) set(name string, reply reply) (err error) {
+func (s *status) set(name string, reply bus.Reply) (err error) {
 	var usec uint64
 	switch name {
 	case "ActiveState":
-		s.active, err = reply.string()
+		s.active, err = reply.Text()
 	case "SubState":
-		s.sub, err = reply.string()
+		s.sub, err = reply.Text()
 	case "InvocationID":
 		var id []byte
-		if id, err = reply.bytes(); err == nil {
+		if id, err = reply.Bytes(); err == nil {
 			err = s.setInvocation(id)
 		}
 	default:
-		if usec, err = reply.uint64(); err == nil {
+		if usec, err = reply.Uint64(); err == nil {
 			s.setTime(name, usec)
 		}
 	}

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // Config says where systemd is and which units to read.
@@ -128,7 +130,7 @@ type Source struct {
 	// mu guards what follows. It is held for as long as a message takes to be
 	// worked into it, and never while systemd is waited for.
 	mu     sync.Mutex
-	bus    *bus // nil while not connected
+	bus    *bus.Conn // nil while not connected
 	broken error
 	listed bool // the units have been listed once
 	// reloadBegan is when systemd last began to reload or re-execute itself, or
@@ -265,7 +267,7 @@ func (s *Source) Health() Health {
 	defer s.mu.Unlock()
 	h := s.health
 	if s.bus != nil {
-		h.Refused += s.bus.conn.refused.Load()
+		h.Refused += s.bus.Refused()
 	}
 	return h
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // The properties of a target, in the order in which they are read. Packets
@@ -89,7 +92,7 @@ func (s *Source) Read(ctx context.Context) error {
 // readAll reads and applies the targets in the order that keeps the balances of
 // slices from ever showing too much: a slice is read before the units in it,
 // and, when it is first seen, after them.
-func (s *Source) readAll(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) readAll(ctx context.Context, b *bus.Conn, targets []target) error {
 	var before, after []target
 	units := targets[:0] // in place: they are nearly all
 	for _, t := range targets {
@@ -154,7 +157,7 @@ func (s *Source) target(u *unit, now time.Time) target {
 }
 
 // read fills in the targets.
-func (s *Source) read(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) read(ctx context.Context, b *bus.Conn, targets []target) error {
 	type call struct{ target, property int }
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
@@ -166,13 +169,13 @@ func (s *Source) read(ctx context.Context, b *bus, targets []target) error {
 		}
 	}
 	get := func() error {
-		return b.conn.gets(ctx, len(calls), func(i int) property {
+		return b.Gets(ctx, len(calls), func(i int) bus.Property {
 			t, name := &targets[calls[i].target], propertyName(calls[i].property)
 			if calls[i].property == subState {
-				return property{t.path, unitInterface, name}
+				return bus.Property{Path: t.path, Interface: bus.UnitInterface, Name: name}
 			}
-			return property{t.path, t.iface, name}
-		}, func(i int, reply reply) {
+			return bus.Property{Path: t.path, Interface: t.iface, Name: name}
+		}, func(i int, reply bus.Reply) {
 			targets[calls[i].target].take(calls[i].property, reply)
 		})
 	}
@@ -208,9 +211,9 @@ func (s *Source) read(ctx context.Context, b *bus, targets []target) error {
 }
 
 // take is the handler of one reply.
-func (t *target) take(property int, reply reply) {
+func (t *target) take(property int, reply bus.Reply) {
 	t.time = time.Now()
-	switch string(reply.errorName) {
+	switch string(reply.ErrorName) {
 	case noUnitForInvocation, noSuchUnit, unknownObject:
 		t.gone = true
 		return
@@ -223,17 +226,17 @@ func (t *target) take(property int, reply reply) {
 	switch property {
 	case ipAccounting:
 		var on bool
-		if on, err = reply.bool(); on {
+		if on, err = reply.Bool(); on {
 			v = 1
 		}
 	case slice:
-		t.slice, err = reply.string()
+		t.slice, err = reply.Text()
 	case controlGroup:
-		t.cgroup, err = reply.string()
+		t.cgroup, err = reply.Text()
 	case subState:
-		t.sub, err = reply.string()
+		t.sub, err = reply.Text()
 	default:
-		v, err = reply.uint64()
+		v, err = reply.Uint64()
 	}
 	switch {
 	case err != nil:
@@ -241,7 +244,7 @@ func (t *target) take(property int, reply reply) {
 	case property < ipAccounting && v == noData:
 		t.noData = true
 	case property < ipAccounting && v > math.MaxInt64:
-		t.err = replyError{"an impossible value of " + propertyName(property) + ", " + strconv.FormatUint(v, 10)}
+		t.err = fmt.Errorf("systemd answered an impossible value of %s, %d", propertyName(property), v)
 	default:
 		t.value[property], t.got[property] = v, true
 	}
@@ -281,7 +284,7 @@ func (t *target) assumed(direction int) bool {
 // collect reads targets and puts the readings on the odometers. What fell is read
 // once more: accounting that is switched off and on between the four replies
 // leaves packets of before and bytes of after.
-func (s *Source) collect(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) collect(ctx context.Context, b *bus.Conn, targets []target) error {
 	err := s.read(ctx, b, targets)
 	if fell := s.apply(targets); err == nil && len(fell) > 0 {
 		err = s.read(ctx, b, fell)
@@ -370,6 +373,9 @@ func (s *Source) applyOne(t *target) {
 		u.state = accountingOn
 	}
 }
+
+// noData is what systemd answers for a counter that it does not have.
+const noData = math.MaxUint64
 
 // sayAtMost is how many lines with one message a sweep logs. A reload of
 // systemd 257 loses the counters of all units at once.
@@ -473,7 +479,7 @@ func bootTime() time.Time {
 
 // again reads once more the units whose run was over although, as far as the
 // inventory knew, it was going on: they were restarted a moment ago.
-func (s *Source) again(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) again(ctx context.Context, b *bus.Conn, targets []target) error {
 	var names []string
 	s.mu.Lock()
 	for i := range targets {

@@ -11,21 +11,13 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"github.com/unitmeter/unitmeter/receiver/systemd"
-)
-
-const (
-	// Name is systemd's on the bus.
-	Name             = "org.freedesktop.systemd1"
-	managerPath      = "/org/freedesktop/systemd1"
-	ManagerInterface = "org.freedesktop.systemd1.Manager"
-	UnitInterface    = "org.freedesktop.systemd1.Unit"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // Manager is a connection to systemd for the few calls of a command that a
 // person waits for. What reads counters all the time is the receiver.
 type Manager struct {
-	conn *dbus.Conn
+	conn *bus.Conn
 	// Address is the bus that answered.
 	Address string
 }
@@ -45,7 +37,7 @@ func (e *BusError) Unwrap() error { return e.Err }
 func Connect(ctx context.Context, addresses ...string) (*Manager, error) {
 	var errs []error
 	for _, address := range addresses {
-		conn, err := systemd.Dial(ctx, address)
+		conn, err := bus.Open(ctx, bus.Config{Address: address})
 		if err == nil {
 			return &Manager{conn, address}, nil
 		}
@@ -59,14 +51,14 @@ func (m *Manager) Close() { _ = m.conn.Close() }
 
 // Call calls a method of the manager.
 func (m *Manager) Call(ctx context.Context, method string, args ...any) *dbus.Call {
-	return m.conn.Object(Name, managerPath).CallWithContext(ctx, ManagerInterface+"."+method, 0, args...)
+	return m.conn.Manager().CallWithContext(ctx, bus.ManagerInterface+"."+method, 0, args...)
 }
 
 // Get reads one property.
 func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, property string, to any) error {
 	var v dbus.Variant
-	err := m.conn.Object(Name, object).
-		CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, iface, property).Store(&v)
+	err := m.conn.Object(object).
+		CallWithContext(ctx, bus.PropertiesInterface+".Get", 0, iface, property).Store(&v)
 	if err == nil {
 		err = dbus.Store([]any{v.Value()}, to)
 	}
@@ -78,12 +70,12 @@ func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, proper
 
 // Property reads one property of the manager itself.
 func (m *Manager) Property(ctx context.Context, property string, to any) error {
-	return m.Get(ctx, managerPath, ManagerInterface, property, to)
+	return m.Get(ctx, bus.ManagerPath, bus.ManagerInterface, property, to)
 }
 
 // MachineID asks systemd for the id of the machine that it runs on.
 func (m *Manager) MachineID(ctx context.Context) (id string, err error) {
-	err = m.conn.Object(Name, managerPath).CallWithContext(ctx, "org.freedesktop.DBus.Peer.GetMachineId", 0).Store(&id)
+	err = m.conn.Manager().CallWithContext(ctx, "org.freedesktop.DBus.Peer.GetMachineId", 0).Store(&id)
 	return id, err
 }
 
@@ -129,7 +121,7 @@ func (m *Manager) Load(ctx context.Context, name string) (p dbus.ObjectPath, sta
 	if err := m.Call(ctx, "LoadUnit", name).Store(&p); err != nil {
 		return "", "", err
 	}
-	err = m.Get(ctx, p, UnitInterface, "LoadState", &state)
+	err = m.Get(ctx, p, bus.UnitInterface, "LoadState", &state)
 	return p, state, err
 }
 
@@ -175,10 +167,10 @@ func (m *Manager) Unit(ctx context.Context, name string, p dbus.ObjectPath) (Uni
 		iface, name string
 		to          any
 	}{
-		{UnitInterface, "Id", &u.Name}, // the name asked for may be an alias
-		{UnitInterface, "ActiveState", &active},
-		{UnitInterface, "Transient", &u.Transient},
-		{UnitInterface, "DropInPaths", &dropIns},
+		{bus.UnitInterface, "Id", &u.Name}, // the name asked for may be an alias
+		{bus.UnitInterface, "ActiveState", &active},
+		{bus.UnitInterface, "Transient", &u.Transient},
+		{bus.UnitInterface, "DropInPaths", &dropIns},
 		{u.iface, "ControlGroup", &cgroup},
 		{u.iface, "IPAccounting", &u.On},
 		{u.iface, "IPEgressBytes", &bytes},

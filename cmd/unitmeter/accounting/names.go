@@ -13,6 +13,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // Types are the types of unit that have IP counters.
@@ -90,7 +91,7 @@ func Resolve(ctx context.Context, cfg receiver.Config, names []string) []string 
 		var p dbus.ObjectPath
 		resolved[i] = name
 		if !IsPattern(name) && m.Call(ctx, "GetUnit", name).Store(&p) == nil {
-			_ = m.Get(ctx, p, UnitInterface, "Id", &resolved[i])
+			_ = m.Get(ctx, p, bus.UnitInterface, "Id", &resolved[i])
 		}
 	}
 	return resolved

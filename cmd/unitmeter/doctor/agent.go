@@ -14,6 +14,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // agentUnit is the unit that the packages install.
@@ -53,12 +54,12 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		Optional            bool
 		Flags               uint64
 	}
-	const service = accounting.Name + ".Service"
+	const service = bus.SystemdName + ".Service"
 	for _, property := range []struct {
 		iface, name string
 		to          any
 	}{
-		{accounting.UnitInterface, "ActiveState", &a.state},
+		{bus.UnitInterface, "ActiveState", &a.state},
 		{service, "StatusText", &a.status},
 		{service, "User", &a.user},
 		{service, "Group", &group},

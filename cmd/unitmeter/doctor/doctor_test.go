@@ -34,6 +34,7 @@ import (
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/ebpf"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -429,7 +430,7 @@ func TestBusFailure(t *testing.T) {
 		{"dynamic user", at(systemd.UsualSystemBus, errors.New(`authenticate to D-Bus: the bus answered "REJECTED EXTERNAL"`)), true, "", "", "use a static user"},
 		{"silence", at(systemd.UsualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
 		{"session bus", at("unix:path=/run/user/1000/bus", dbus.Error{Name: "org.freedesktop.DBus.Error.ServiceUnknown"}), true, "", "", "set DBUS_SYSTEM_BUS_ADDRESS"},
-		{"the last of two counts", errors.Join(&accounting.BusError{Address: systemd.PrivateBus, Err: missing}, &accounting.BusError{Address: systemd.UsualSystemBus, Err: forbidden}), true, "", "", "chmod 0666 /run/dbus"},
+		{"the last of two counts", errors.Join(&accounting.BusError{Address: bus.PrivateSocket, Err: missing}, &accounting.BusError{Address: systemd.UsualSystemBus, Err: forbidden}), true, "", "", "chmod 0666 /run/dbus"},
 		{"anything", at(systemd.UsualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
 	} {
 		want(t, map[string]finding{test.name: busFailure(test.err, test.booted, test.container, test.aaprof)}, test.name, statusFail, test.fix)

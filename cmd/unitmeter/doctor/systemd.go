@@ -20,6 +20,7 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // checkBus connects to systemd as the agent would.
@@ -40,7 +41,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 		return busFailure(err, booted(), container(), apparmor())
 	}
 	d.m = m
-	if m.Address == systemd.PrivateBus {
+	if m.Address == bus.PrivateSocket {
 		return good("PID 1's own socket answers (%s), which costs half of the system bus", m.Address)
 	}
 	return good("systemd answers at %s", m.Address)
@@ -75,7 +76,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 		mount = "mount the host's socket into the pod: a hostPath volume of " + socket
 	}
 	switch {
-	case address != systemd.UsualSystemBus && address != systemd.PrivateBus && errors.Is(err, fs.ErrNotExist):
+	case address != systemd.UsualSystemBus && address != bus.PrivateSocket && errors.Is(err, fs.ErrNotExist):
 		return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS, or name a socket that exists", "%s", found)
 	// Containers first: the fix for a host does nothing in them.
 	case errors.Is(err, fs.ErrNotExist) && container != "" && !booted:
@@ -87,7 +88,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	// dbus-daemon says so in the text of its refusal.
 	case accounting.Denied(err) && strings.Contains(err.Error(), "AppArmor"):
 		return failure("run the container with --security-opt apparmor=unconfined", "%s (profile %s)", found, profile)
-	case address == systemd.PrivateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
+	case address == bus.PrivateSocket && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
 		return failure("set UNITMETER_BUS=system, or run it as root", "%s", found)
 	// A profile refuses with the same error as the mode of the socket.
 	case errors.Is(err, fs.ErrPermission) && profile != "":
@@ -312,7 +313,7 @@ func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
 	err := d.m.Call(ctx, "GetUnitByPID", uint32(0)).Store(&p)
 	var name string
 	if err == nil {
-		err = d.m.Get(ctx, p, accounting.UnitInterface, "Id", &name)
+		err = d.m.Get(ctx, p, bus.UnitInterface, "Id", &name)
 	}
 	if err != nil {
 		return skippedUntil(fix, "this process belongs to no unit, so systemd has no counters for it")

@@ -17,14 +17,14 @@ import (
 var layers = map[string][]string{
 	"cmd/unitmeter": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/doctor", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
-		"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd",
+		"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
 	"cmd/unitmeter/doctor": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "config",
-		"exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd",
+		"exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
 	"cmd/unitmeter/top":        {"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "receiver", "receiver/systemd"},
-	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd"},
+	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd", "receiver/systemd/bus"},
 	"cmd/unitmeter/tty":        {},
 
 	"config":         {"exporter", "exporter/otlp", "exporter/store", "receiver"},
@@ -32,10 +32,11 @@ var layers = map[string][]string{
 	"exporter/otlp":  {},
 	"exporter/store": {},
 
-	"receiver":         {"receiver/ebpf", "receiver/ledger", "receiver/systemd"},
-	"receiver/ebpf":    {},
-	"receiver/ledger":  {},
-	"receiver/systemd": {},
+	"receiver":             {"receiver/ebpf", "receiver/ledger", "receiver/systemd"},
+	"receiver/ebpf":        {},
+	"receiver/ledger":      {},
+	"receiver/systemd":     {"receiver/systemd/bus"},
+	"receiver/systemd/bus": {},
 
 	// Not part of the product: support of tests, generators, the demo.
 	"cmd/unitmeter/e2e":              {},
