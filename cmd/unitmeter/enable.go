@@ -58,7 +58,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
 	defer cancel()
-	if s.ebpf {
+	if s.ebpf && s.dry {
 		return switchSource(ctx, t, on, s.dry)
 	}
 	cfg, err := loadConfig(t)
@@ -71,7 +71,13 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	defer m.Close()
 	w := &switcher{m: m, out: t.stdout, verb: flags.Name(), on: on, selection: s}
-	if s.byDefault {
+	if !s.dry && m.Outside() {
+		return fmt.Errorf("change the settings of the host from a container: the files to write are not here; run this on the host: %s", w.onHost())
+	}
+	switch {
+	case s.ebpf:
+		return switchSource(ctx, t, on, s.dry)
+	case s.byDefault:
 		return w.setDefault(ctx)
 	}
 	units, err := w.choose(ctx, cfg.Receiver)
@@ -122,6 +128,25 @@ type switcher struct {
 	verb string // enable or disable
 	on   bool
 	selection
+}
+
+// onHost returns a command that does the same without this program, where there is one.
+func (w *switcher) onHost() string {
+	switch {
+	case w.byDefault && w.on:
+		return fmt.Sprintf("mkdir -p /etc/systemd/system.conf.d && printf '[Manager]\\nDefaultIPAccounting=yes\\n' >/etc/systemd/%s && systemctl daemon-reload", defaultFile)
+	case w.byDefault:
+		return "rm /etc/systemd/" + defaultFile + " && systemctl daemon-reload"
+	case w.ebpf:
+		return "unitmeter " + w.verb + " --ebpf"
+	case len(w.names) == 0:
+		return "unitmeter " + w.verb + " --all"
+	}
+	var commands []string
+	for _, name := range w.names {
+		commands = append(commands, "systemctl set-property "+tty.ShellWord(name)+" IPAccounting="+yesNo(w.on))
+	}
+	return strings.Join(commands, " && ")
 }
 
 // choose finds the units that the command line names.
@@ -386,11 +411,9 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 
 // writeDefault writes or removes the drop-in.
 func (w *switcher) writeDefault(file string) error {
-	err := os.MkdirAll(filepath.Dir(file), 0o755)
-	if w.on && err == nil {
-		err = os.WriteFile(file, []byte(defaultText), 0o644)
-	} else if err == nil {
-		err = os.Remove(file)
+	err := os.Remove(file)
+	if w.on {
+		err = writeWhole(file, defaultText)
 	}
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -399,6 +422,29 @@ func (w *switcher) writeDefault(file string) error {
 		return fmt.Errorf("change systemd's configuration: %w", err)
 	}
 	return nil
+}
+
+// writeWhole writes a file and its directory. The file is whole or, after a failure,
+// as it was before: a full disk must not leave an empty drop-in.
+func writeWhole(file, text string) (err error) {
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return err
+	}
+	// systemd reads only names that end in .conf.
+	f, err := os.CreateTemp(filepath.Dir(file), ".unitmeter-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	_, err = f.WriteString(text)
+	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), file)
 }
 
 // reloadLoses reports whether a reload of this systemd loses counters.

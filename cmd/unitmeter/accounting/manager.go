@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -77,6 +78,25 @@ func (m *Manager) Property(ctx context.Context, property string, to any) error {
 func (m *Manager) MachineID(ctx context.Context) (id string, err error) {
 	err = m.conn.Manager().CallWithContext(ctx, "org.freedesktop.DBus.Peer.GetMachineId", 0).Store(&id)
 	return id, err
+}
+
+// Outside reports whether systemd, or the bus to it, is of another system than this
+// process: in a container that was given the host's bus, files of this process are
+// not systemd's. It compares root directories, and is false where it may not look.
+func (m *Manager) Outside() bool {
+	pid, err := m.conn.Peer()
+	if err != nil {
+		return false
+	}
+	if pid == 0 {
+		return true // not even in this PID namespace
+	}
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/root/", pid))
+	if err != nil {
+		return false
+	}
+	ours, err := os.Stat("/")
+	return err == nil && !os.SameFile(theirs, ours)
 }
 
 // Default reads DefaultIPAccounting. systemd answers since version
