@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/godbus/dbus/v5"
+
 	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
@@ -140,6 +142,9 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 		patterns[i] = "*." + t
 	}
 	patterns = append(patterns, "*.slice")
+	if all && s.cfg.Named != nil {
+		s.cfg.Named(ownNames(ctx, b, s.cfg.Names))
+	}
 	rows, err := list(ctx, b, patterns)
 	if err != nil {
 		return err
@@ -179,6 +184,23 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	}
 	s.mu.Unlock()
 	return s.learn(ctx, b, names)
+}
+
+// ownNames returns the units' own names of those names that are second ones
+// (Alias=). systemd lists units by their own. To ask loads a unit for a moment.
+func ownNames(ctx context.Context, b *bus.Conn, names []string) map[string]string {
+	own := map[string]string{}
+	for _, name := range names {
+		var path dbus.ObjectPath
+		call := b.Manager().CallWithContext(ctx, bus.ManagerInterface+".LoadUnit", 0, name)
+		if call.Store(&path) != nil {
+			continue // a name that no unit can have: nothing has it
+		}
+		if id := unitOfPath(string(path)); id != "" && id != name {
+			own[name] = id
+		}
+	}
+	return own
 }
 
 // refresh asks systemd for the state of some units, without loading those that

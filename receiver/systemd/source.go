@@ -31,6 +31,11 @@ type Config struct {
 	// Balanced reports whether a unit is a slice that is read beside the units in
 	// it, metered or not. Under the same conditions as Metered.
 	Balanced func(unit string) bool
+	// Names are names of units in settings, which may be second ones (Alias=). Named
+	// takes the units' own names of those that are, by alias, before each complete
+	// list. It must not call the Source. Nil: nobody asks.
+	Names []string
+	Named func(own map[string]string)
 	// Known reports whether an earlier Source has read a run. Nil: none.
 	Known func(epoch string) bool
 	// BootID is the id of this boot. It names the runs of units that have no

@@ -42,8 +42,11 @@ func TestTopSpeed(t *testing.T) {
 	const interval, messages, size = 250 * time.Millisecond, 4000, 16384
 	readings := make(chan sweepMsg, 10_000)
 	running.Go(func() { feed(ctx, rcv, interval, func(m tea.Msg) { readings <- m.(sweepMsg) }) })
-	b := newBoard([]string{"natsd"}, interval)
-	b.wanted, _ = accounting.Patterns(b.wanted)
+	wanted, err := accounting.Patterns([]string{"natsd"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBoard(wanted, interval)
 	bytes := 0.0 // the area under the shown speeds
 	take := func() {
 		m, before := <-readings, b.last
