@@ -73,7 +73,8 @@ type Config struct {
 	Logger *slog.Logger
 
 	// journalctl is the command and its first arguments. Tests set it.
-	journalctl []string
+	journalctl   []string
+	journalProbe time.Duration
 	// meterDirs are instead of those of OpenMeter, and meterRoot is the cgroup that is
 	// metered with all below it. Tests set them.
 	meterDirs []string
@@ -160,6 +161,7 @@ func New(cfg Config) (*Receiver, error) {
 	} else {
 		r.journal = systemd.NewJournal(systemd.JournalConfig{
 			At: systemd.Position(r.ledger.Journal()), BootID: cfg.BootID, Take: r.takeRecord,
+			Ends: r.systemd.Ends, Probe: cfg.journalProbe,
 			Logger: cfg.Logger, Command: cfg.journalctl,
 		})
 	}
