@@ -73,7 +73,8 @@ type Config struct {
 	Logger *slog.Logger
 
 	// journalctl is the command and its first arguments. Tests set it.
-	journalctl []string
+	journalctl   []string
+	journalProbe time.Duration
 	// meterDirs are instead of those of OpenMeter, and meterRoot is the cgroup that is
 	// metered with all below it. Tests set them.
 	meterDirs []string
@@ -100,6 +101,9 @@ type Receiver struct {
 	systemd *systemd.Source  // the source, or nil with EBPF
 	journal *systemd.Journal // nil with EBPF and with StopRecords "off"
 
+	// selection is by the units' own names, as far as they are known.
+	selection atomic.Pointer[Selection]
+
 	// sweeping is held for the length of a sweep; last is its result.
 	sweeping sync.Mutex
 	last     atomic.Pointer[Sweep]
@@ -118,16 +122,13 @@ func New(cfg Config) (*Receiver, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	include, exclude, fold, err := cfg.patterns()
+	selection, err := cfg.Selection()
 	if err != nil {
 		return nil, err
 	}
-	metered := func(unit string) bool {
-		// Types are of units: a cgroup that is none has no type to leave out.
-		typed := !systemd.ValidUnitName(unit) || slices.Contains(cfg.Types, systemd.TypeOf(unit))
-		return typed && include.Index(unit) >= 0 && exclude.Index(unit) < 0
-	}
 	r := &Receiver{cfg: cfg, attributes: map[ledger.ID]*Attributes{}}
+	r.selection.Store(&selection)
+	metered := func(unit string) bool { return r.selection.Load().Metered(unit) }
 	counting, err := r.newMeter(metered)
 	if err != nil {
 		return nil, err
@@ -135,10 +136,8 @@ func New(cfg Config) (*Receiver, error) {
 	r.ledger = ledger.New(ledger.Config{
 		MaxSeries: cfg.MaxSeries, KeepEnded: cfg.KeepEnded, Patterns: cfg.Fold, Metered: metered,
 		Fold: func(unit string) (string, bool) {
-			if i := fold.Index(unit); i >= 0 {
-				return cfg.Fold[i], true
-			}
-			return "", false
+			pattern := r.selection.Load().Fold.Match(unit)
+			return pattern, pattern != ""
 		},
 		Boot: cfg.BootID, Began: time.Now(), State: cfg.State, Switched: switchedTo(r.cfg.Source, cfg.State),
 	})
@@ -148,6 +147,10 @@ func New(cfg Config) (*Receiver, error) {
 	} else {
 		r.systemd = systemd.New(systemd.Config{
 			Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
+			Names: selection.Names(), Named: func(own map[string]string) {
+				named := selection.Named(own)
+				r.selection.Store(&named)
+			},
 			Known: r.known, BootID: cfg.BootID, Sink: ledgerSink{r}, Logger: cfg.Logger,
 		})
 		r.source = r.systemd
@@ -158,6 +161,7 @@ func New(cfg Config) (*Receiver, error) {
 	} else {
 		r.journal = systemd.NewJournal(systemd.JournalConfig{
 			At: systemd.Position(r.ledger.Journal()), BootID: cfg.BootID, Take: r.takeRecord,
+			Ends: r.systemd.Ends, Probe: cfg.journalProbe,
 			Logger: cfg.Logger, Command: cfg.journalctl,
 		})
 	}
@@ -241,22 +245,6 @@ func (cfg *Config) setDefaults() error {
 	return nil
 }
 
-// patterns parses the three lists.
-func (cfg *Config) patterns() (include, exclude, fold systemd.Patterns, err error) {
-	included := cfg.Include
-	if len(included) == 0 {
-		included = []string{"*"}
-	}
-	if include, err = systemd.ParsePatterns(included); err != nil {
-		return nil, nil, nil, err
-	}
-	if exclude, err = systemd.ParsePatterns(cfg.Exclude); err != nil {
-		return nil, nil, nil, err
-	}
-	fold, err = systemd.ParsePatterns(cfg.Fold)
-	return include, exclude, fold, err
-}
-
 // Addresses returns the D-Bus addresses at which a Receiver with this
 // configuration looks for systemd, in its order.
 func (cfg Config) Addresses() []string {
@@ -270,7 +258,12 @@ func (r *Receiver) Run(ctx context.Context) error {
 	var following sync.WaitGroup
 	defer following.Wait()
 	if r.journal != nil {
-		following.Go(func() { r.journal.Run(ctx) })
+		following.Go(func() {
+			// Until names are resolved, nobody knows whose records count.
+			if len(r.selection.Load().Names()) == 0 || r.systemd.Ready(ctx) == nil {
+				r.journal.Run(ctx)
+			}
+		})
 	}
 	return r.source.Run(ctx)
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
@@ -103,9 +104,11 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
 	flags.BoolVar(&s.dry, "dry-run", false, "print the changes, and make none")
-	if s.names, err = parsePatterns(t, flags); err != nil {
+	patterns, err := parsePatterns(t, flags)
+	if err != nil {
 		return s, err
 	}
+	s.names = patterns.Texts()
 	ways := 0
 	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf} {
 		if given {
@@ -152,12 +155,16 @@ func (w *switcher) onHost() string {
 // choose finds the units that the command line names.
 func (w *switcher) choose(ctx context.Context, cfg receiver.Config) ([]accounting.Unit, error) {
 	if w.all || w.lost {
+		selection, err := accounting.Selection(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
 		units, err := w.m.Loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
 		if err != nil {
 			return nil, err
 		}
 		return slices.DeleteFunc(units, func(u accounting.Unit) bool {
-			if whyExcluded(cfg, u.Name) != "" || !accounting.CarriesTraffic(u.Name) && (!u.Active || w.on && !w.m.HasProcesses(ctx, u.Name)) {
+			if !selection.Metered(u.Name) || !accounting.CarriesTraffic(u.Name) && (!u.Active || w.on && !w.m.HasProcesses(ctx, u.Name)) {
 				return true
 			}
 			if w.lost {
@@ -189,7 +196,7 @@ func (w *switcher) keeps(u accounting.Unit) bool {
 // named finds the units of one argument: a name, which is loaded if it is not,
 // or a pattern of loaded units.
 func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, error) {
-	if accounting.IsPattern(name) {
+	if systemd.IsPattern(name) {
 		units, err := w.m.Loaded(ctx, []string{}, name)
 		if err == nil && len(units) == 0 {
 			err = fmt.Errorf("find units %q: no loaded unit with IP counters matches; see \"systemctl list-units --all '%s'\"", name, name)
@@ -385,9 +392,11 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	if err := w.writeDefault(file); err != nil {
 		return err
 	}
+	began := time.Now()
 	if err := w.m.Call(ctx, "Reload").Err; err != nil {
 		return fmt.Errorf("reload systemd as uid %d: %w; run \"systemctl daemon-reload\" as root", os.Geteuid(), err)
 	}
+	fmt.Fprintf(w.out, "the reload took %s\n", time.Since(began).Round(10*time.Millisecond))
 	return w.verifyDefault(ctx, before)
 }
 
@@ -402,7 +411,7 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 		text = fmt.Sprintf("%swrite %s:\n  %s\n", would, file, strings.ReplaceAll(strings.TrimSpace(defaultText), "\n", "\n  "))
 	}
 	text += fmt.Sprintf("%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, bus.ManagerInterface) +
-		"No unit is restarted. While it reloads (about 0.1 s, longer with slow generators), systemd counts nothing.\n"
+		"No unit is restarted. While it reloads, systemd counts nothing: about 0.1 s, and as long as its generators take.\n"
 	if w.reloadLoses(ctx) {
 		text += "This systemd loses the counters of running units at a reload; unitmeter restores them at once.\n"
 	}

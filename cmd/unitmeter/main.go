@@ -23,6 +23,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // version is set by the Makefile with -ldflags "-X main.version=...".
@@ -190,14 +191,14 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 
 // parsePatterns reads the flags of a subcommand, and its other arguments as
 // patterns for the names of units.
-func parsePatterns(t *terminal, flags *flag.FlagSet) ([]string, error) {
+func parsePatterns(t *terminal, flags *flag.FlagSet) (none systemd.Patterns, err error) {
 	args, err := parse(t, flags, -1)
 	if err != nil {
-		return nil, err
+		return none, err
 	}
 	patterns, err := accounting.Patterns(args)
 	if err != nil {
-		return nil, usageError{err}
+		return none, usageError{err}
 	}
 	return patterns, nil
 }

@@ -36,7 +36,7 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if *asJSON {
 		return printJSON(t.stdout, units)
 	}
-	return printTable(t.stdout, units, len(patterns) > 0, *interval > 0)
+	return printTable(t.stdout, units, patterns.Len() > 0, *interval > 0)
 }
 
 // unitJSON is one unit in the output of --json. Counters are null where there
@@ -110,7 +110,7 @@ func printTable(w io.Writer, units []accounting.Reading, all, speeds bool) error
 			off = append(off, u.Name)
 		}
 		if all {
-			reason, _ := withoutNumbers(u.Unit)
+			reason, _ := withoutNumbers(u)
 			tab.Row(append(slices.Repeat([]string{"-"}, numbers+1), u.Name+" ("+reason+")")...)
 		}
 	}

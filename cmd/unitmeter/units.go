@@ -5,7 +5,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"path"
 	"slices"
 	"strings"
 
@@ -41,6 +40,10 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
+	selection, err := accounting.Selection(ctx, cfg.Receiver)
+	if err != nil {
+		return err
+	}
 	// All units that could be metered, so that it can be said why they are not.
 	everything := cfg.Receiver
 	everything.Include, everything.Exclude, everything.Types = nil, nil, accounting.Types()
@@ -50,27 +53,27 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	}
 	states := make([]unitState, 0, len(readings))
 	for _, r := range readings {
-		states = append(states, stateOf(cfg.Receiver, r.Unit))
+		states = append(states, stateOf(selection, r))
 	}
 	if *asJSON {
 		return tty.WriteJSON(t.stdout, states)
 	}
-	return printStates(t.stdout, states, len(patterns) > 0)
+	return printStates(t.stdout, states, patterns.Len() > 0)
 }
 
 // stateOf says what becomes of a unit under a configuration.
-func stateOf(cfg receiver.Config, u systemd.Unit) unitState {
-	s := unitState{Unit: u.Name, State: strings.ReplaceAll(u.Accounting, "_", "-"), Slice: u.Slice}
-	if why := whyExcluded(cfg, u.Name); why != "" {
+func stateOf(selection receiver.Selection, r accounting.Reading) unitState {
+	s := unitState{Unit: r.Name, State: strings.ReplaceAll(r.Accounting, "_", "-"), Slice: r.Slice}
+	if why := whyExcluded(selection, r.Name); why != "" {
 		s.State, s.Reason = "excluded", why
 		return s
 	}
-	if u.Accounting != "on" {
-		s.Reason, s.Fix = withoutNumbers(u)
+	if r.Accounting != "on" {
+		s.Reason, s.Fix = withoutNumbers(r)
 		return s
 	}
-	s.State, s.Series, s.Reason = "metered", u.Name, "in a series of its own"
-	if fold := accounting.Match(cfg.Fold, u.Name); fold != "" {
+	s.State, s.Series, s.Reason = "metered", r.Name, "in a series of its own"
+	if fold := selection.Fold.Match(r.Name); fold != "" {
 		s.Series, s.Reason = fold, "folded into "+fold
 	}
 	return s
@@ -78,38 +81,43 @@ func stateOf(cfg receiver.Config, u systemd.Unit) unitState {
 
 // withoutNumbers says why a unit has no numbers, and the command that helps; "" if
 // nothing is to be done.
-func withoutNumbers(u systemd.Unit) (reason, fix string) {
-	name := tty.ShellWord(u.Name)
-	switch u.Accounting {
+func withoutNumbers(r accounting.Reading) (reason, fix string) {
+	name := tty.ShellWord(r.Name)
+	switch r.Accounting {
 	case "off":
-		if !accounting.CarriesTraffic(u.Name) {
+		if !accounting.CarriesTraffic(r.Name) {
 			return "IP accounting is off; a mount has traffic only if a program serves it", ""
 		}
-		return "IP accounting is off", "unitmeter enable " + name
+		reason, fix = "IP accounting is off", "unitmeter enable "+name
 	case "lost":
-		return "systemd lost its counters", "unitmeter enable --runtime " + name
+		reason, fix = "systemd lost its counters", "unitmeter enable --runtime "+name
 	case "no_data":
 		return "it has no processes or IP sockets that systemd could count", ""
 	case "failed":
 		return "systemd's answer is not valid", "report a bug with the output of: systemctl show " + name
+	default:
+		return "it could not be read", "unitmeter units " + name
 	}
-	return "it could not be read", "unitmeter units " + name
+	if r.Masked {
+		return reason + "; systemd changes no settings of a masked unit", ""
+	}
+	return reason, fix
 }
 
 // whyExcluded says which setting keeps a unit from being metered, or "".
-func whyExcluded(cfg receiver.Config, name string) string {
-	kind := strings.TrimPrefix(path.Ext(name), ".")
-	switch pattern := accounting.Match(cfg.Exclude, name); {
-	case len(cfg.Types) > 0 && !slices.Contains(cfg.Types, kind) && kind == "slice":
-		return "a slice has the traffic of the units in it; UNITMETER_UNIT_TYPES leaves it out"
-	case len(cfg.Types) > 0 && !slices.Contains(cfg.Types, kind):
-		return "UNITMETER_UNIT_TYPES has no " + kind
-	case len(cfg.Include) > 0 && accounting.Match(cfg.Include, name) == "":
-		return "no pattern of UNITMETER_INCLUDE matches"
+func whyExcluded(s receiver.Selection, name string) string {
+	kind := systemd.TypeOf(name)
+	switch pattern := s.Exclude.Match(name); {
+	case s.Metered(name):
+		return ""
 	case pattern != "":
 		return "UNITMETER_EXCLUDE has " + pattern
+	case len(s.Types) == 0 || slices.Contains(s.Types, kind):
+		return "no pattern of UNITMETER_INCLUDE matches"
+	case kind == "slice":
+		return "a slice has the traffic of the units in it; UNITMETER_UNIT_TYPES leaves it out"
 	}
-	return ""
+	return "UNITMETER_UNIT_TYPES has no " + kind
 }
 
 // printStates prints the metered units first, then the others by what is the

@@ -62,12 +62,14 @@ type listed struct {
 	JobPath                                        dbus.ObjectPath
 }
 
-// list returns the loaded units that match any of the patterns and are not
-// inactive. It loads nothing.
-func list(ctx context.Context, b *bus.Conn, patterns []string) ([]listed, error) {
+// running are the states of units that are not inactive.
+var running = []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}
+
+// list returns the loaded units in any of the states that match any of the patterns.
+// It loads nothing.
+func list(ctx context.Context, b *bus.Conn, states, patterns []string) ([]listed, error) {
 	ctx, cancel := context.WithTimeout(ctx, bus.CallTimeout)
 	defer cancel()
-	states := []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}
 	var rows []listed
 	err := b.Manager().CallWithContext(ctx, bus.ManagerInterface+".ListUnitsByPatterns", 0, states, patterns).Store(&rows)
 	if err != nil {

@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"sync"
@@ -40,6 +41,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	if err := s.relist(ctx, b, true); err != nil {
 		return false, err
 	}
+	s.since(ctx, b)
 	s.mu.Lock()
 	s.bus, s.listed, s.reloadBegan = b, true, time.Now()
 	recovered := s.broken != nil
@@ -89,8 +91,12 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 				_, err = s.refresh(ctx, b, names)
 			}
 		case <-f.thaw:
-			f.reloaded(func(h *Health) { h.Reloads++ })
-			err = s.relist(ctx, b, true)
+			// Its generators may take minutes, in which systemd does not answer.
+			if err = s.relist(ctx, b, true); errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+				f.thaw, err = time.After(reloadTimeout), nil
+			} else {
+				f.reloaded(func(h *Health) { h.Reloads++ })
+			}
 		case <-relist.C:
 			if f.thaw == nil {
 				err = s.relist(ctx, b, false)
@@ -113,7 +119,8 @@ type follower struct {
 	// thaw is not nil during a reload or reexec: UnitRemoved arrives for each
 	// unit then, and means nothing. It fires when the end is overdue.
 	thaw      <-chan time.Time
-	reloading bool // Reloading(true) came, and what it leads to is not known yet
+	reloading bool      // Reloading(true) came, and what it leads to is not known yet
+	began     time.Time // when it came; zero if what it led to is known
 	// ended are units that have ended and wait for their last reading.
 	ended []*unit
 	placing
@@ -143,8 +150,9 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 	case bus.ManagerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
+			f.began = time.Now()
 			f.mu.Lock()
-			f.reloadBegan = time.Now()
+			f.reloadBegan = f.began
 			f.mu.Unlock()
 		} else if ok {
 			f.reloaded(func(h *Health) { h.Reloads++ })
@@ -180,6 +188,10 @@ func (f *follower) reloaded(count func(*Health)) {
 	if f.reloading {
 		f.reloading = false
 		f.count(count)
+	}
+	if !f.began.IsZero() {
+		f.count(func(h *Health) { h.Reloading += time.Since(f.began) })
+		f.began = time.Time{}
 	}
 }
 
@@ -232,16 +244,20 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	s.update(name, next)
 	u := s.units[name]
 	unbegun := u != nil && u.run.unbegun
-	unplaced := u != nil && u.slice == ""
+	unplaced := u != nil && !u.unmetered && next.invocation != "" && !u.run.placed
 	exited := s.version >= 256 && next.sub == "exited" // see run.parted
 	s.mu.Unlock()
+	if u != nil && next.over() {
+		s.ends.Add(1)
+	}
 	switch {
 	case u == nil:
 	case !next.running() || next.restarting() || exited:
 		if !unbegun {
 			f.ended = append(f.ended, u)
 		}
-	case unplaced && next.invocation != "":
+	case unplaced:
+		u.run.placed = true // only this goroutine uses it
 		f.place(u)
 	}
 	return nil

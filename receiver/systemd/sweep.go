@@ -53,6 +53,7 @@ type target struct {
 	mayBeUnreset bool    // see executedNothing
 	needSlice    bool
 	exited       bool // see run.parted
+	ended        bool // see run.left
 
 	value  [properties]uint64
 	got    [properties]bool
@@ -152,6 +153,7 @@ func (s *Source) target(u *unit, now time.Time) target {
 		quiet: quiet, lost: u.state == accountingLost,
 		mayBeUnreset: !u.run.read() && TypeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
+		ended:        !u.run.ended.IsZero(),
 		exited:       s.version >= 256 && TypeOf(u.name) == "service" && u.status.sub == "exited",
 	}
 }
@@ -202,6 +204,9 @@ func (s *Source) read(ctx context.Context, b *bus.Conn, targets []target) error 
 		}
 		if t.needSlice && !t.noData {
 			calls = append(calls, call{i, slice})
+		}
+		if t.ended && !t.noData {
+			calls = append(calls, call{i, controlGroup})
 		}
 		if t.exited && !t.noData {
 			calls = append(calls, call{i, controlGroup}, call{i, subState})
@@ -357,6 +362,12 @@ func (s *Source) applyOne(t *target) {
 	if t.needSlice {
 		u.slice, t.run.slice = t.slice, t.slice
 	}
+	if t.ended && t.got[controlGroup] {
+		t.run.left = t.cgroup != ""
+	}
+	if t.ended && raw != t.run.last {
+		t.run.grew = t.time
+	}
 	t.run.parted = t.exited && t.cgroup == ""
 	before := t.run.time
 	t.run.quiet = [2]bool{!before.IsZero() && !t.moved(0), !before.IsZero() && !t.moved(1)}
@@ -416,7 +427,7 @@ func (s *Source) withoutData(u *unit, t *target) {
 		if t.run.slice == "system.slice" && t.run.time.After(s.reloadBegan) {
 			s.restart(t.run)
 		}
-	case t.cgroup != "" && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
+	case t.cgroup != "" && !t.ended && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
 		u.state = accountingLost
 		if was != accountingLost {
 			s.say(slog.LevelWarn, "systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
@@ -447,6 +458,7 @@ func (t *target) startOf() time.Time {
 	if start.IsZero() {
 		start = bootTime()
 	}
+	start = later(start, t.unit.since)
 	if start.After(t.time) {
 		start = t.time
 	}

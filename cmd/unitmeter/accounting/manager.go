@@ -12,6 +12,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
@@ -145,19 +146,42 @@ func (m *Manager) Load(ctx context.Context, name string) (p dbus.ObjectPath, sta
 	return p, state, err
 }
 
+// row is one of ListUnitsByPatterns.
+type row struct {
+	Name, Description, Load, Active, Sub, Followed string
+	Path                                           dbus.ObjectPath
+	JobID                                          uint32
+	JobType                                        string
+	JobPath                                        dbus.ObjectPath
+}
+
+// rows lists loaded units by their states, of loading too, and a pattern.
+func (m *Manager) rows(ctx context.Context, states []string, pattern string) (rows []row, err error) {
+	if err := m.Call(ctx, "ListUnitsByPatterns", states, []string{pattern}).Store(&rows); err != nil {
+		return nil, fmt.Errorf("list systemd's units: %w", err)
+	}
+	return rows, nil
+}
+
+// own returns the units' own names of those loaded units that names are second ones
+// of (Alias=).
+func (m *Manager) own(ctx context.Context, names []string) map[string]string {
+	own := map[string]string{}
+	for _, name := range names {
+		var p dbus.ObjectPath
+		var id string
+		if !systemd.IsPattern(name) && m.Call(ctx, "GetUnit", name).Store(&p) == nil && m.Get(ctx, p, bus.UnitInterface, "Id", &id) == nil {
+			own[name] = id
+		}
+	}
+	return own
+}
+
 // Loaded lists the loaded units in the given states (none: any) that match.
 func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) ([]Unit, error) {
-	var rows []struct {
-		Name, Description, Load, Active, Sub, Followed string
-		Path                                           dbus.ObjectPath
-		JobID                                          uint32
-		JobType                                        string
-		JobPath                                        dbus.ObjectPath
-	}
-	// fnmatch(3) takes a backslash for an escape, names of units have real ones.
-	patterns := []string{literal(pattern)}
-	if err := m.Call(ctx, "ListUnitsByPatterns", states, patterns).Store(&rows); err != nil {
-		return nil, fmt.Errorf("list systemd's units: %w", err)
+	rows, err := m.rows(ctx, states, pattern)
+	if err != nil {
+		return nil, err
 	}
 	var units []Unit
 	for _, row := range rows {
@@ -175,6 +199,47 @@ func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) (
 	}
 	slices.SortFunc(units, func(a, b Unit) int { return strings.Compare(a.Name, b.Name) })
 	return units, nil
+}
+
+// RearmUnit restores lost counters after each reload of systemd, see "enable --rearm".
+const RearmUnit = "unitmeter-rearm.service"
+
+// Active reports whether a unit is active; false where nobody knows.
+func (m *Manager) Active(ctx context.Context, name string) bool {
+	rows, err := m.rows(ctx, []string{"active"}, name)
+	return err == nil && len(rows) > 0
+}
+
+// StartedSinceLoad reports whether any of the units was started after systemd read
+// its configuration for the last time.
+func (m *Manager) StartedSinceLoad(ctx context.Context, names []string) (bool, error) {
+	var loaded, started uint64 // in microseconds
+	if err := m.Property(ctx, "UnitsLoadTimestampMonotonic", &loaded); err != nil {
+		return false, err
+	}
+	for _, name := range names {
+		var p dbus.ObjectPath
+		if m.Call(ctx, "GetUnit", name).Store(&p) == nil && m.Get(ctx, p, bus.UnitInterface, "InactiveExitTimestampMonotonic", &started) == nil && started > loaded {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// Quiet returns the loaded services with IP accounting whose LogLevelMax= keeps
+// their stop records out of the journal.
+func (m *Manager) Quiet(ctx context.Context) (quiet []string, err error) {
+	rows, err := m.rows(ctx, []string{"loaded"}, "*.service")
+	for _, row := range rows {
+		const info = 6
+		level, on := int32(-1), false
+		iface := counterInterface(row.Name)
+		if m.Get(ctx, row.Path, iface, "LogLevelMax", &level) == nil && level >= 0 && level < info &&
+			m.Get(ctx, row.Path, iface, "IPAccounting", &on) == nil && on {
+			quiet = append(quiet, row.Name)
+		}
+	}
+	return quiet, err
 }
 
 // Unit reads the state of one unit.

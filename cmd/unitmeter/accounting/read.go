@@ -15,6 +15,8 @@ import (
 // Reading is one unit with its counters and, over an interval, their speeds.
 type Reading struct {
 	systemd.Unit
+	// Masked says that systemd changes no settings of the unit.
+	Masked bool
 	// Speed is in bytes or packets per second, in the order of Values; nil where
 	// it is not known.
 	Speed *[4]float64
@@ -49,7 +51,7 @@ func Open(ctx context.Context, cfg receiver.Config) (r *receiver.Receiver, stop 
 
 // Read reads the units that match any of the patterns, and all units without
 // patterns. With an interval above zero it reads twice and computes speeds.
-func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval time.Duration) ([]Reading, error) {
+func Read(ctx context.Context, cfg receiver.Config, patterns systemd.Patterns, interval time.Duration) ([]Reading, error) {
 	r, stop, err := Open(ctx, cfg)
 	if err != nil {
 		return nil, err
@@ -81,7 +83,25 @@ func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval 
 			readings[i].Speed = speed(old, u)
 		}
 	}
-	return choose(readings, Resolve(ctx, cfg, patterns))
+	return complete(ctx, cfg, readings, patterns)
+}
+
+// complete asks the manager what the receiver does not know, and keeps the units
+// that match.
+func complete(ctx context.Context, cfg receiver.Config, readings []Reading, patterns systemd.Patterns) ([]Reading, error) {
+	m, err := Connect(ctx, cfg.Addresses()...)
+	if err != nil {
+		return nil, err
+	}
+	defer m.Close()
+	masked, err := m.rows(ctx, []string{"masked"}, "*")
+	if err != nil {
+		return nil, err
+	}
+	for i := range readings {
+		readings[i].Masked = slices.ContainsFunc(masked, func(r row) bool { return r.Name == readings[i].Name })
+	}
+	return choose(readings, patterns.Named(m.own(ctx, patterns.Texts())))
 }
 
 // sweep reads all units once. It is an error if a unit could not be read in time.
@@ -121,13 +141,19 @@ func speed(old, now systemd.Unit) *[4]float64 {
 
 // choose keeps the units that match any of the patterns. A pattern without a unit
 // is an error.
-func choose(units []Reading, patterns []string) ([]Reading, error) {
-	for _, p := range patterns {
-		if !slices.ContainsFunc(units, func(u Reading) bool { return Match([]string{p}, u.Name) != "" }) {
+func choose(units []Reading, patterns systemd.Patterns) ([]Reading, error) {
+	used := make([]bool, patterns.Len())
+	chosen := slices.DeleteFunc(units, func(u Reading) bool {
+		all := patterns.All(u.Name)
+		for _, i := range all {
+			used[i] = true
+		}
+		return patterns.Len() > 0 && len(all) == 0
+	})
+	for i, p := range patterns.Texts() {
+		if !used[i] {
 			return nil, fmt.Errorf("find unit %q: it is not running, or not among the metered units; see \"systemctl status %s\", UNITMETER_INCLUDE and UNITMETER_UNIT_TYPES", p, p)
 		}
 	}
-	return slices.DeleteFunc(units, func(u Reading) bool {
-		return len(patterns) > 0 && Match(patterns, u.Name) == ""
-	}), nil
+	return chosen, nil
 }

@@ -390,9 +390,9 @@ func TestVersionFinding(t *testing.T) {
 		{"249.11", statusOK, ""},
 		{"252.38-1~deb12u1", statusOK, ""},
 		{"255.4-1ubuntu8", statusOK, ""},
-		{"256.2", statusWarn, "upgrade to systemd 258.1"},
-		{"256.9", statusWarn, "upgrade to systemd 258.1"},
-		{"257.13-1~deb13u1", statusWarn, "upgrade to systemd 258.1"},
+		{"256.2", statusWarn, "unitmeter enable --ebpf"},
+		{"256.9", statusOK, ""}, // the check of the counters has the fix
+		{"257.13-1~deb13u1", statusOK, ""},
 		{"258", statusWarn, "upgrade to systemd 258.1"},
 		{"258.1", statusOK, ""},
 		{"262", statusOK, ""},
@@ -438,23 +438,50 @@ func TestBusFailure(t *testing.T) {
 }
 
 func TestCountersFinding(t *testing.T) {
+	one, two := []string{"a"}, []string{"a", "b"}
+	v252, v257 := accounting.Version{Major: 252}, accounting.Version{Major: 257, Minor: 13}
 	for _, test := range []struct {
-		name             string
-		on, lost, failed []string
-		virtualization   string
-		version          accounting.Version
-		status, fix      string
+		name        string
+		counters    counters
+		status, fix string
 	}{
-		{"all well", []string{"a"}, nil, nil, "", accounting.Version{Major: 252, Minor: 0}, statusOK, ""},
-		{"nothing on", nil, nil, nil, "", accounting.Version{Major: 252, Minor: 0}, statusSkip, ""},
-		{"one lost", []string{"a"}, []string{"b"}, nil, "", accounting.Version{Major: 252, Minor: 0}, statusWarn, "unitmeter enable --lost"},
-		{"all lost after a reload", nil, []string{"a", "b"}, nil, "", accounting.Version{Major: 257, Minor: 13}, statusWarn, "unitmeter enable --lost"},
-		{"no BPF", nil, []string{"a", "b"}, nil, "", accounting.Version{Major: 252, Minor: 0}, statusFail, "CONFIG_CGROUP_BPF"},
-		{"no BPF in a container", nil, []string{"a"}, nil, "lxc", accounting.Version{Major: 255, Minor: 4}, statusFail, "on the host of this container"},
-		{"nonsense", []string{"a"}, nil, []string{"x.service"}, "", accounting.Version{Major: 252, Minor: 0}, statusWarn, "systemctl show x.service"},
+		{"all well", counters{on: one, version: v252}, statusOK, ""},
+		{"nothing on", counters{version: v252}, statusSkip, ""},
+		{"one lost", counters{on: one, lost: one, version: v252, packaged: true}, statusWarn, "unitmeter enable --lost"},
+		{"all lost after a reload", counters{lost: two, version: v257}, statusWarn, "unitmeter enable --lost"},
+		{"all lost, packaged", counters{lost: two, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
+		{"some lost, packaged", counters{on: one, lost: two, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
+		{"to be lost", counters{on: one, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
+		{"rearmed", counters{on: one, version: v257, packaged: true, rearmed: true}, statusOK, ""},
+		{"no BPF", counters{lost: two, version: v252}, statusFail, "CONFIG_CGROUP_BPF"},
+		{"no BPF on 257", counters{lost: two, version: v257, never: true}, statusFail, "CONFIG_CGROUP_BPF"},
+		{"no BPF in a container", counters{lost: one, virtualization: "lxc", version: accounting.Version{Major: 255, Minor: 4}}, statusFail, "on the host of this container"},
+		{"no BPF in a container of 257", counters{lost: one, virtualization: "lxc", version: v257, never: true, packaged: true}, statusFail, "on the host of this container"},
+		{"nonsense", counters{on: one, failed: []string{"x.service"}, version: v252}, statusWarn, "systemctl show x.service"},
 	} {
-		f := countersFinding(test.on, test.lost, test.failed, test.virtualization, test.version)
-		want(t, map[string]finding{test.name: f}, test.name, test.status, test.fix)
+		want(t, map[string]finding{test.name: countersFinding(test.counters)}, test.name, test.status, test.fix)
+	}
+}
+
+func TestSilenceFinding(t *testing.T) {
+	none := map[string]string{}
+	for _, test := range []struct {
+		name          string
+		level, target string
+		journald      map[string]string
+		quiet         []string
+		status, fix   string
+	}{
+		{"as it comes", "info", "journal-or-kmsg", none, nil, statusOK, ""},
+		{"verbose", "debug", "journal", map[string]string{"MaxLevelStore": "debug", "Storage": "auto"}, nil, statusOK, ""},
+		{"level", "notice", "journal", none, nil, statusWarn, "systemd-analyze log-level info"},
+		{"target", "info", "kmsg", none, nil, statusWarn, "systemd-analyze log-target journal"},
+		{"syslog", "info", "syslog-or-kmsg", none, nil, statusWarn, "systemd-analyze log-target journal"},
+		{"stored level", "info", "auto", map[string]string{"MaxLevelStore": "5"}, nil, statusWarn, "MaxLevelStore=info"},
+		{"no storage", "info", "auto", map[string]string{"Storage": "none"}, nil, statusWarn, "Storage=none"},
+		{"unit", "info", "auto", none, []string{"job.service"}, statusWarn, "systemctl edit job.service"},
+	} {
+		want(t, map[string]finding{test.name: silenceFinding(test.level, test.target, test.journald, test.quiet)}, test.name, test.status, test.fix)
 	}
 }
 

@@ -27,7 +27,7 @@ var layers = map[string][]string{
 	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd", "receiver/systemd/bus"},
 	"cmd/unitmeter/tty":        {},
 
-	"config":         {"exporter", "exporter/otlp", "exporter/store", "receiver"},
+	"config":         {"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/systemd"},
 	"exporter":       {"exporter/otlp", "exporter/store", "receiver", "receiver/ledger"},
 	"exporter/otlp":  {},
 	"exporter/store": {},

@@ -102,7 +102,7 @@ func (r *topRow) mean(n int) (m speeds) {
 // board has what was read of all units since top began. It is not safe for
 // concurrent use.
 type board struct {
-	wanted   []string // patterns; none: all units
+	wanted   systemd.Patterns // none: all units
 	interval time.Duration
 	began    time.Time
 	last     time.Time
@@ -113,7 +113,7 @@ type board struct {
 
 // newBoard makes an empty board. wanted are patterns of unit names, as the
 // receiver takes them.
-func newBoard(wanted []string, interval time.Duration) *board {
+func newBoard(wanted systemd.Patterns, interval time.Duration) *board {
 	return &board{wanted: wanted, interval: interval, rows: map[string]*topRow{}, others: map[string]int{}}
 }
 
@@ -130,7 +130,7 @@ func (b *board) take(at time.Time, units []systemd.Unit) {
 	clear(b.others)
 	here := make(map[string]bool, len(units))
 	for _, u := range units {
-		if len(b.wanted) > 0 && accounting.Match(b.wanted, u.Name) == "" {
+		if b.wanted.Len() > 0 && b.wanted.Index(u.Name) < 0 {
 			continue
 		}
 		r := b.rows[u.Name]

@@ -13,7 +13,6 @@ import (
 
 	tea "charm.land/bubbletea/v2"
 
-	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
@@ -42,8 +41,7 @@ func TestTopSpeed(t *testing.T) {
 	const interval, messages, size = 250 * time.Millisecond, 4000, 16384
 	readings := make(chan sweepMsg, 10_000)
 	running.Go(func() { feed(ctx, rcv, interval, func(m tea.Msg) { readings <- m.(sweepMsg) }) })
-	b := newBoard([]string{"natsd"}, interval)
-	b.wanted, _ = accounting.Patterns(b.wanted)
+	b := newBoard(only(t, "natsd"), interval)
 	bytes := 0.0 // the area under the shown speeds
 	take := func() {
 		m, before := <-readings, b.last

@@ -33,10 +33,10 @@ const ShortestInterval = 200 * time.Millisecond
 // Config is what Run needs. All fields but Patterns, Exact and Once are required.
 type Config struct {
 	Receiver receiver.Config
-	Patterns []string      // for the names of units, as accounting.Patterns makes them; none: all units
-	Interval time.Duration // between two readings
-	Exact    bool          // exact numbers: bytes per second instead of kB/s and MB/s
-	Once     bool          // read twice, write one table, and end
+	Patterns systemd.Patterns // for the names of units, as accounting.Patterns makes them; none: all units
+	Interval time.Duration    // between two readings
+	Exact    bool             // exact numbers: bytes per second instead of kB/s and MB/s
+	Once     bool             // read twice, write one table, and end
 	// Out is where the table is written, or the terminal with the screen.
 	Out     io.Writer
 	Environ []string // of the terminal: TERM, NO_COLOR
@@ -56,7 +56,11 @@ func Run(ctx context.Context, cfg Config) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer cancel()
-	b := newBoard(accounting.Resolve(ctx, cfg.Receiver, cfg.Patterns), cfg.Interval)
+	wanted, err := accounting.Resolve(ctx, cfg.Receiver, cfg.Patterns)
+	if err != nil {
+		return err
+	}
+	b := newBoard(wanted, cfg.Interval)
 	if cfg.Once {
 		return once(ctx, cfg, rcv, b)
 	}
@@ -91,8 +95,8 @@ func once(ctx context.Context, cfg Config, rcv *receiver.Receiver, b *board) err
 		}
 		b.take(s.Time, rcv.Units())
 	}
-	if len(b.wanted) > 0 && len(b.rows) == 0 {
-		return fmt.Errorf("find unit %q: it is not running, or not among the metered units; see \"unitmeter units\"", strings.Join(b.wanted, " "))
+	if b.wanted.Len() > 0 && len(b.rows) == 0 {
+		return fmt.Errorf("find unit %q: it is not running, or not among the metered units; see \"unitmeter units\"", strings.Join(b.wanted.Texts(), " "))
 	}
 	return printTop(cfg.Out, b, cfg.Exact)
 }

@@ -13,6 +13,7 @@ import (
 
 	tea "charm.land/bubbletea/v2"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
@@ -71,7 +72,7 @@ func TestBoardSpeeds(t *testing.T) {
 		}, 10},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			b := newBoard(nil, time.Second)
+			b := newBoard(systemd.Patterns{}, time.Second)
 			for i, s := range test.steps {
 				b.take(at(i), []systemd.Unit{s.unit})
 				if got := b.rows["a.service"].now; got != s.want {
@@ -86,7 +87,7 @@ func TestBoardSpeeds(t *testing.T) {
 }
 
 func TestBoardUnits(t *testing.T) {
-	b := newBoard([]string{"a*.service"}, time.Second)
+	b := newBoard(only(t, "a*.service"), time.Second)
 	b.take(at(0), []systemd.Unit{counted("a.service", "1", -9, 0, 100, 0), counted("b.service", "2", -9, 0, 100, 0), {Name: "aoff.service", Accounting: "off"}})
 	// A unit that came up since the last reading: all of it is of this interval.
 	b.take(at(1), []systemd.Unit{counted("a.service", "1", -9, 1, 150, 0), counted("a2.service", "3", 0, 1, 30, 0)})
@@ -115,7 +116,7 @@ func TestBoardUnits(t *testing.T) {
 }
 
 func TestBoardKeepsBounded(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	for i := range 700 {
 		b.take(at(i), []systemd.Unit{counted("a.service", "1", -9, i, uint64(i)*100, 0)})
 	}
@@ -147,7 +148,7 @@ func TestSlicesAbove(t *testing.T) {
 }
 
 func TestBoardBySlice(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	in := func(u systemd.Unit, slice string) systemd.Unit { u.Slice = slice; return u }
 	for i := range 3 {
 		n := uint64(i)
@@ -183,7 +184,7 @@ func TestBoardBySlice(t *testing.T) {
 }
 
 func TestBoardSorted(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	rows := []*topRow{
 		{name: "c", now: speeds{of: [kinds]float64{1, 5, 9, 1}}, total: totals{3, 0, 0, 0}, history: []speeds{{of: [kinds]float64{1}, known: true}}},
 		{name: "a", now: speeds{of: [kinds]float64{2, 5, 8, 3}}, total: totals{0, 0, 9, 0}, history: []speeds{{of: [kinds]float64{1}, known: true}, {of: [kinds]float64{3}, known: true}}},
@@ -250,7 +251,7 @@ func shown(m *topModel) string {
 // demoModel is a screen with a few units after some seconds.
 func demoModel(t testing.TB) *topModel {
 	t.Helper()
-	m := newTopModel(newBoard(nil, time.Second), false)
+	m := newTopModel(newBoard(systemd.Patterns{}, time.Second), false)
 	for i := range 30 {
 		n := uint64(i)
 		m.Update(sweepMsg{at: at(i), units: []systemd.Unit{
@@ -414,7 +415,7 @@ func TestTopPausedAndPartial(t *testing.T) {
 
 // TestTopNoData shows what there is before the first reading and without units.
 func TestTopNoData(t *testing.T) {
-	m := newTopModel(newBoard([]string{"nats.service"}, time.Second), false)
+	m := newTopModel(newBoard(only(t, "nats.service"), time.Second), false)
 	if !strings.Contains(shown(m), "reading all units") {
 		t.Errorf("before the first reading:\n%s", shown(m))
 	}
@@ -452,7 +453,7 @@ func FuzzTop(f *testing.F) {
 }
 
 func TestPrintTop(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	for i := range 2 {
 		n := uint64(i)
 		b.take(at(i), []systemd.Unit{
@@ -501,4 +502,14 @@ func TestColumnsByWidth(t *testing.T) {
 			t.Errorf("%d wide: the row is %q", width, line)
 		}
 	}
+}
+
+// only are patterns for a board.
+func only(t *testing.T, patterns ...string) systemd.Patterns {
+	t.Helper()
+	p, err := accounting.Patterns(patterns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

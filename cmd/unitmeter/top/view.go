@@ -169,8 +169,8 @@ func (m *topModel) emptiness() string {
 		return ""
 	case m.filter != "":
 		return tty.Fit("no unit has "+m.filter+" in its name; esc shows all", m.width, false)
-	case len(m.board.wanted) > 0:
-		return tty.Fit("no metered unit matches "+strings.Join(m.board.wanted, " ")+" yet", m.width, false)
+	case m.board.wanted.Len() > 0:
+		return tty.Fit("no metered unit matches "+strings.Join(m.board.wanted.Texts(), " ")+" yet", m.width, false)
 	}
 	return tty.Fit("no unit has IP accounting on: unitmeter enable --all", m.width, false)
 }
