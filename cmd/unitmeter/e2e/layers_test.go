@@ -46,6 +46,7 @@ var layers = map[string][]string{
 	"packaging":                      {},
 	"packaging/generate":             {"config"},
 	"receiver/systemdtest":           {},
+	"receiver/systemdtest/kinds":     {},
 	"receiver/systemdtest/traffic":   {},
 	"receiver/systemdtest/wallclock": {},
 }
