@@ -227,8 +227,8 @@ type lateBox struct {
 	late func()
 }
 
-func (b *lateBox) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
-	entries, err := b.memory.Next(ctx, maxBytes)
+func (b *lateBox) Next(ctx context.Context, after int64, maxBytes int) ([]Entry, error) {
+	entries, err := b.memory.Next(ctx, after, maxBytes)
 	if len(entries) == 0 && b.late != nil {
 		late := b.late
 		b.late = nil
@@ -508,7 +508,7 @@ func TestSenderDeliversTheGoodPieces(t *testing.T) {
 		box.add(1, requestOf(t, 0, 9))
 		s := l.start(&box, &log)
 		settle(time.Hour)
-		l.want(1, 2, 9, 5, 6, 7, 8)
+		l.want(1, 2, 5, 6, 7, 8, 9)
 		if s.counts.sent.Load() != 7 || s.counts.rejected.Load() != 2 || box.poison[1] == "" {
 			t.Errorf("counted %d sent, %d rejected; set aside %v", s.counts.sent.Load(), s.counts.rejected.Load(), box.poison)
 		}

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -102,6 +103,12 @@ func killed(id, title string) scenario {
 				known = systemd.Counters{}
 			}
 			s.exact(known)
+			have := s.names(s.mine)
+			for i := range short {
+				if name := fmt.Sprintf("%s-short-%d.service", s.id, i); !slices.Contains(have, name) {
+					s.t.Errorf("%s is missing; the journal has of it:\n%s", name, s.in("journalctl -o short-precise --no-pager --output-fields=MESSAGE,INVOCATION_ID,IP_METRIC_EGRESS_BYTES,__CURSOR -o verbose -u $1", name))
+				}
+			}
 			restarts, err := strconv.Atoi(strings.TrimSpace(s.in("systemctl show -p NRestarts --value unitmeter")))
 			if err != nil || restarts < n*3/4 {
 				s.t.Errorf("the agent was killed %d times of %d (%v)", restarts, n, err)
