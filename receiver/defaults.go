@@ -38,6 +38,6 @@ func DefaultFold() []string {
 		"run-*.service", "run-*.scope", "session-*.scope",
 		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",
 		"*@[0-9]*-*:[0-9]*-*:[0-9]*.service", "systemd-*@[0-9]*-[0-9]*-[0-9]*.service", "sshd*@[0-9]*-[0-9]*-[0-9]*.service",
-		"dbus-:*@*.service", strings.Repeat("[0-9a-f]", 12) + "*.service", "unitmeter-doctor-*.service",
+		"dbus-:*@*.service", strings.Repeat("[0-9a-f]", 6) + strings.Repeat("?", 18) + "*.service", "unitmeter-doctor-*.service",
 	}
 }

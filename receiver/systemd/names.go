@@ -75,6 +75,33 @@ func ParsePatterns(patterns []string) (Patterns, error) {
 	return p, nil
 }
 
+// bracket returns the set that a pattern begins with as that of a regular expression,
+// and its length.
+func bracket(pattern string) (set string, n int) {
+	var b strings.Builder
+	b.WriteByte('[')
+	i := 1
+	if i < len(pattern) && (pattern[i] == '!' || pattern[i] == '^') {
+		b.WriteByte('^')
+		i++
+	}
+	for first := i; i < len(pattern); i++ {
+		switch c := pattern[i]; {
+		case c == ']' && i > first: // one that comes first is a member
+			return b.String() + "]", i + 1
+		case strings.HasPrefix(pattern[i:], "[:") && strings.Contains(pattern[i:], ":]"): // [:digit:]
+			end := i + strings.Index(pattern[i:], ":]") + 2
+			b.WriteString(pattern[i:end])
+			i = end - 1
+		case c == '-':
+			b.WriteByte(c)
+		default:
+			b.WriteString(regexp.QuoteMeta(pattern[i : i+1]))
+		}
+	}
+	return "[", i // without its ]
+}
+
 // Len returns how many patterns there are.
 func (p Patterns) Len() int { return len(p.texts) }
 
@@ -128,17 +155,9 @@ func expression(pattern string) string {
 		case '?':
 			b.WriteByte('.')
 		case '[':
-			set, negated := pattern[i+1:], ""
-			if set != "" && (set[0] == '!' || set[0] == '^') {
-				set, negated = set[1:], "^"
-			}
-			// A ] that comes first is a member, and ends nothing.
-			end := 1 + strings.IndexByte(set[min(1, len(set)):], ']')
-			if end < 1 {
-				return "["
-			}
-			i = len(pattern) - len(set) + end
-			b.WriteString("[" + negated + strings.NewReplacer(`\`, `\\`, "[", `\[`, "]", `\]`, "^", `\^`, "&", `\&`, "~", `\~`).Replace(set[:end]) + "]")
+			set, n := bracket(pattern[i:])
+			b.WriteString(set)
+			i += n - 1
 		default:
 			b.WriteString(regexp.QuoteMeta(pattern[i : i+1]))
 		}

@@ -20,7 +20,7 @@ func TestChoose(t *testing.T) {
 		{[]string{"[ab].service"}, "a.service b.service"},
 		{[]string{`a\x2d*`}, `a\x2db.service`},
 		{[]string{"a", "nope"}, `find unit "nope.service": it is not running, or not among the metered units; see "systemctl status nope.service", UNITMETER_INCLUDE and UNITMETER_UNIT_TYPES`},
-		{[]string{"[a"}, `"[a" is no unit name and no pattern; use a name such as nats.service or a pattern such as nats*`},
+		{[]string{"[a"}, `parse unit pattern "[a": it is not a pattern; use *, ?, [a-z] and [!a-z], as in nginx*.service`},
 	} {
 		var units []Reading
 		for _, name := range []string{"a.service", "b.service", "tmp.mount", `a\x2db.service`} {

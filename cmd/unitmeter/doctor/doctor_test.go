@@ -452,6 +452,7 @@ func TestCountersFinding(t *testing.T) {
 		{"all lost, packaged", counters{lost: two, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
 		{"some lost, packaged", counters{on: one, lost: two, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
 		{"to be lost", counters{on: one, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
+		{"to be lost, by hand", counters{on: one, version: v257}, statusOK, ""},
 		{"rearmed", counters{on: one, version: v257, packaged: true, rearmed: true}, statusOK, ""},
 		{"no BPF", counters{lost: two, version: v252}, statusFail, "CONFIG_CGROUP_BPF"},
 		{"no BPF on 257", counters{lost: two, version: v257, never: true}, statusFail, "CONFIG_CGROUP_BPF"},

@@ -272,7 +272,7 @@ func countersFinding(c counters) finding {
 			"IP accounting is on and no unit has counters: systemd cannot use BPF for %s", list(c.lost))
 	case len(c.on) == 0:
 		return skipped("no running unit has IP accounting on, so there are no counters to check")
-	case loses:
+	case loses && c.packaged:
 		return warning(rearm, "systemd has counters for %d units, and loses them at the next daemon-reload (systemd#38112)%s", len(c.on), other)
 	}
 	return good("systemd has counters for %d units", len(c.on))
