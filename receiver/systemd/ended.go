@@ -22,15 +22,42 @@ const finalRead = time.Second
 // loaded, until ctx ends. It has a goroutine of its own, so that signals are
 // answered meanwhile; under a burst of ends it reads many in one go. Where a unit
 // is unloaded already, the journal has its last counters.
+//
+// What units have left behind is read often: the next start resets the counters, and
+// nothing can be read between its signal and that for sure.
 func (s *Source) readEnded(ctx context.Context, b *bus.Conn, ended <-chan []*unit) {
 	for {
+		left := s.left()
+		pause := lookForLeft
+		if len(left) > 0 {
+			pause = max(leftPause, time.Duration(len(left))*leftPause/10)
+		}
 		select {
 		case units := <-ended:
 			s.readFinal(ctx, b, units)
+		case <-time.After(pause):
+			s.readFinal(ctx, b, left)
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+const (
+	leftPause   = 100 * time.Millisecond // between readings of ten units or less
+	lookForLeft = 10 * time.Second
+)
+
+// left returns the units that have ended and whose processes go on.
+func (s *Source) left() (units []*unit) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range s.units {
+		if u.run != nil && u.run.left && !u.run.ended.IsZero() {
+			units = append(units, u)
+		}
+	}
+	return units
 }
 
 // readFinal reads units that have ended. What it does not reach, the next sweep
