@@ -58,6 +58,7 @@ type meter struct {
 	mu     sync.Mutex
 	reader *ebpf.Reader          // nil while there is nothing to read
 	runs   map[cgroup]*cgroupRun // by the entries of the last sweep
+	list   []*cgroupRun          // the same, to go through
 	swept  time.Time             // when the last sweep began, of an earlier Receiver at first
 	// failing is what could not be done at the last sweep, empty if all could.
 	failing string
@@ -120,7 +121,7 @@ func (m *meter) close() {
 func (m *meter) Each(f func(unit, epoch string, reading bool)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, run := range m.runs {
+	for _, run := range m.list {
 		if run.out {
 			continue
 		}
@@ -173,6 +174,7 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		return sweep.Since.Add(time.Duration(boottime - sweep.Loaded))
 	}
 	number := asked.UnixNano()
+	m.list = m.list[:0]
 	for i := range sweep.Meters {
 		one := &sweep.Meters[i]
 		key := cgroup{one.Identity.ID, one.Born}
@@ -186,6 +188,8 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		run.gone, run.sweep = one.Gone, number
 		if one.Deleted { // these are its last values
 			run.sweep = 0
+		} else {
+			m.list = append(m.list, run)
 		}
 		if run.out {
 			continue
@@ -195,6 +199,9 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		m.credit(reading)
 	}
 	m.takeLost(sweep, asked, read, number)
+	if len(m.runs) == len(m.list) {
+		return
+	}
 	for key, run := range m.runs {
 		if run.sweep != number {
 			delete(m.runs, key)
@@ -213,6 +220,7 @@ func (m *meter) takeLost(sweep *ebpf.Sweep, asked, read time.Time, number int64)
 		Counters: counters, Start: sweep.Since, Asked: asked, Time: read,
 	}}
 	m.runs[cgroup{0, sweep.Loaded}] = run
+	m.list = append(m.list, run)
 	m.credit(run.reading)
 }
 
