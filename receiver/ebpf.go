@@ -57,6 +57,8 @@ type meter struct {
 
 	mu     sync.Mutex
 	reader *ebpf.Reader          // nil while there is nothing to read
+	own    bool                  // reader has attached the program
+	header ebpf.Sweep            // the last one, without its Meters
 	runs   map[cgroup]*cgroupRun // by the entries of the last sweep
 	list   []*cgroupRun          // the same, to go through
 	swept  time.Time             // when the last sweep began, of an earlier Receiver at first
@@ -81,18 +83,20 @@ func (m *meter) open(attach bool) error {
 	const next = "or set UNITMETER_SOURCE=dbus"
 	reader, err := openMeter(m.cfg, m.dirs)
 	if err == nil {
-		m.reader = reader
+		m.reader, m.own = reader, false
 		return nil
 	}
 	if !attach || !errors.Is(err, ebpf.ErrNotLoaded) {
 		return fmt.Errorf("%w, %s", err, next)
 	}
 	// It walks the cgroups once, which takes a fraction of a second.
-	reader, attachErr := ebpf.Attach(context.Background(), m.cfg)
+	alone := m.cfg
+	alone.ReadOnly = false
+	reader, attachErr := ebpf.Attach(context.Background(), alone)
 	if attachErr != nil {
 		return fmt.Errorf("%w, %s; this process cannot count by itself: %w", err, next, attachErr)
 	}
-	m.reader = reader
+	m.reader, m.own = reader, true
 	m.log.Info("no eBPF meter is loaded: counting for as long as this process runs")
 	if err := reader.Naming(); err != nil {
 		m.log.Warn("short-lived units have no name", "err", err)
@@ -107,6 +111,25 @@ func (m *meter) Run(ctx context.Context) error {
 	defer m.mu.Unlock()
 	m.close()
 	return ctx.Err()
+}
+
+// living calls f for each unit that has a cgroup, with or without traffic.
+func (m *meter) living(f func(ledger.Reading)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, run := range m.runs {
+		if !run.out && !run.gone && !run.reading.Unattributed {
+			f(run.reading)
+		}
+	}
+	if m.reader == nil {
+		return // Read has failed, and has said so
+	}
+	_ = m.fault("list the cgroups", m.reader.Idle(func(who *ebpf.Identity) {
+		if reading := firstReading(&m.header, &ebpf.Meter{Identity: who}); !reading.Unattributed && m.metered(reading.Unit) {
+			f(reading)
+		}
+	}))
 }
 
 // close closes the maps. The caller holds mu.
@@ -145,7 +168,8 @@ func (m *meter) Read(context.Context) error {
 		return m.fault(reading, err)
 	}
 	m.take(&sweep, asked, time.Now())
-	m.swept = asked
+	m.swept, m.header = asked, sweep
+	m.header.Meters = nil
 	if sweep.Detached {
 		m.close()
 		return m.fault(reading, errors.New(`the eBPF meter was unloaded; run "unitmeter meter load" as root`))

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -51,6 +52,9 @@ type Config struct {
 	// UnitType and UnitSlice put systemd.unit.type and systemd.unit.slice on
 	// each point.
 	UnitType, UnitSlice bool
+	// ReadOnly leaves the entries of removed cgroups in the pinned maps of EBPF to the
+	// Receiver that delivers them.
+	ReadOnly bool
 	// HostName is put on each point as host.name. Default: the kernel's.
 	HostName string
 	// StopRecords says whether the last bytes of a unit are taken from what PID 1
@@ -99,6 +103,7 @@ type Receiver struct {
 	cfg     Config
 	source  source
 	systemd *systemd.Source  // the source, or nil with EBPF
+	meter   *meter           // the source, or nil with DBus
 	journal *systemd.Journal // nil with EBPF and with StopRecords "off"
 
 	// selection is by the units' own names, as far as they are known.
@@ -143,7 +148,7 @@ func New(cfg Config) (*Receiver, error) {
 	})
 	r.cfg.State = ledger.State{} // it may be large
 	if counting != nil {
-		r.source = counting
+		r.source, r.meter = counting, counting
 	} else {
 		r.systemd = systemd.New(systemd.Config{
 			Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
@@ -174,7 +179,7 @@ func (r *Receiver) newMeter(metered func(unit string) bool) (*meter, error) {
 		return nil, nil
 	}
 	m := &meter{
-		cfg: ebpf.Config{Root: r.cfg.meterRoot}, dirs: r.cfg.meterDirs, metered: metered,
+		cfg: ebpf.Config{Root: r.cfg.meterRoot, ReadOnly: r.cfg.ReadOnly}, dirs: r.cfg.meterDirs, metered: metered,
 		runs: map[cgroup]*cgroupRun{}, swept: r.cfg.State.Time, log: r.cfg.Logger,
 		credit: func(reading ledger.Reading) {
 			r.mu.Lock()
@@ -280,13 +285,72 @@ func (r *Receiver) Ready(ctx context.Context) error {
 // Last returns the result of the last sweep, or nil before the first.
 func (r *Receiver) Last() *Sweep { return r.last.Load() }
 
-// Units returns the loaded units of the metered types as they were read last, in
-// the order of their names: what systemd says, so nothing with EBPF.
+// Counting says who counts.
+type Counting struct {
+	Source string // DBus or EBPF
+	// With EBPF, and after the first sweep: Since is when counting began, and Own says
+	// that it ends with this Receiver. Nameless is true where the kernel does not name
+	// cgroups: what ends between two sweeps has no name.
+	Since         time.Time
+	Own, Nameless bool
+}
+
+// Counting returns who counts. Auto has been decided by New.
+func (r *Receiver) Counting() Counting {
+	if r.meter == nil {
+		return Counting{Source: DBus}
+	}
+	r.meter.mu.Lock()
+	defer r.meter.mu.Unlock()
+	header := &r.meter.header
+	return Counting{EBPF, header.Since, r.meter.own, !header.Naming}
+}
+
+// Unattributed is the name of the unit that Units has for traffic of no known unit.
+const Unattributed = "(unattributed)"
+
+// Units returns the units of the metered types as they were read last, in the order
+// of their names. With DBus these are the loaded units, as systemd shows them. With
+// EBPF they are those that have a cgroup (Accounting is "on") and those that have
+// had traffic ("ended"), with their totals over all runs since counting began.
 func (r *Receiver) Units() []systemd.Unit {
-	if r.systemd == nil {
+	if r.meter == nil {
+		return r.systemd.Units()
+	}
+	last := r.last.Load()
+	if last == nil {
 		return nil
 	}
-	return r.systemd.Units()
+	units := map[string]*systemd.Unit{}
+	for s := range last.State.All() {
+		name, accounting := s.Name, "ended"
+		if s.Kind != ledger.Unit {
+			name, accounting = Unattributed, "on"
+		}
+		u := units[name]
+		if u == nil {
+			u = &systemd.Unit{Name: name, Accounting: accounting, Slice: s.Slice, Start: s.Start, Time: last.Time}
+			units[name] = u
+		}
+		u.Counters.IngressBytes += s.Total.Received.Bytes
+		u.Counters.IngressPackets += s.Total.Received.Packets
+		u.Counters.EgressBytes += s.Total.Sent.Bytes
+		u.Counters.EgressPackets += s.Total.Sent.Packets
+	}
+	r.meter.living(func(reading ledger.Reading) {
+		if u := units[reading.Unit]; u != nil {
+			u.Accounting = "on"
+			return
+		}
+		units[reading.Unit] = &systemd.Unit{
+			Name: reading.Unit, Accounting: "on", Slice: reading.Slice, Start: reading.Start, Time: last.Time,
+		}
+	})
+	list := make([]systemd.Unit, 0, len(units))
+	for _, name := range slices.Sorted(maps.Keys(units)) {
+		list = append(list, *units[name])
+	}
+	return list
 }
 
 // known reports whether a run has been read, by this Receiver or an earlier one.

@@ -23,6 +23,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
@@ -73,8 +74,8 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"run", "", "meter all units and send the metrics until stopped (the default)", run},
-		{"once", "[--json] [--interval D] [UNIT...]", "read all units once and print their traffic", once},
-		{"top", "[--once] [--interval D] [--bytes] [UNIT...]", "show the speeds of all units, live", showSpeeds},
+		{"once", "[--json] [--interval D] [--source S] [UNIT...]", "read all units once and print their traffic", once},
+		{"top", "[--once] [--interval D] [--bytes] [--source S] [UNIT...]", "show the speeds of all units, live", showSpeeds},
 		{"units", "[--json] [UNIT...]", "list all units: metered or not, and why", units},
 		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default|--ebpf", "switch IP accounting on", enable},
 		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default|--ebpf", "switch IP accounting off", disable},
@@ -201,6 +202,18 @@ func parsePatterns(t *terminal, flags *flag.FlagSet) (none systemd.Patterns, err
 		return none, usageError{err}
 	}
 	return patterns, nil
+}
+
+// sourceFlag declares the flag --source.
+func sourceFlag(flags *flag.FlagSet, to *string) {
+	*to = receiver.Auto
+	flags.Func("source", "who counts: dbus (systemd), ebpf (a program, loaded or attached until the end), or auto, the default", func(name string) error {
+		if !slices.Contains(accounting.Sources(), name) {
+			return fmt.Errorf("use one of %s", strings.Join(accounting.Sources(), ", "))
+		}
+		*to = name
+		return nil
+	})
 }
 
 // loadConfig reads the environment.

@@ -56,18 +56,18 @@ func TestPrintStates(t *testing.T) {
 		{Unit: "m.service", State: "metered", Reason: "r"}, {Unit: "l.service", State: "lost", Reason: "r"},
 	}
 	var out bytes.Buffer
-	if err := printStates(&out, states, false); err != nil {
+	if err := printStates(&out, states, false, "possible", nil); err != nil {
 		t.Fatal(err)
 	}
 	text := out.String()
 	if m, l, o := strings.Index(text, "m.service"), strings.Index(text, "l.service"), strings.Index(text, "o.service"); m < 0 || l < m || o < l {
 		t.Errorf("not in the order metered, lost, off:\n%s", text)
 	}
-	if strings.Contains(text, "x.slice") || !strings.HasSuffix(text, "4 units: 1 metered, 1 lost, 1 off, 1 excluded\n") {
+	if strings.Contains(text, "x.slice") || !strings.Contains(text, "4 units: 1 metered, 1 lost, 1 off, 1 excluded.\nNo eBPF") {
 		t.Errorf("excluded units are to be counted only:\n%s", text)
 	}
 	out.Reset()
-	if err := printStates(&out, states, true); err != nil || !strings.Contains(out.String(), "x.slice") {
+	if err := printStates(&out, states, true, "", nil); err != nil || !strings.Contains(out.String(), "x.slice") {
 		t.Errorf("a unit that was asked for is left out: %v\n%s", err, &out)
 	}
 }

@@ -282,6 +282,17 @@ func (m *Manager) EgressBytes(ctx context.Context, u Unit) (n uint64, ok bool, e
 	return n, n != noData, err
 }
 
+// Filtered reports whether a unit has addresses in IPAddressDeny=.
+func (m *Manager) Filtered(ctx context.Context, u Unit) (bool, error) {
+	var denied []struct {
+		Family  int32
+		Address []byte
+		Prefix  uint32
+	}
+	err := m.Get(ctx, u.Path, u.iface, "IPAddressDeny", &denied)
+	return len(denied) > 0, err
+}
+
 // HasProcesses reports whether there is a process in a unit's cgroup; true where
 // it is not known. systemd keeps the cgroups of mounts that it has mounted.
 func (m *Manager) HasProcesses(ctx context.Context, unit string) bool {

@@ -88,16 +88,20 @@ func EnableCommand(off []string) string {
 	return command
 }
 
-// WriteHints writes how to get numbers for units without: how many are off, with
-// the command for them, and how many are lost.
-func WriteHints(w io.Writer, off, lost int, enable string) error {
-	var err error
+// WriteHints writes, below a table, who counted the units, and how to get numbers for
+// units without: how many are off, with the command for them, and how many are lost.
+func WriteHints(w io.Writer, o Origin, off, lost int, enable string) error {
+	text := "\nCounted " + o.String() + "."
+	if hint := o.Hint(); hint != "" {
+		text = "\n" + tty.Wrap(text+" "+strings.ToUpper(hint[:1])+hint[1:], 0, 79)
+	}
 	if off > 0 {
-		_, err = fmt.Fprintf(w, "\nUnits with IP accounting off: %d. To switch it on: %s\n", off, tty.Clean(enable))
+		text += fmt.Sprintf("\nUnits with IP accounting off: %d. To switch it on: %s", off, tty.Clean(enable))
 	}
-	if lost > 0 && err == nil {
-		_, err = fmt.Fprintf(w, "\nUnits whose counters systemd has lost: %d. To count again: unitmeter enable --lost\n", lost)
+	if lost > 0 {
+		text += fmt.Sprintf("\nUnits whose counters systemd has lost: %d. To count again: unitmeter enable --lost", lost)
 	}
+	_, err := fmt.Fprintln(w, text)
 	return err
 }
 

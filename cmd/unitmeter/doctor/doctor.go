@@ -102,7 +102,7 @@ type doctor struct {
 
 // checks are all checks, in their order.
 func (d *doctor) checks() []check {
-	return []check{
+	return slices.Concat([]check{
 		{"environment", d.checkEnvironment},
 		{"user", d.checkUser},
 		{"kernel", d.checkKernel},
@@ -112,7 +112,10 @@ func (d *doctor) checks() []check {
 		{"agent", d.withBus(d.checkAgent)},
 		{"machine", d.withBus(d.checkMachine)},
 		{"clock", d.checkClock},
-		{"ebpf", d.checkMeter},
+		{"ebpf", d.ofEBPF(d.checkMeter)},
+	}, d.rootChecks(), []check{
+		{"ebpf-filters", d.ofEBPF(d.withBus(d.checkFilters))},
+		{"ebpf-systemd", d.ofEBPF(d.withBus(d.checkBoth))},
 		{"accounting-default", d.ofSystemd(d.withBus(d.checkDefault))},
 		{"accounting", d.ofSystemd(d.withBus(d.checkAccounting))},
 		{"counters", d.ofSystemd(d.withBus(d.checkCounters))},
@@ -123,8 +126,8 @@ func (d *doctor) checks() []check {
 		{"endpoint-tls", d.withEndpoint(d.checkTLS)},
 		{"collector", d.withEndpoint(d.checkCollector)},
 		{"outbox", d.checkOutbox},
-		{"own-traffic", d.withBus(d.checkOwnTraffic)},
-	}
+		{"own-traffic", d.checkOwnTraffic},
+	})
 }
 
 // withBus skips a check where systemd cannot be reached.

@@ -513,17 +513,88 @@ func TestMeterFinding(t *testing.T) {
 		f            finding
 		status, next string
 	}{
-		"not loaded":          {meterFailure(receiver.EBPF, false, none), statusFail, "unitmeter enable --ebpf"},
-		"not loaded, as root": {meterFailure(receiver.EBPF, true, none), statusWarn, "unitmeter meter load"},
-		"not loaded, auto":    {meterFailure(receiver.Auto, true, none), statusWarn, "unitmeter enable --ebpf"},
-		"refused":             {meterFailure(receiver.EBPF, true, refused), statusFail, "5.19"},
+		"not loaded":          {meterFailure(receiver.EBPF, false, true, none), statusFail, "unitmeter enable --ebpf"},
+		"not loaded, as root": {meterFailure(receiver.EBPF, true, true, none), statusWarn, "unitmeter meter load"},
+		"not loaded, auto":    {meterFailure(receiver.Auto, true, true, none), statusWarn, "unitmeter enable --ebpf"},
+		"refused":             {meterFailure(receiver.EBPF, true, true, refused), statusFail, "unitmeter enable --ebpf"},
+		"refused before 5.19": {meterFailure(receiver.EBPF, true, false, refused), statusFail, "AmbientCapabilities=CAP_BPF"},
 		"well":                {meterFinding(well), statusOK, ""},
 		"detached":            {meterFinding(detached), statusFail, "unitmeter-meter.service"},
 		"nearly full":         {meterFinding(full), statusWarn, "start the agent"},
 		"lost":                {meterFinding(lost), statusWarn, "meter unload"},
-		"no names":            {meterFinding(nameless), statusWarn, "CONFIG_DEBUG_INFO_BTF"},
+		"no names":            {meterFinding(nameless), statusWarn, "ebpf-host"},
 	} {
 		want(t, map[string]finding{name: test.f}, name, test.status, test.next)
+	}
+}
+
+// The first is tried with a real program, in e2e.
+func TestAttachFailure(t *testing.T) {
+	for err, fix := range map[error]string{
+		ebpf.ErrForeignProgram: "BPF_F_ALLOW_MULTI", ebpf.ErrMemlock: "LimitMEMLOCK=infinity", ebpf.ErrPermission: "--cap-add=BPF",
+		ebpf.ErrNotCgroup2: "systemd.unified_cgroup_hierarchy=1", errors.ErrUnsupported: "UNITMETER_SOURCE=dbus", errors.New("EINVAL"): "version 5.8",
+	} {
+		f := attachFailure(receiver.EBPF, fmt.Errorf("attach: %w", err))
+		want(t, map[string]finding{"ebpf-host": f}, "ebpf-host", statusFail, fix)
+	}
+	for err, fix := range map[error]string{ebpf.ErrNoBTF: "CONFIG_DEBUG_INFO_BTF", ebpf.ErrPermission: "CAP_PERFMON", errors.New("EINVAL"): "lockdown"} {
+		f := namingFailure(fmt.Errorf("name cgroups: %w", err))
+		want(t, map[string]finding{"ebpf-host": f}, "ebpf-host", statusWarn, fix)
+	}
+}
+
+func TestNetController(t *testing.T) {
+	used, unused := t.TempDir(), t.TempDir()
+	if err := os.Mkdir(used+"/tenant", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(used+"/tenant/cgroup.procs", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for mounts, want := range map[string]string{
+		"cgroup2 " + used + " cgroup2 rw 0 0\n":                       "",
+		"cgroup " + used + " cgroup rw,cpu,cpuacct 0 0\n":             "",
+		"cgroup " + unused + " cgroup rw,net_cls,net_prio 0 0\n":      "",
+		"x\ncgroup " + used + " cgroup rw,net_cls,net_prio 0 0\n":     "net_cls",
+		"cgroup " + used + " cgroup rw,nosuid,net_prio 0 0\nproc /\n": "net_prio",
+	} {
+		if got := netController(mounts); got != want {
+			t.Errorf("%s: %q is in use, want %q", mounts, got, want)
+		}
+	}
+}
+
+// TestBothFinding: only runs that both sources counted from the start are compared.
+func TestBothFinding(t *testing.T) {
+	made := time.Date(2026, 11, 30, 12, 0, 0, 0, time.UTC)
+	unit := func(start time.Time, bytes uint64) []systemd.Unit {
+		return []systemd.Unit{{Name: "a.service", Accounting: "on", Invocation: "1", Start: start, Counters: systemd.Counters{EgressBytes: bytes}}}
+	}
+	meter := func(path string, made time.Time, bytes uint64) ebpf.Meter {
+		who := &ebpf.Identity{Path: path, Cgroup: ebpf.ParseCgroup(path), Made: made}
+		return ebpf.Meter{Identity: who, Sent: ebpf.Counters{Traffic: ebpf.Traffic{Bytes: bytes}}}
+	}
+	sweep := ebpf.Sweep{Meters: []ebpf.Meter{
+		meter("/system.slice/a.service", made.Add(-time.Hour), 1000), // an earlier run
+		meter("/system.slice/a.service", made, 70), meter("/system.slice/a.service/below", made.Add(time.Hour), 30),
+		meter("/system.slice/b.service", made, 7),
+	}}
+	sweep.Meters[0].Gone = true
+	for name, test := range map[string]struct {
+		before, after []systemd.Unit
+		status, text  string
+	}{
+		"equal":                  {unit(made, 100), unit(made, 100), statusOK, "the 1 units"},
+		"sent meanwhile":         {unit(made, 90), unit(made, 110), statusOK, "the 1 units"},
+		"eBPF has less":          {unit(made, 101), unit(made, 110), statusFail, "less than systemd for a.service"},
+		"systemd has less":       {unit(made, 80), unit(made, 90), statusOK, "systemd has less for a.service"},
+		"switched on later":      {unit(made.Add(time.Minute), 5), unit(made.Add(time.Minute), 5), statusSkip, ""},
+		"began in the meantime":  {nil, unit(made, 100), statusSkip, ""},
+		"older than the program": {unit(made.Add(-2*time.Hour), 100), unit(made.Add(-2*time.Hour), 100), statusSkip, ""},
+	} {
+		if f := bothFinding(test.before, test.after, sweep); f.Status != test.status || !strings.Contains(f.Found, test.text) {
+			t.Errorf("%s: %+v, want %s with %q", name, f, test.status, test.text)
+		}
 	}
 }
 

@@ -206,10 +206,11 @@ func (d *doctor) checkDefault(ctx context.Context) finding {
 func (d *doctor) checkAccounting(ctx context.Context) finding {
 	cfg := d.cfg.Receiver
 	cfg.SweepTimeout = 0 // ctx is shorter
-	var err error
-	if d.units, err = accounting.Read(ctx, cfg, systemd.Patterns{}, 0); err != nil {
-		return failure("unitmeter once", "%s", err)
+	readings, err := accounting.Read(ctx, cfg, receiver.DBus, systemd.Patterns{}, 0)
+	if err != nil {
+		return failure("unitmeter once --source dbus", "%s", err)
 	}
+	d.units = readings.Units
 	// They are off on most hosts, and have nothing to count.
 	off := slices.DeleteFunc(d.inState("off"), func(name string) bool { return !accounting.CarriesTraffic(name) })
 	on := len(d.inState("on"))
@@ -374,9 +375,15 @@ func tryJournal(ctx context.Context) error {
 	return err
 }
 
-// checkOwnTraffic is the proof from end to end: it sends a request, and systemd
+// checkOwnTraffic is the proof from end to end: it sends a request, and the source
 // must have counted it.
 func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
+	switch {
+	case d.cfg.Receiver.Source == receiver.EBPF:
+		return d.checkOwnMeter(ctx)
+	case d.m == nil:
+		return skipped("systemd cannot be reached")
+	}
 	const fix = "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here"
 	var p dbus.ObjectPath
 	// 0 is the caller, whatever its number is in systemd's namespace.

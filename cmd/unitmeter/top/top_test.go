@@ -14,8 +14,13 @@ import (
 	tea "charm.land/bubbletea/v2"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
+
+func byDBus() accounting.Origin {
+	return accounting.Origin{Counting: receiver.Counting{Source: receiver.DBus}}
+}
 
 // at is the time of reading n of the tests, one second apart.
 func at(n int) time.Time {
@@ -251,10 +256,10 @@ func shown(m *topModel) string {
 // demoModel is a screen with a few units after some seconds.
 func demoModel(t testing.TB) *topModel {
 	t.Helper()
-	m := newTopModel(newBoard(systemd.Patterns{}, time.Second), false)
+	m := newTopModel(newBoard(systemd.Patterns{}, time.Second), byDBus(), false)
 	for i := range 30 {
 		n := uint64(i)
-		m.Update(sweepMsg{at: at(i), units: []systemd.Unit{
+		m.Update(accounting.Sweep{Time: at(i), Units: []systemd.Unit{
 			counted("nats.service", "1", -100, i, 5_000_000*n, 2_000_000*n),
 			counted("postgresql.service", "2", -100, i, 10_000*n, 90_000*n),
 			counted("a-unit-with-a-very-long-name-that-does-not-fit-on-any-screen-of-a-usual-width@instance.service", "3", -100, i, 10*n, 10*n),
@@ -294,7 +299,7 @@ func TestTopScreen(t *testing.T) {
 	}
 	for i, want := range map[int]string{
 		0: "unitmeter top   in 5.01 MB/s   out 2.09 MB/s                            12:00:29",
-		1: "3 units; 1 with accounting off (unitmeter enable --all); 1 lost (unitmeter enab…",
+		1: "3 units by systemd; 1 with accounting off (unitmeter enable --all)              ",
 		2: "UNIT                               IN/s       OUT/s       TOTAL LAST MINUTE▼    ",
 		3: "nats.service                  5.00 MB/s   2.00 MB/s      203 MB         ████████",
 		4: "postgresql.service            10.0 kB/s   90.0 kB/s     2.90 MB         ████████",
@@ -382,7 +387,7 @@ func TestTopCursorStays(t *testing.T) {
 	}
 	// It becomes the busiest and moves up; the cursor goes with it.
 	for i := 30; i < 90; i++ {
-		m.Update(sweepMsg{at: at(i), units: []systemd.Unit{
+		m.Update(accounting.Sweep{Time: at(i), Units: []systemd.Unit{
 			counted("nats.service", "1", -100, i, 150_000_000, 60_000_000),
 			counted("postgresql.service", "2", -100, i, 1e9*uint64(i), 1e9*uint64(i)),
 		}})
@@ -391,8 +396,8 @@ func TestTopCursorStays(t *testing.T) {
 		t.Errorf("rows %s first, cursor on %q", m.rows[0].name, m.cursor)
 	}
 	// The unit under the cursor goes: the cursor is on the first row again.
-	m.Update(sweepMsg{at: at(90)})
-	m.Update(sweepMsg{at: at(200), units: []systemd.Unit{counted("nats.service", "1", -100, 200, 150_000_000, 60_000_000)}})
+	m.Update(accounting.Sweep{Time: at(90)})
+	m.Update(accounting.Sweep{Time: at(200), Units: []systemd.Unit{counted("nats.service", "1", -100, 200, 150_000_000, 60_000_000)}})
 	if r := m.selected(); r == nil || r.name != "nats.service" {
 		t.Errorf("cursor on %+v", r)
 	}
@@ -402,25 +407,25 @@ func TestTopPausedAndPartial(t *testing.T) {
 	m := demoModel(t)
 	press(m, "p")
 	before := shown(m)
-	m.Update(sweepMsg{at: at(31)})
+	m.Update(accounting.Sweep{Time: at(31)})
 	if shown(m) != before {
 		t.Error("a stopped screen moved")
 	}
 	press(m, "p")
-	m.Update(sweepMsg{at: at(32), partial: true})
-	if !strings.Contains(shown(m), "systemd does not answer") {
+	m.Update(accounting.Sweep{Time: at(32), Partial: true})
+	if !strings.Contains(shown(m), "not all units could be read") {
 		t.Errorf("a partial sweep is not told:\n%s", shown(m))
 	}
 }
 
 // TestTopNoData shows what there is before the first reading and without units.
 func TestTopNoData(t *testing.T) {
-	m := newTopModel(newBoard(only(t, "nats.service"), time.Second), false)
+	m := newTopModel(newBoard(only(t, "nats.service"), time.Second), byDBus(), false)
 	if !strings.Contains(shown(m), "reading all units") {
 		t.Errorf("before the first reading:\n%s", shown(m))
 	}
 	press(m, "enter", "down", "up", "end", "s", "enter", "esc", "s")
-	m.Update(sweepMsg{at: at(0)})
+	m.Update(accounting.Sweep{Time: at(0)})
 	if !strings.Contains(shown(m), "no metered unit matches nats.service yet") {
 		t.Errorf("without units:\n%s", shown(m))
 	}
@@ -452,6 +457,38 @@ func FuzzTop(f *testing.F) {
 	})
 }
 
+// TestBoardEnded: a program of ours has counters of units without a cgroup too. Those
+// that grow have a row.
+func TestBoardEnded(t *testing.T) {
+	b := newBoard(systemd.Patterns{}, time.Second)
+	take := func(second int, bytes uint64, accounting string) *topRow {
+		u := counted("job.service", "", -9, second, bytes, 0)
+		u.Accounting = accounting
+		b.take(at(second), []systemd.Unit{u})
+		return b.rows["job.service"]
+	}
+	if r := take(0, 500, "ended"); r != nil {
+		t.Errorf("a unit that had ended before has the row %+v", r)
+	}
+	for second := 1; second < 300; second += 100 {
+		r := take(second, 500+uint64(second), "ended") // it came and went
+		if r == nil || !r.ended.IsZero() || r.now.of[bytesIn] == 0 || r.session[bytesIn] != r.total[bytesIn]-500 && second == 1 {
+			t.Fatalf("second %d: a unit that came and went has the row %+v", second, r)
+		}
+		if r = take(second+1, 500+uint64(second), "ended"); r == nil || r.ended.IsZero() || r.now.of[bytesIn] != 0 {
+			t.Errorf("second %d: then it has the row %+v", second, r)
+		}
+		if r = take(second+98, 500+uint64(second), "ended"); r != nil {
+			t.Errorf("second %d: it keeps the row %+v", second, r)
+		}
+	}
+	// The interval begins at the last reading, not at that of the last row.
+	take(399, 1000, "ended")
+	if r := take(400, 1700, "on"); r == nil || r.now.of[bytesIn] != 700 {
+		t.Errorf("a unit that is back has the row %+v", r)
+	}
+}
+
 func TestPrintTop(t *testing.T) {
 	b := newBoard(systemd.Patterns{}, time.Second)
 	for i := range 2 {
@@ -466,7 +503,7 @@ func TestPrintTop(t *testing.T) {
 		true:  {"busy.service", "1,234 B/s", "5,000,000 B/s", "idle.service"},
 	} {
 		var out bytes.Buffer
-		if err := printTop(&out, b, exact); err != nil {
+		if err := printTop(&out, b, byDBus(), exact); err != nil {
 			t.Fatal(err)
 		}
 		for _, w := range want {
