@@ -28,6 +28,9 @@ const (
 	minRefusals = 3
 	// maxRefused bounds the other requests that are refused in its place at a time.
 	maxRefused = 16
+	// maxCuts bounds the search for the points of a request that are refused. It is
+	// enough for four of 4,000.
+	maxCuts = 64
 	// drainBackoff is the same during shutdown, where time is short.
 	drainBackoff = time.Second
 )
@@ -60,15 +63,21 @@ type sender struct {
 
 // work is what was done for an entry so far.
 type work struct {
-	sum  [sha256.Size]byte // of the request, since a new file has the same IDs again
-	left [][]byte          // parts to deliver; nil between two tries of all of it
-	over bool              // it was delivered before older ones
-	// refusals is how often the first part was refused in a row. proven says that
-	// the receiver has accepted something else since.
+	sum     [sha256.Size]byte // of the request, since a new file has the same IDs again
+	left    []part            // at least one, unless it is over
+	over    bool              // it was delivered before older ones
+	cuts    int               // how often a part was cut in two since it was refused
+	poison  string            // why a part was given up
+	partial Partial           // what was refused of parts that were accepted
+}
+
+// part is a part of an entry, or all of it.
+type part struct {
+	request []byte // nil for all of it between two tries, since that is large
+	// refusals is how often it was refused. proven says that since then the receiver
+	// has accepted something else.
 	refusals int
 	proven   bool
-	poison   string  // why a part was given up
-	partial  Partial // what was refused of parts that were accepted
 }
 
 // newSender makes a sender for an outbox, or nil for requests in memory only.
@@ -255,7 +264,9 @@ func (s *sender) call(ctx context.Context, request []byte, points int) otlp.Answ
 		s.limit = min(s.limit+maxCall/32, maxCall)
 		s.counts.accepted(points, a)
 		for _, w := range s.begun {
-			w.proven = w.refusals > 0
+			for i := range w.left {
+				w.left[i].proven = w.left[i].refusals > 0
+			}
 		}
 	}
 	return a
@@ -299,8 +310,9 @@ func (s *sender) joined(ctx context.Context, batch []Entry) (wait time.Duration)
 func (s *sender) single(ctx context.Context, e Entry) (wait time.Duration) {
 	w := s.begin(e)
 	defer s.pause(e, w)
-	refused := w.left[0]
+	p := w.left[0] // as it was before
 	a, cut := s.try(ctx, e, w, 0)
+	blamed := a.Verdict == otlp.Suspect && p.proven && !s.draining()
 	switch {
 	case a.Verdict == otlp.Accepted:
 		if len(w.left) == 0 {
@@ -309,25 +321,24 @@ func (s *sender) single(ctx context.Context, e Entry) (wait time.Duration) {
 		return 0
 	case ctx.Err() != nil, cut && !a.Slow:
 		return 0
-	case !dubious(a) || s.draining():
-	case a.Verdict == otlp.Suspect && w.proven && w.refusals > 1:
-		points := otlp.Count(refused)
+	case blamed && (w.cuts == 0 || w.partial.Points > 0) && w.search(0):
+		return 0 // some of its points may be good
+	case blamed:
 		fate := fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", e.ID)
 		if s.queue.inSpare {
 			fate = "it is dropped, since no state can keep it"
 		}
-		s.counts.poisoned(points, a, fate)
+		s.counts.poisoned(otlp.Count(p.request), a, fate)
 		s.failures = 0
-		w.left, w.refusals, w.proven, w.poison = w.left[1:], 0, false, a.Err.Error()
+		w.left, w.poison = w.left[1:], a.Err.Error()
 		if len(w.left) == 0 {
 			s.ended(ctx, e, w)
 		}
 		return 0
-	case w.refusals >= minRefusals && s.acceptsAnother(ctx, e, a.Verdict == otlp.Doubtful) && a.Verdict == otlp.Suspect:
-		return 0 // the same again: the receiver may have recovered in between
-	}
-	if ctx.Err() != nil {
-		return 0
+	case dubious(a) && !s.draining() && (p.refusals+1 >= minRefusals || w.cuts > 0):
+		if s.acceptsAnother(ctx, e, a.Verdict == otlp.Doubtful) && a.Verdict == otlp.Suspect || ctx.Err() != nil {
+			return 0 // the same again: the receiver may have recovered in between
+		}
 	}
 	return s.fail(a)
 }
@@ -338,11 +349,11 @@ func dubious(a otlp.Answer) bool { return a.Verdict == otlp.Suspect || a.Verdict
 // try makes one call with a part of an entry. What was accepted is done, and what
 // was too large, or too slow, is cut in two.
 func (s *sender) try(ctx context.Context, e Entry, w *work, at int) (a otlp.Answer, cut bool) {
-	part, points := w.left[at], e.Points
-	if len(w.left) > 1 || w.partial.Points > 0 || w.poison != "" {
-		points = otlp.Count(part)
+	p, points := &w.left[at], e.Points
+	if len(p.request) < len(e.Request) {
+		points = otlp.Count(p.request)
 	}
-	a = s.call(ctx, part, points)
+	a = s.call(ctx, p.request, points)
 	if a.Verdict == otlp.Accepted {
 		w.partial.Points += points
 		if a.Rejected > 0 {
@@ -350,24 +361,39 @@ func (s *sender) try(ctx context.Context, e Entry, w *work, at int) (a otlp.Answ
 			w.partial.Message = a.Message
 		}
 		w.left = slices.Delete(w.left, at, at+1)
-		if at == 0 {
-			w.refusals, w.proven = 0, false
-		}
 		return a, false
 	}
-	if a.Verdict == otlp.TooLarge || a.Slow && len(part) > minCall {
-		if head, tail, err := otlp.Split(part); err == nil && tail != nil {
-			w.left = slices.Replace(w.left, at, at+1, head, tail)
+	if a.Verdict == otlp.TooLarge || a.Slow && len(p.request) > minCall {
+		if w.cut(at) {
 			return a, true
 		}
 		if a.Verdict == otlp.TooLarge {
 			a.Verdict = otlp.Suspect // a single point too large
 		}
 	}
-	if dubious(a) && at == 0 {
-		w.refusals++
+	if dubious(a) {
+		p.refusals++
 	}
 	return a, false
+}
+
+// cut cuts a part in two. It returns false if there is nothing to cut.
+func (w *work) cut(at int) bool {
+	head, tail, err := otlp.Split(w.left[at].request)
+	if err != nil || tail == nil {
+		return false
+	}
+	w.left = slices.Replace(w.left, at, at+1, part{request: head}, part{request: tail})
+	return true
+}
+
+// search cuts a part that was refused, to find out which of its points are.
+func (w *work) search(at int) bool {
+	if w.cuts == maxCuts || !w.cut(at) {
+		return false
+	}
+	w.cuts++
+	return true
 }
 
 // acceptsAnother says whether the receiver accepts something else than the first part
@@ -376,7 +402,9 @@ func (s *sender) try(ctx context.Context, e Entry, w *work, at int) (a otlp.Answ
 // but what was refused just before: a Prometheus takes no older points after newer
 // ones. With all, the others follow the one that is accepted.
 func (s *sender) acceptsAnother(ctx context.Context, first Entry, all bool) (some bool) {
-	after := max(s.tried, first.ID)
+	if w := s.begin(first); !all && w.left[0].refusals > minRefusals {
+		w.search(0) // if each request has a bad point, none is accepted as a whole
+	}
 	for page, refused := []Entry{first}, 0; len(page) > 0; {
 		for _, e := range page {
 			w, at := s.begin(e), 0
@@ -393,8 +421,10 @@ func (s *sender) acceptsAnother(ctx context.Context, first Entry, all bool) (som
 					}
 				case cut && !a.Slow:
 				case dubious(a):
-					refused++
-					at++
+					// Once all were refused, the points are told apart.
+					if refused++; a.Verdict != otlp.Suspect || w.left[at].refusals < 2 || !w.search(at) {
+						at++
+					}
 				default:
 					return some // it is away now
 				}
@@ -403,12 +433,12 @@ func (s *sender) acceptsAnother(ctx context.Context, first Entry, all bool) (som
 				}
 			}
 			s.pause(e, w)
-			if s.tried = e.ID; refused == maxRefused {
+			if s.tried = max(s.tried, e.ID); refused == maxRefused {
 				return some
 			}
 		}
 		var err error
-		if page, err = s.queue.next(ctx, max(after, s.tried), maxCall); err != nil {
+		if page, err = s.queue.next(ctx, max(first.ID, s.tried), maxCall); err != nil {
 			return some
 		}
 	}
@@ -431,19 +461,19 @@ func (s *sender) workOf(e Entry) *work {
 func (s *sender) begin(e Entry) *work {
 	w := s.workOf(e)
 	if w == nil {
-		w = &work{sum: sha256.Sum256(e.Request)}
+		w = &work{sum: sha256.Sum256(e.Request), left: make([]part, 1)}
 		s.begun[e.ID] = w
 	}
-	if w.left == nil && !w.over {
-		w.left = [][]byte{e.Request}
+	if !w.over && w.left[0].request == nil {
+		w.left[0].request = e.Request
 	}
 	return w
 }
 
-// pause ends a try. A request is not kept that nothing has come of so far.
+// pause ends a try.
 func (s *sender) pause(e Entry, w *work) {
-	if len(w.left) == 1 && len(w.left[0]) == len(e.Request) {
-		if w.left = nil; w.refusals == 0 {
+	if len(w.left) == 1 && len(w.left[0].request) == len(e.Request) {
+		if w.left[0].request = nil; w.left[0].refusals == 0 {
 			delete(s.begun, e.ID)
 		}
 	}
