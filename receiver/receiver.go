@@ -100,8 +100,8 @@ type Receiver struct {
 	systemd *systemd.Source  // the source, or nil with EBPF
 	journal *systemd.Journal // nil with EBPF and with StopRecords "off"
 
-	// sweeping is held for the length of a sweep; last is its result.
-	sweeping sync.Mutex
+	sweeping sync.Mutex // guards shared
+	shared   *shared    // the sweep under way; nil: none
 	last     atomic.Pointer[Sweep]
 
 	// mu guards what follows. It is held for arithmetic only. The source calls in
