@@ -223,6 +223,11 @@ func (l *loader) export(c *Config) []entry {
 			Default: "9464",
 			Meaning: "The port of the Prometheus exporter. 0 is any free port.",
 		}, &l.port, 0, 65535),
+		{Variable: Variable{
+			Name:    "UNITMETER_PROMETHEUS_WEB_CONFIG",
+			Values:  "a path; one that is not absolute is below CREDENTIALS_DIRECTORY",
+			Meaning: "TLS and passwords of the Prometheus exporter: a web configuration file as Prometheus and its exporters have it. It, the certificate and the key may be renewed while the agent runs.",
+		}},
 		boolean(Variable{
 			Name:    "OTEL_GO_X_OBSERVABILITY",
 			Meaning: "Experimental in the SDK: its metrics about itself (otel.sdk.*).",
@@ -446,7 +451,7 @@ func (l *loader) system(c *Config) []entry {
 		{Variable: Variable{
 			Name:    "CREDENTIALS_DIRECTORY",
 			Values:  "set by systemd for LoadCredential= and the like",
-			Meaning: "See UNITMETER_OTLP_HEADERS_FILE.",
+			Meaning: "See UNITMETER_OTLP_HEADERS_FILE and UNITMETER_PROMETHEUS_WEB_CONFIG.",
 		}},
 		{Variable: Variable{
 			Name:    "JOURNAL_STREAM",

@@ -65,7 +65,7 @@ func Instruments() []Instrument {
 }
 
 // Register makes the instruments on meter and the one callback that observes
-// them all: each collection is one sweep. The callback never returns an error,
+// them all: each collection is one sweep, or that of OfSweep. The callback never returns an error,
 // since the SDK drops the whole collection for one.
 func (r *Receiver) Register(meter metric.Meter) error {
 	counters, seconds := map[string]metric.Int64Observable{}, map[string]metric.Float64Observable{}
@@ -92,7 +92,10 @@ func (r *Receiver) Register(meter metric.Meter) error {
 	plain := metric.WithAttributes(host)
 
 	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
-		sweep := r.Sweep(ctx)
+		sweep, given := ctx.Value(sweepKey{}).(*Sweep)
+		if !given {
+			sweep = r.Sweep(ctx)
+		}
 		for s, attrs := range sweep.All() {
 			switch {
 			case !s.Observed:

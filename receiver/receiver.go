@@ -109,8 +109,8 @@ type Receiver struct {
 	// selection is by the units' own names, as far as they are known.
 	selection atomic.Pointer[Selection]
 
-	// sweeping is held for the length of a sweep; last is its result.
-	sweeping sync.Mutex
+	sweeping sync.Mutex // guards shared
+	shared   *shared    // the sweep under way; nil: none
 	last     atomic.Pointer[Sweep]
 
 	// mu guards what follows. It is held for arithmetic only. The source calls in
