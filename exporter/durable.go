@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
@@ -89,8 +90,8 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 // knows when it transferred what its total says. The same goes for a series that
 // was given up over the limit of series and began anew under its name: its start
 // tells.
-func (d *Durable) samples(state ledger.State) []store.Sample {
-	samples := make([]store.Sample, 0, len(state.Series))
+func (d *Durable) samples(state ledger.State) []history.Sample {
+	samples := make([]history.Sample, 0, len(state.Series))
 	var began map[ledger.ID]bool // made when it is needed
 	for s := range state.All() {
 		if !s.Observed || s.Kind == ledger.Unattributed {
@@ -118,7 +119,7 @@ func (d *Durable) samples(state ledger.State) []store.Sample {
 		if s.Kind == ledger.Overflow {
 			name = "(overflow)"
 		}
-		samples = append(samples, store.Sample{
+		samples = append(samples, history.Sample{
 			Unit: name, Time: s.Time, Interval: s.Time.Sub(prev.time),
 			Delta: amountsOf(s.Total).minus(prev.total),
 		})

@@ -8,6 +8,8 @@ import (
 	"reflect"
 	"testing"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter/store/record"
 )
 
 // randomLedger changes l at random: units come, go, restart, count and rest,
@@ -262,31 +264,31 @@ func TestLedgerRefusesBadInput(t *testing.T) {
 func TestLedgerRecordDamage(t *testing.T) {
 	l := Ledger{Time: time.Unix(1, 0).UTC(), Series: []Series{{Kind: 1, Key: "a.service", Total: [4]uint64{1, 2, 3, 4}}},
 		Runs: []Run{{Key: "x", SeriesKind: 1, Series: "a.service", Unit: "a.service"}}, Position: [2]string{"cursor", "boot"}}
-	record, _, err := newLedgerState().advance(l)
+	body, _, err := newLedgerState().advance(l)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := range record {
+	for i := range body {
 		for bit := range 8 {
-			damaged := append([]byte(nil), record...)
+			damaged := append([]byte(nil), body...)
 			damaged[i] ^= 1 << bit
 			if err := newLedgerState().replay(damaged, true); err == nil {
-				t.Fatalf("bit %d of byte %d of %d flipped: no error", bit, i, len(record))
+				t.Fatalf("bit %d of byte %d of %d flipped: no error", bit, i, len(body))
 			}
 		}
-		if err := newLedgerState().replay(record[:i], true); err == nil {
-			t.Fatalf("cut to %d of %d bytes: no error", i, len(record))
+		if err := newLedgerState().replay(body[:i], true); err == nil {
+			t.Fatalf("cut to %d of %d bytes: no error", i, len(body))
 		}
 	}
 }
 
 func FuzzLedgerRecord(f *testing.F) {
-	record, _, _ := newLedgerState().advance(Ledger{Series: []Series{{Kind: 1, Key: "a.service"}}, Runs: []Run{{Key: "a", SeriesKind: 1}}, Position: [2]string{"p", "q"}})
-	f.Add(record[:len(record)-4])
+	body, _, _ := newLedgerState().advance(Ledger{Series: []Series{{Kind: 1, Key: "a.service"}}, Runs: []Run{{Key: "a", SeriesKind: 1}}, Position: [2]string{"p", "q"}})
+	f.Add(body[:len(body)-4])
 	f.Add(encodeRecord(time.Time{}, nil, nil, nil)[:11])
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// With a right checksum, so that the fuzzer gets past it.
-		at, position, series, runs, err := decodeRecord(appendSum(b))
+		at, position, series, runs, err := decodeRecord(record.AppendSum(b))
 		if err != nil {
 			return
 		}
