@@ -214,6 +214,7 @@ func ledgerOf(state ledger.State) store.Ledger {
 		Series:   make([]store.Series, 0, len(state.Series)+1+3*len(state.Balances)),
 		Runs:     make([]store.Run, len(state.Runs)),
 		Position: [2]string{state.Journal.Cursor, state.Journal.Boot},
+		Source:   state.Source,
 	}
 	kind := [...]uint8{ledger.Unit: kindUnit, ledger.Overflow: kindOverflow, ledger.Unattributed: kindUnattributed}
 	// The rows of a balance are seen at the same time, so that the store gives up
@@ -238,7 +239,7 @@ func ledgerOf(state ledger.State) store.Ledger {
 
 // stateOf undoes ledgerOf. A balance whose total the store has given up begins anew.
 func stateOf(kept store.Ledger) ledger.State {
-	state := ledger.State{Time: kept.Time, Journal: ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}}
+	state := ledger.State{Time: kept.Time, Source: kept.Source, Journal: ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}}
 	balances := map[string]*ledger.Balance{}
 	for _, row := range kept.Series {
 		s := ledger.Series{ID: ledger.ID{Name: row.Key}, Total: amounts(row.Total).counters(), Start: row.Start, Time: row.Seen}

@@ -140,7 +140,7 @@ func New(cfg Config) (*Receiver, error) {
 			}
 			return "", false
 		},
-		Boot: cfg.BootID, Began: time.Now(), State: cfg.State, Switched: switchedTo(r.cfg.Source, cfg.State),
+		Boot: cfg.BootID, Began: time.Now(), Source: r.cfg.Source, State: cfg.State,
 	})
 	r.cfg.State = ledger.State{} // it may be large
 	if counting != nil {

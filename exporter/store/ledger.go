@@ -42,7 +42,14 @@ type Ledger struct {
 	// Position is how far another source has been taken into the totals, in words
 	// of that.
 	Position [2]string
+	// Source is who counted, in the caller's words.
+	Source string
 }
+
+// marks are the texts of a ledger as a record has them.
+type marks [3]string
+
+func (l *Ledger) marks() marks { return marks{l.Source, l.Position[0], l.Position[1]} }
 
 // ledgerState is the ledger in memory. On disk it is a chain of records: one
 // with every row, and after it one for each cycle with the rows that differ.
@@ -51,7 +58,7 @@ type Ledger struct {
 type ledgerState struct {
 	seq      int64 // of the last record
 	time     time.Time
-	position [2]string
+	marks    marks
 	series   map[seriesKey]*seriesRow
 	runs     map[string]*runRow
 	nextID   uint64 // rows are named by small numbers in the records
@@ -109,7 +116,7 @@ func newLedgerState() *ledgerState {
 
 // ledger returns the rows in the order in which they came.
 func (l *ledgerState) ledger() Ledger {
-	out := Ledger{Time: l.time, Position: l.position}
+	out := Ledger{Time: l.time, Source: l.marks[0], Position: [2]string(l.marks[1:])}
 	for _, row := range sortedByID(l.series, func(r *seriesRow) uint64 { return r.id }) {
 		out.Series = append(out.Series, row.Series)
 	}
@@ -134,12 +141,11 @@ func (l *ledgerState) advance(next Ledger) (body []byte, base bool, err error) {
 		clear(l.runs)
 		l.nextID = 0
 	}
-	var position *[2]string // nil: as it was
-	if base || next.Position != l.position {
-		position = &next.Position
+	var changed *marks // nil: as they were
+	if now := next.marks(); base || now != l.marks {
+		changed, l.marks = &now, now
 	}
 	l.gen++
-	l.position = next.Position
 	l.time = next.Time
 
 	series := make([]rowChange, 0, len(next.Series))
@@ -215,7 +221,7 @@ func (l *ledgerState) advance(next Ledger) (body []byte, base bool, err error) {
 		}
 	}
 
-	body = encodeRecord(l.time, position, series, runs)
+	body = encodeRecord(l.time, changed, series, runs)
 	l.grew(len(body), base)
 	return body, base, nil
 }
@@ -243,7 +249,7 @@ func (l *ledgerState) expect(series seriesKey) (delta [4]uint64, seen int64) {
 
 // replay takes over one record of the chain; base says that it is the first.
 func (l *ledgerState) replay(body []byte, base bool) error {
-	at, position, series, runs, err := decodeRecord(body)
+	at, changed, series, runs, err := decodeRecord(body)
 	if err != nil {
 		return err
 	}
@@ -252,8 +258,8 @@ func (l *ledgerState) replay(body []byte, base bool) error {
 	}
 	l.gen++
 	l.time = at
-	if position != nil {
-		l.position = *position
+	if changed != nil {
+		l.marks = *changed
 	}
 	for _, c := range series {
 		row := l.seriesByID[c.id]
@@ -314,15 +320,18 @@ func add(a, b [4]uint64) [4]uint64 {
 	return [4]uint64{a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]}
 }
 
-// A record is: the time, the position (0 for as it was, or 1 and two texts), then
-// a table of series and one of runs, then CRC-32C of all that. A table is: the number of changes, the columns, and the texts of the
-// new rows, compressed if that helps.
-func encodeRecord(at time.Time, position *[2]string, series, runs []rowChange) []byte {
+// A record is: the time, the marks (0 for as they were, or 1 and the texts), then a
+// table of series and one of runs, then CRC-32C of all that. A table is: the number
+// of changes, the columns, and the compressed texts of the new rows.
+func encodeRecord(at time.Time, changed *marks, series, runs []rowChange) []byte {
 	b := binary.BigEndian.AppendUint64(nil, uint64(record.Nanos(at)))
-	if position == nil {
+	if changed == nil {
 		b = append(b, 0)
 	} else {
-		b = record.AppendBytes(record.AppendBytes(append(b, 1), []byte(position[0])), []byte(position[1]))
+		b = append(b, 1)
+		for _, text := range changed {
+			b = record.AppendBytes(b, []byte(text))
+		}
 	}
 	var column []uint64
 	for _, table := range [][]rowChange{series, runs} {
@@ -383,7 +392,7 @@ func (c *rowChange) set(column int, v uint64) {
 	}
 }
 
-func decodeRecord(b []byte) (at time.Time, position *[2]string, series, runs []rowChange, err error) {
+func decodeRecord(b []byte) (at time.Time, changed *marks, series, runs []rowChange, err error) {
 	b, err = record.CheckSum(b)
 	if err == nil && (len(b) < 9 || b[8] > 1) {
 		err = record.ErrDamaged
@@ -395,13 +404,13 @@ func decodeRecord(b []byte) (at time.Time, position *[2]string, series, runs []r
 	given := b[8] == 1
 	b = b[9:]
 	if given {
-		position = new([2]string)
-		for i := range position {
+		changed = new(marks)
+		for i := range changed {
 			var text []byte
 			if text, b, err = record.TakeBytes(b); err != nil {
 				return at, nil, nil, nil, err
 			}
-			position[i] = string(text)
+			changed[i] = string(text)
 		}
 	}
 	for _, table := range []*[]rowChange{&series, &runs} {
@@ -409,7 +418,7 @@ func decodeRecord(b []byte) (at time.Time, position *[2]string, series, runs []r
 			return at, nil, nil, nil, err
 		}
 	}
-	return at, position, series, runs, nil
+	return at, changed, series, runs, nil
 }
 
 func decodeTable(b []byte) (table []rowChange, rest []byte, err error) {

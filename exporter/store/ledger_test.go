@@ -15,7 +15,7 @@ import (
 // randomLedger changes l at random: units come, go, restart, count and rest,
 // and the position moves now and then.
 func randomLedger(r *rand.Rand, l Ledger, now time.Time) Ledger {
-	next := Ledger{Time: now, Position: l.Position}
+	next := Ledger{Time: now, Source: l.Source, Position: l.Position}
 	number := func() uint64 {
 		return []uint64{0, 1, r.Uint64N(1e6), math.MaxInt64, math.MaxInt64 + 1, math.MaxUint64, r.Uint64()}[r.IntN(7)]
 	}
@@ -92,7 +92,7 @@ func randomLedger(r *rand.Rand, l Ledger, now time.Time) Ledger {
 		next.Position = [2]string{fmt.Sprint("\x00cursor ", r.Uint64()), fmt.Sprint(r.IntN(3))}
 	}
 	if r.IntN(40) == 0 {
-		next.Position = [2]string{}
+		next.Position, next.Source = [2]string{}, []string{"", "dbus", "ebpf"}[r.IntN(3)]
 	}
 	if r.IntN(40) == 0 {
 		next.Series, next.Runs = nil, nil
@@ -105,8 +105,8 @@ func sameLedger(a, b Ledger) error {
 	if !a.Time.Equal(b.Time) || len(a.Series) != len(b.Series) || len(a.Runs) != len(b.Runs) {
 		return fmt.Errorf("time %v, %d series, %d runs; want %v, %d, %d", a.Time, len(a.Series), len(a.Runs), b.Time, len(b.Series), len(b.Runs))
 	}
-	if a.Position != b.Position {
-		return fmt.Errorf("position %q, want %q", a.Position, b.Position)
+	if a.marks() != b.marks() {
+		return fmt.Errorf("source and position %q, want %q", a.marks(), b.marks())
 	}
 	series, runs := map[seriesKey]Series{}, map[string]Run{}
 	for _, s := range a.Series {
@@ -242,7 +242,7 @@ func TestPositionCostsBytesWhenItChanges(t *testing.T) {
 	if got := size(a, b, b); got != none {
 		t.Errorf("%d bytes with the same position again after a change, want %d as without one", got, none)
 	}
-	if got, want := size(a, b), none+len(b[0])+len(b[1])+2; got != want {
+	if got, want := size(a, b), none+len(b[0])+len(b[1])+3; got != want {
 		t.Errorf("%d bytes with another position, want %d", got, want)
 	}
 }
