@@ -144,7 +144,7 @@ func New(cfg Config) (*Receiver, error) {
 			pattern := r.selection.Load().Fold.Match(unit)
 			return pattern, pattern != ""
 		},
-		Boot: cfg.BootID, Began: time.Now(), State: cfg.State, Switched: switchedTo(r.cfg.Source, cfg.State),
+		Boot: cfg.BootID, Began: time.Now(), Source: r.cfg.Source, State: cfg.State,
 	})
 	r.cfg.State = ledger.State{} // it may be large
 	if counting != nil {

@@ -39,12 +39,12 @@ type Config struct {
 	Boot string
 	// Began is the time from which the caller watches units.
 	Began time.Time
-	// State is the State of an earlier Ledger.
+	// Source is who counts.
+	Source string
+	// State is the State of an earlier Ledger. If another source has counted, its
+	// runs are left out, and what both may have counted is added once: the first
+	// reading of a run that began before State adds nothing to a series of State.
 	State State
-	// Switched says that State has what another source counted. Its runs are left
-	// out, and what both sources may have counted is added once: the first reading
-	// of a run that began before State adds nothing to a series of State.
-	Switched bool
 }
 
 // Reading is the counters of one run at one time.
@@ -146,7 +146,7 @@ func New(cfg Config) *Ledger {
 		cfg: cfg, series: map[string]*series{}, runs: map[string]*run{}, balances: map[string]*balance{},
 		journal: cfg.State.Journal, swept: cfg.State.Time,
 	}
-	if cfg.Switched {
+	if cfg.State.Source != cfg.Source && !cfg.State.Time.IsZero() {
 		l.switched = cfg.State.Time
 		cfg.State.Runs = nil
 	}
@@ -573,7 +573,7 @@ func (s *series) show(now time.Time, gone, empty bool) {
 
 // state takes a State.
 func (l *Ledger) state(now time.Time) State {
-	state := State{Time: now, Journal: l.journal, Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs))}
+	state := State{Time: now, Source: l.cfg.Source, Journal: l.journal, Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs))}
 	for i, s := range l.order {
 		state.Series[i] = s.public()
 	}
