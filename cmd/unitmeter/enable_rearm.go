@@ -46,6 +46,7 @@ func reset(ctx context.Context, t *terminal, dry bool) error {
 	var files []string
 	for _, pattern := range []string{
 		accounting.PersistentDir + "/*.d/" + accounting.SettingFile, accounting.RuntimeDir + "/*.d/" + accounting.SettingFile,
+		"/run/systemd/transient/*.d/" + accounting.SettingFile,
 		"/etc/systemd/" + defaultFile, "/run/systemd/" + defaultFile, ebpfFile,
 	} {
 		found, err := filepath.Glob(pattern)
