@@ -208,7 +208,8 @@ func (s *Source) leftOver(ctx context.Context, b *bus.Conn, patterns []string) (
 	s.mu.Lock()
 	for _, row := range rows {
 		name := unitOfPath(string(row.Path))
-		if u := s.units[name]; row.Load == "loaded" && (u == nil || u.run == nil) && s.cfg.Metered(name) {
+		inactive := row.Load == "loaded" && (row.Active == "inactive" || row.Active == "failed")
+		if u := s.units[name]; inactive && (u == nil || u.run == nil) && ValidUnitName(name) && s.cfg.Metered(name) {
 			ended = append(ended, name)
 		}
 	}
