@@ -1218,7 +1218,7 @@ func TestNewRefuses(t *testing.T) {
 		"include, the second": {Config{Include: []string{"a", "[]b"}}, []string{`"[]b"`, "use *, ?"}},
 		"empty include":       {Config{Include: []string{""}}, []string{`""`, "use *, ?"}},
 		"exclude":             {Config{Exclude: []string{"[a-"}}, []string{`"[a-"`, "use *, ?"}},
-		"exclude, range":      {Config{Exclude: []string{"[b-a]"}}, []string{`"[-]"`, "use *, ?"}},
+		"exclude, range":      {Config{Exclude: []string{"[b-a]"}}, []string{`"[b-a]"`, "use *, ?"}},
 		"fold":                {Config{Fold: []string{"[^"}}, []string{`"[^"`, "use *, ?"}},
 		"empty fold":          {Config{Fold: []string{"a*", ""}}, []string{`""`, "use *, ?"}},
 		"type":                {Config{Types: []string{"timer"}}, []string{`"timer"`, "use any of service"}},
