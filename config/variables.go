@@ -378,7 +378,7 @@ func (l *loader) units(c *Config) []entry {
 			Name:    "UNITMETER_BUS",
 			Values:  "auto, system, private, or a D-Bus address such as unix:path=/run/dbus/system_bus_socket",
 			Default: receiver.DefaultBus,
-			Meaning: "How to reach systemd. private is its own socket: for root only, and half the cost. auto takes it where it can.",
+			Meaning: "How to reach systemd. private is its own socket: for root only. auto is the system bus, with the private socket for large readings where it can be opened. With private, PID 1 grows for as long as the agent is stopped.",
 		}, parse: func(text string, bad report) { c.Receiver.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",

@@ -284,6 +284,14 @@ func (r *Receiver) Ready(ctx context.Context) error {
 	return r.systemd.Ready(ctx)
 }
 
+// Progress returns a number that grows while the state of units is being read.
+func (r *Receiver) Progress() int64 {
+	if r.systemd == nil {
+		return 0
+	}
+	return r.systemd.Progress()
+}
+
 // Last returns the result of the last sweep, or nil before the first.
 func (r *Receiver) Last() *Sweep { return r.last.Load() }
 

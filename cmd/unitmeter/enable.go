@@ -23,8 +23,6 @@ import (
 )
 
 const (
-	// managerTimeout bounds one command's talk with systemd.
-	managerTimeout = 30 * time.Second
 	// settleTimeout is how long systemd may take to attach the counting
 	// programs after the setting has changed.
 	settleTimeout = 3 * time.Second
@@ -56,8 +54,6 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
-	defer cancel()
 	if s.ebpf {
 		return switchSource(ctx, t, on, s.dry)
 	}

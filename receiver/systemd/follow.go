@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"sync"
@@ -19,6 +20,9 @@ const (
 	propertiesChangedSig = bus.PropertiesInterface + ".PropertiesChanged"
 	nameOwnerChangedSig  = "org.freedesktop.DBus.NameOwnerChanged"
 )
+
+// errBetterBus ends the connection to PID 1's own socket.
+var errBetterBus = errors.New("the system bus can be had again")
 
 // follow connects, lists the units, and follows their signals until the
 // connection or ctx ends. connected says that it got as far as a list.
@@ -40,7 +44,9 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	if err := s.relist(ctx, b, true); err != nil {
 		return false, err
 	}
+	private := s.shortcut(ctx, b)
 	s.mu.Lock()
+	s.private = private
 	s.bus, s.listed, s.reloadBegan = b, true, time.Now()
 	recovered := s.broken != nil
 	s.broken = nil
@@ -92,6 +98,9 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 			f.reloaded(func(h *Health) { h.Reloads++ })
 			err = s.relist(ctx, b, true)
 		case <-relist.C:
+			if s.betterBus(ctx, b) {
+				return true, errBetterBus
+			}
 			if f.thaw == nil {
 				err = s.relist(ctx, b, false)
 			}

@@ -32,7 +32,7 @@ type unit struct {
 	run   *run   // the run that systemd counts now; nil before the first
 	slice string // "" before the first reading
 	state accounting
-	// skipped counts the sweeps that did not ask for a unit without accounting.
+	// skipped counts the sweeps since the unit was last asked for.
 	skipped int
 	// noData is when the counters of the present run were last found to be
 	// without data; zero if they never were.
@@ -140,11 +140,11 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 		patterns[i] = "*." + t
 	}
 	patterns = append(patterns, "*.slice")
-	rows, err := list(ctx, b, patterns)
+	rows, err := s.list(ctx, b, patterns)
 	if err != nil {
 		return err
 	}
-	here := make(map[string]listed, len(rows))
+	here := make(map[string]Listed, len(rows))
 	version, err := versionOf(ctx, b)
 	if err != nil {
 		return err
@@ -185,7 +185,7 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 // have gone: to read a unit by its name loads it, and announces that as new. It
 // returns the names of those that are there and not inactive.
 func (s *Source) refresh(ctx context.Context, b *bus.Conn, names []string) (loaded []string, err error) {
-	rows, err := list(ctx, b, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
+	rows, err := s.list(ctx, b, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
 	if err != nil {
 		return nil, err
 	}
@@ -197,8 +197,28 @@ func (s *Source) refresh(ctx context.Context, b *bus.Conn, names []string) (load
 	return loaded, s.learn(ctx, b, loaded)
 }
 
-// learn reads the state of units that have just been listed.
+// learn reads the state of units that have just been listed, however many they are: the
+// time limit is for each batch. It logs how far it is where that takes long.
 func (s *Source) learn(ctx context.Context, b *bus.Conn, names []string) error {
+	const batch, patience = 500, 10 * time.Second
+	said := time.Now()
+	for done := 0; done < len(names); done += batch {
+		if time.Since(said) > patience {
+			said = time.Now()
+			s.log.Info("reading the state of all units", "done", done, "units", len(names))
+		}
+		limited, cancel := context.WithTimeout(ctx, bus.CallTimeout)
+		err := s.learnSome(limited, b, names[done:min(done+batch, len(names))])
+		cancel()
+		if err != nil {
+			return err
+		}
+		s.learned.Add(1)
+	}
+	return nil
+}
+
+func (s *Source) learnSome(ctx context.Context, b *bus.Conn, names []string) error {
 	properties := []string{"InvocationID", "ActiveState", "SubState", "InactiveExitTimestamp", "ActiveEnterTimestamp", "ActiveExitTimestamp", "InactiveEnterTimestamp"}
 	n := len(properties)
 	found := make([]status, len(names))
@@ -207,8 +227,6 @@ func (s *Source) learn(ctx context.Context, b *bus.Conn, names []string) error {
 	for i, name := range names {
 		paths[i] = unitPath(name)
 	}
-	ctx, cancel := context.WithTimeout(ctx, bus.CallTimeout)
-	defer cancel()
 	err := b.Gets(ctx, n*len(names), func(i int) bus.Property {
 		return bus.Property{Path: paths[i/n], Interface: bus.UnitInterface, Name: properties[i%n]}
 	}, func(i int, reply bus.Reply) {

@@ -8,9 +8,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
@@ -49,13 +51,20 @@ func Connect(ctx context.Context, addresses ...string) (*Manager, error) {
 // Close ends the connection.
 func (m *Manager) Close() { _ = m.conn.Close() }
 
+// callTimeout bounds one call, and not a command: there may be thousands of units.
+const callTimeout = 30 * time.Second
+
 // Call calls a method of the manager.
 func (m *Manager) Call(ctx context.Context, method string, args ...any) *dbus.Call {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	return m.conn.Manager().CallWithContext(ctx, bus.ManagerInterface+"."+method, 0, args...)
 }
 
 // Get reads one property.
 func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, property string, to any) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	var v dbus.Variant
 	err := m.conn.Object(object).
 		CallWithContext(ctx, bus.PropertiesInterface+".Get", 0, iface, property).Store(&v)
@@ -127,17 +136,11 @@ func (m *Manager) Load(ctx context.Context, name string) (p dbus.ObjectPath, sta
 
 // Loaded lists the loaded units in the given states (none: any) that match.
 func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) ([]Unit, error) {
-	var rows []struct {
-		Name, Description, Load, Active, Sub, Followed string
-		Path                                           dbus.ObjectPath
-		JobID                                          uint32
-		JobType                                        string
-		JobPath                                        dbus.ObjectPath
-	}
 	// fnmatch(3) takes a backslash for an escape, names of units have real ones.
 	patterns := []string{literal(pattern)}
-	if err := m.Call(ctx, "ListUnitsByPatterns", states, patterns).Store(&rows); err != nil {
-		return nil, fmt.Errorf("list systemd's units: %w", err)
+	rows, _, err := systemd.List(ctx, m.conn, states, patterns)
+	if err != nil {
+		return nil, err
 	}
 	var units []Unit
 	for _, row := range rows {

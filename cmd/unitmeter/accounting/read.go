@@ -2,7 +2,6 @@ package accounting
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -38,13 +37,19 @@ func Open(ctx context.Context, cfg receiver.Config) (r *receiver.Receiver, stop 
 	var done sync.WaitGroup
 	done.Go(func() { _ = r.Run(running) }) // it ends with running and nothing else
 	stop = func() { cancel(); done.Wait() }
-	ready, end := context.WithTimeout(ctx, connectTimeout)
-	defer end()
-	if err := r.Ready(ready); err != nil {
-		stop()
-		return nil, nil, err
+	for {
+		before := r.Progress()
+		ready, end := context.WithTimeout(ctx, connectTimeout)
+		err := r.Ready(ready)
+		end()
+		switch {
+		case err == nil:
+			return r, stop, nil
+		case ctx.Err() != nil || r.Progress() == before: // else there are many units
+			stop()
+			return nil, nil, err
+		}
 	}
-	return r, stop, nil
 }
 
 // Read reads the units that match any of the patterns, and all units without
@@ -84,12 +89,29 @@ func Read(ctx context.Context, cfg receiver.Config, patterns []string, interval 
 	return choose(readings, Resolve(ctx, cfg, patterns))
 }
 
-// sweep reads all units once. It is an error if a unit could not be read in time.
+// sweep reads all units once, in as many parts as it takes. It is an error if one part
+// has nothing new.
 func sweep(ctx context.Context, r *receiver.Receiver) ([]systemd.Unit, error) {
-	if r.Sweep(ctx).Partial {
-		return nil, errors.New("read all units: systemd did not answer for all of them in time; raise UNITMETER_SWEEP_TIMEOUT, or try again")
+	began := time.Now()
+	for before := -1; ; {
+		partial := r.Sweep(ctx).Partial
+		units := r.Units()
+		missing := 0
+		for _, u := range units {
+			if u.Accounting == "unknown" || u.Accounting == "on" && u.Time.Before(began) {
+				missing++
+			}
+		}
+		switch {
+		case !partial:
+			return units, nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case missing == before:
+			return nil, fmt.Errorf("read all units: systemd did not answer for %d of %d in time; raise UNITMETER_SWEEP_TIMEOUT, or try again", missing, len(units))
+		}
+		before = missing
 	}
-	return r.Units(), nil
 }
 
 // Growth is by how much the counters of a unit have grown between two readings;

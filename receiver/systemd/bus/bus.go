@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
@@ -55,6 +56,42 @@ type Signal struct {
 	Path, Interface, Member []byte
 	// Text is the first argument where that is a string, and else nil.
 	Text []byte
+}
+
+// Line is a connection for Gets alone. Its methods may be called from several
+// goroutines at the same time.
+type Line struct {
+	connection *connection
+	ended      chan struct{} // closed when nothing reads the connection any more
+}
+
+// DialPrivate connects to a private socket for Gets alone. PID 1 sends its signals
+// there too: the less time the line is open, the fewer can wait in PID 1 for a process
+// that is stopped. ctx bounds the connecting. The caller closes the line.
+func DialPrivate(ctx context.Context, address string) (*Line, error) {
+	w, err := dial(ctx, address)
+	if err != nil {
+		return nil, fmt.Errorf("connect to PID 1 at %s: %w", address, err)
+	}
+	w.window, w.authed = maxInFlightPrivate, true
+	l := &Line{connection: w, ended: make(chan struct{})}
+	go func() {
+		defer close(l.ended)
+		_, _ = io.Copy(io.Discard, w) // replies go to Gets; its error is there too
+	}()
+	return l, nil
+}
+
+// Gets is that of Conn.
+func (l *Line) Gets(ctx context.Context, n int, call func(i int) Property, done func(i int, r Reply)) error {
+	return l.connection.gets(ctx, n, call, done)
+}
+
+// Close ends the connection, and calls in progress with it.
+func (l *Line) Close() error {
+	err := l.connection.Close()
+	<-l.ended
+	return err
 }
 
 // Conn is one connection. Its methods may be called from several goroutines at the
