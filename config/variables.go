@@ -430,7 +430,7 @@ func (l *loader) units(c *Config) []entry {
 		duration(Variable{
 			Name:    "UNITMETER_SWEEP_TIMEOUT",
 			Default: receiver.DefaultSweepTimeout.String(),
-			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT; the default is lowered to half of that where needed.",
+			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT. The default is lowered where needed, to half of that and to nine tenths of OTEL_METRIC_EXPORT_INTERVAL. Units that are not reached in time come first in the next reading.",
 		}, &c.Receiver.SweepTimeout, 100*time.Millisecond, 10*time.Minute, false),
 		enum(Variable{
 			Name:    "UNITMETER_STOP_RECORDS",
