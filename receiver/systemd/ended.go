@@ -62,7 +62,9 @@ func newPlacing() placing {
 // place asks for the slice of a unit while there is still time: a stop record
 // of a run that no sweep has seen does not have it.
 func (f *follower) place(u *unit) {
-	f.unasked = append(f.unasked, u)
+	if len(f.unasked) < maxWaiting {
+		f.unasked = append(f.unasked, u)
+	}
 	f.askPlaces()
 }
 

@@ -118,6 +118,7 @@ type Unit struct {
 type Health struct {
 	Errors     int64 // failed calls and replies that made no sense
 	Refused    int64 // signals that were not systemd's
+	Dropped    int64 // signals of systemd that were too many
 	Reconnects int64
 	Reloads    int64
 	Reexecs    int64
@@ -284,6 +285,7 @@ func (s *Source) Health() Health {
 	h := s.health
 	if s.bus != nil {
 		h.Refused += s.bus.Refused()
+		h.Dropped += s.bus.Dropped()
 	}
 	return h
 }
