@@ -72,6 +72,10 @@ type Config struct {
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
 
+	// privateSocket and privateFrom are PrivateSocket and PrivateFrom of systemd.Config.
+	// Tests set them.
+	privateSocket string
+	privateFrom   int
 	// journalctl is the command and its first arguments. Tests set it.
 	journalctl []string
 	// meterDirs are instead of those of OpenMeter, and meterRoot is the cgroup that is
@@ -147,7 +151,7 @@ func New(cfg Config) (*Receiver, error) {
 		r.source = counting
 	} else {
 		r.systemd = systemd.New(systemd.Config{
-			Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
+			Bus: cfg.Bus, SystemBus: cfg.SystemBus, PrivateSocket: cfg.privateSocket, PrivateFrom: cfg.privateFrom, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
 			Known: r.known, BootID: cfg.BootID, Sink: ledgerSink{r}, Logger: cfg.Logger,
 		})
 		r.source = r.systemd

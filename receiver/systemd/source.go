@@ -28,6 +28,9 @@ type Config struct {
 	// PrivateSocket is the D-Bus address of PID 1's own socket. Default:
 	// bus.PrivateSocket.
 	PrivateSocket string
+	// PrivateFrom is how many units a sweep must read to go there. To open it costs PID 1
+	// as much as the calls for so many units cost the bus. Default: 16.
+	PrivateFrom int
 	// Types are the unit types to list, such as "service".
 	Types []string
 	// Metered reports whether a unit of any of Types is metered. It is called
@@ -159,6 +162,7 @@ func New(cfg Config) *Source {
 	cfg.Bus = cmp.Or(cfg.Bus, "auto")
 	cfg.SystemBus = cmp.Or(cfg.SystemBus, UsualSystemBus)
 	cfg.PrivateSocket = cmp.Or(cfg.PrivateSocket, bus.PrivateSocket)
+	cfg.PrivateFrom = cmp.Or(cfg.PrivateFrom, 16)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}

@@ -92,14 +92,10 @@ func (s *Source) Read(ctx context.Context) error {
 	return err
 }
 
-// byPrivate is how many units a sweep reads over PID 1's own socket. To open that
-// costs PID 1 as much as the calls for so many units cost the bus.
-const byPrivate = 16
-
 // readOver reads the targets over the private socket, if that pays, and else over the
 // bus.
 func (s *Source) readOver(ctx context.Context, b *bus.Conn, private string, targets []target) error {
-	if private == "" || len(targets) < byPrivate {
+	if private == "" || len(targets) < s.cfg.PrivateFrom {
 		return s.readAll(ctx, b, b, targets)
 	}
 	line, err := bus.DialPrivate(ctx, private)
