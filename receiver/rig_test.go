@@ -3,6 +3,8 @@ package receiver
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -119,8 +121,8 @@ func systemdVersion(t testing.TB, rig *systemdtest.Rig) int {
 
 func TestRigTotals(t *testing.T) { buses(t, rigTotals) }
 
-// TestRigPrivateSocket: the same and more with nothing but PID 1's own socket.
-func TestRigPrivateSocket(t *testing.T) {
+// TestRigPrivateSocketAlone: the same and more with nothing but PID 1's own socket.
+func TestRigPrivateSocketAlone(t *testing.T) {
 	rig := theRig(t)
 	at := Config{Bus: privateSocket(t, rig)}
 	t.Run("totals", func(t *testing.T) { rigTotals(t, rig, at) })
@@ -629,3 +631,42 @@ func TestRigThousandUnits(t *testing.T) {
 		t.Errorf("it logged:\n%s", report.Logs)
 	}
 }
+
+// TestRigBusComesLater: an agent of root that began without a bus takes it as soon as
+// it can be had, so that PID 1 keeps no signals for it.
+func TestRigBusComesLater(t *testing.T) {
+	rig := theRig(t)
+	talker(t, rig, "later.service")
+	address := filepath.Join(t.TempDir(), "bus")
+	metered := func(unit string) bool { return unit == "later.service" }
+	l := &logs{}
+	source := systemd.New(systemd.Config{
+		Bus: "auto", SystemBus: "unix:path=" + address, PrivateSocket: privateSocket(t, rig), PrivateFrom: 1,
+		Types: []string{"service"}, Metered: metered, Balanced: func(string) bool { return false },
+		RelistEvery: 50 * time.Millisecond, Sink: discard{}, Logger: newLogger(l),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = source.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	if err := source.Ready(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(strings.TrimPrefix(rig.SystemBus(), "unix:path="), address); err != nil {
+		t.Fatal(err)
+	}
+	systemdtest.Eventually(t, "it has moved to the bus", func() bool { return strings.Contains(l.String(), "found systemd again") })
+	if err := source.Read(ctx); err != nil {
+		t.Error(err)
+	}
+	if n := source.Health().Reconnects; n != 1 {
+		t.Errorf("%d connections were lost", n)
+	}
+}
+
+// discard is a Sink that takes nothing.
+type discard struct{}
+
+func (discard) Credit(systemd.Reading) bool  { return false }
+func (discard) Restart(string, time.Time)    {}
+func (discard) Place(string, string, string) {}

@@ -14,7 +14,6 @@ import (
 )
 
 const (
-	relistEvery   = 5 * time.Minute
 	reloadTimeout = 10 * time.Second // Reloading(false) never came (systemd#43200)
 	newUnitPause  = 250 * time.Millisecond
 	// maxFresh is how many units are listed by name. A list of all costs systemd less
@@ -78,7 +77,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	defer reader.Wait()
 	defer stopReading()
 	f := follower{Source: s, bus: b, fresh: map[string]bool{}, placing: newPlacing()}
-	relist := time.NewTicker(relistEvery)
+	relist := time.NewTicker(s.cfg.RelistEvery)
 	defer relist.Stop()
 	for {
 		more := ended

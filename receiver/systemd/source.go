@@ -46,6 +46,9 @@ type Config struct {
 	BootID string
 	// Sink takes what is read. It must not call the Source.
 	Sink Sink
+	// RelistEvery is how often the units are listed again, for what signals may have
+	// missed. Default: 5 minutes.
+	RelistEvery time.Duration
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
 }
@@ -136,7 +139,7 @@ type Source struct {
 	log     *slog.Logger
 	ready   chan struct{} // closed when the units have been listed once
 	learned atomic.Int64  // batches of units whose state has been read
-	batch   int           // how many units a sweep reads at a time; used in Read only
+	pace    time.Duration // of the last readings, for one unit; used in Read only
 
 	// mu guards what follows. It is held for as long as a message takes to be
 	// worked into it, and never while systemd is waited for.
@@ -162,6 +165,7 @@ func New(cfg Config) *Source {
 	cfg.Bus = cmp.Or(cfg.Bus, "auto")
 	cfg.SystemBus = cmp.Or(cfg.SystemBus, UsualSystemBus)
 	cfg.PrivateSocket = cmp.Or(cfg.PrivateSocket, bus.PrivateSocket)
+	cfg.RelistEvery = cmp.Or(cfg.RelistEvery, 5*time.Minute)
 	cfg.PrivateFrom = cmp.Or(cfg.PrivateFrom, 16)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
@@ -169,7 +173,7 @@ func New(cfg Config) *Source {
 	if cfg.Known == nil {
 		cfg.Known = func(string) bool { return false }
 	}
-	return &Source{cfg: cfg, log: cfg.Logger, ready: make(chan struct{}), batch: largestBatch, units: map[string]*unit{}, said: map[string]int{}, unlisted: map[string]bool{}}
+	return &Source{cfg: cfg, log: cfg.Logger, ready: make(chan struct{}), pace: usualPace, units: map[string]*unit{}, said: map[string]int{}, unlisted: map[string]bool{}}
 }
 
 // Run connects to systemd and follows its signals until ctx ends, connecting

@@ -54,7 +54,8 @@ type target struct {
 	mayBeUnreset bool    // see executedNothing
 	needSlice    bool
 	exited       bool // see run.parted
-	urgency      int  // those with most are read first
+	counted      int  // 1 if it has counters, as far as is known
+	waited       int  // since when it was read last; longest first
 
 	value  [properties]uint64
 	got    [properties]bool
@@ -167,44 +168,62 @@ func (s *Source) readAll(ctx context.Context, b *bus.Conn, from getter, targets 
 }
 
 // A sweep reads in batches, so that one that ends at its deadline has finished what it
-// began. The shorter the time is, the smaller they are.
+// began. Each batch is meant to take a quarter of the time that is left.
 const largestBatch, smallestBatch = 1024, 16
-
-// countedFirst is by how much units with counters go before others. They are read in
-// each sweep, as long as no other has waited for so many times its turn.
-const countedFirst = 10
 
 // inBatches reads targets, those first that have waited longest, until ctx ends. It
 // returns how many were reached.
 func (s *Source) inBatches(ctx context.Context, from getter, targets []target) (reached int, err error) {
-	if len(targets) > s.batch {
-		slices.SortStableFunc(targets, func(a, b target) int { return cmp.Compare(b.urgency, a.urgency) })
-	}
 	deadline, limited := ctx.Deadline()
-	budget := time.Until(deadline)
+	if limited && time.Duration(len(targets))*s.pace > time.Until(deadline)/2 {
+		putInTurn(targets)
+	}
 	for reached < len(targets) {
-		began := time.Now()
-		batch := targets[reached:min(reached+s.batch, len(targets))]
+		began, size := time.Now(), largestBatch
+		if limited {
+			left := deadline.Sub(began)
+			if reached > 0 && left < smallestBatch*s.pace { // it would not be finished
+				return reached, context.DeadlineExceeded
+			}
+			size = min(max(int(left/4/s.pace), smallestBatch), largestBatch)
+		}
+		batch := targets[reached:min(reached+size, len(targets))]
 		if err := s.collect(ctx, from, batch); err != nil {
-			s.batch = max(s.batch/4, smallestBatch)
+			s.pace = min(4*s.pace, slowestPace)
 			return reached, err
 		}
 		reached += len(batch)
-		if !limited || reached == len(targets) {
-			continue
-		}
-		took := time.Since(began)
-		switch {
-		case took > budget/4:
-			s.batch = max(s.batch/2, smallestBatch)
-		case took < budget/16:
-			s.batch = min(s.batch*2, largestBatch)
-		}
-		if time.Until(deadline) < took { // the next batch would not be finished
-			return reached, context.DeadlineExceeded
+		if len(batch) >= smallestBatch {
+			s.pace = max(time.Since(began)/time.Duration(len(batch)), time.Microsecond)
 		}
 	}
 	return reached, nil
+}
+
+// usualPace is how long a unit takes at first, and slowestPace what is believed of a
+// systemd that did not answer in time.
+const usualPace, slowestPace = 500 * time.Microsecond, time.Second
+
+// putInTurn puts targets in the order of their waiting. Units with counters and others take
+// turns, so that neither keep the time from the other.
+func putInTurn(targets []target) {
+	slices.SortStableFunc(targets, func(a, b target) int {
+		return cmp.Or(cmp.Compare(b.counted, a.counted), cmp.Compare(b.waited, a.waited))
+	})
+	counted := 0
+	for counted < len(targets) && targets[counted].counted > 0 {
+		counted++
+	}
+	ordered := make([]target, 0, len(targets))
+	for i := range max(counted, len(targets)-counted) {
+		if i < counted {
+			ordered = append(ordered, targets[i])
+		}
+		if counted+i < len(targets) {
+			ordered = append(ordered, targets[counted+i])
+		}
+	}
+	copy(targets, ordered)
 }
 
 var (
@@ -222,16 +241,18 @@ func (s *Source) targets() []target {
 		}
 		t := s.target(u, now)
 		u.skipped++
+		t.waited = u.skipped
 		switch u.state {
 		case accountingOff, accountingNone:
 			if u.skipped < recheckEvery {
 				continue
 			}
-			t.urgency = u.skipped
 		case accountingUnknown:
-			t.urgency = u.skipped * recheckEvery
+			if u.status.sub != "exited" { // it has no process, and nothing to count
+				t.waited *= recheckEvery
+			}
 		default:
-			t.urgency = u.skipped * recheckEvery * countedFirst
+			t.counted = 1
 		}
 		targets = append(targets, t)
 	}
