@@ -66,52 +66,6 @@ func Variables() []Variable {
 	return vars
 }
 
-// WriteText writes the reference for a terminal of 80 columns.
-func WriteText(w io.Writer) error {
-	var b strings.Builder
-	group := ""
-	for _, v := range Variables() {
-		if v.Group != group {
-			group = v.Group
-			fmt.Fprintf(&b, "%s\n%s\n\n", group, strings.Repeat("-", len(group)))
-		}
-		b.WriteString(v.Name + "\n")
-		if v.Specific != "" {
-			b.WriteString(v.Specific + "\n")
-		}
-		wrap(&b, v.Meaning)
-		wrap(&b, "Values: "+v.Values)
-		if v.Default != "" {
-			wrap(&b, "Default: "+v.Default)
-		}
-		b.WriteByte('\n')
-	}
-	_, err := io.WriteString(w, strings.TrimSuffix(b.String(), "\n"))
-	return err
-}
-
-// wrap writes text as indented lines of at most 78 characters.
-func wrap(b *strings.Builder, text string) {
-	const indent, width = "    ", 78
-	column := 0
-	for word := range strings.FieldsSeq(text) {
-		switch {
-		case column == 0:
-			b.WriteString(indent)
-			column = len(indent)
-		case column+1+len(word) > width:
-			b.WriteString("\n" + indent)
-			column = len(indent)
-		default:
-			b.WriteByte(' ')
-			column++
-		}
-		b.WriteString(word)
-		column += len(word)
-	}
-	b.WriteByte('\n')
-}
-
 // WriteMarkdown writes the reference as docs/configuration.md.
 func WriteMarkdown(w io.Writer) error {
 	var b strings.Builder
@@ -269,6 +223,11 @@ func (l *loader) export(c *Config) []entry {
 			Default: "9464",
 			Meaning: "The port of the Prometheus exporter. 0 is any free port.",
 		}, &l.port, 0, 65535),
+		{Variable: Variable{
+			Name:    "UNITMETER_PROMETHEUS_WEB_CONFIG",
+			Values:  "a path; one that is not absolute is below CREDENTIALS_DIRECTORY",
+			Meaning: "TLS and passwords of the Prometheus exporter: a web configuration file as Prometheus and its exporters have it. It, the certificate and the key may be renewed while the agent runs.",
+		}},
 		boolean(Variable{
 			Name:    "OTEL_GO_X_OBSERVABILITY",
 			Meaning: "Experimental in the SDK: its metrics about itself (otel.sdk.*).",
@@ -492,7 +451,7 @@ func (l *loader) system(c *Config) []entry {
 		{Variable: Variable{
 			Name:    "CREDENTIALS_DIRECTORY",
 			Values:  "set by systemd for LoadCredential= and the like",
-			Meaning: "See UNITMETER_OTLP_HEADERS_FILE.",
+			Meaning: "See UNITMETER_OTLP_HEADERS_FILE and UNITMETER_PROMETHEUS_WEB_CONFIG.",
 		}},
 		{Variable: Variable{
 			Name:    "JOURNAL_STREAM",

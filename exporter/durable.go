@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
@@ -89,8 +90,8 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 // knows when it transferred what its total says. The same goes for a series that
 // was given up over the limit of series and began anew under its name: its start
 // tells.
-func (d *Durable) samples(state ledger.State) []store.Sample {
-	samples := make([]store.Sample, 0, len(state.Series))
+func (d *Durable) samples(state ledger.State) []history.Sample {
+	samples := make([]history.Sample, 0, len(state.Series))
 	var began map[ledger.ID]bool // made when it is needed
 	for s := range state.All() {
 		if !s.Observed || s.Kind == ledger.Unattributed {
@@ -118,7 +119,7 @@ func (d *Durable) samples(state ledger.State) []store.Sample {
 		if s.Kind == ledger.Overflow {
 			name = "(overflow)"
 		}
-		samples = append(samples, store.Sample{
+		samples = append(samples, history.Sample{
 			Unit: name, Time: s.Time, Interval: s.Time.Sub(prev.time),
 			Delta: amountsOf(s.Total).minus(prev.total),
 		})
@@ -148,8 +149,8 @@ func (d *Durable) began(runs []ledger.Run) map[ledger.ID]bool {
 }
 
 // Next implements Outbox.
-func (d *Durable) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
-	rows, err := d.store.Next(ctx, maxBytes)
+func (d *Durable) Next(ctx context.Context, after int64, maxBytes int) ([]Entry, error) {
+	rows, err := d.store.NextAfter(ctx, after, maxBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -213,6 +214,7 @@ func ledgerOf(state ledger.State) store.Ledger {
 		Series:   make([]store.Series, 0, len(state.Series)+1+3*len(state.Balances)),
 		Runs:     make([]store.Run, len(state.Runs)),
 		Position: [2]string{state.Journal.Cursor, state.Journal.Boot},
+		Source:   state.Source,
 	}
 	kind := [...]uint8{ledger.Unit: kindUnit, ledger.Overflow: kindOverflow, ledger.Unattributed: kindUnattributed}
 	// The rows of a balance are seen at the same time, so that the store gives up
@@ -237,7 +239,7 @@ func ledgerOf(state ledger.State) store.Ledger {
 
 // stateOf undoes ledgerOf. A balance whose total the store has given up begins anew.
 func stateOf(kept store.Ledger) ledger.State {
-	state := ledger.State{Time: kept.Time, Journal: ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}}
+	state := ledger.State{Time: kept.Time, Source: kept.Source, Journal: ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}}
 	balances := map[string]*ledger.Balance{}
 	for _, row := range kept.Series {
 		s := ledger.Series{ID: ledger.ID{Name: row.Key}, Total: amounts(row.Total).counters(), Start: row.Start, Time: row.Seen}

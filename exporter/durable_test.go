@@ -64,7 +64,7 @@ func saved() ledger.State {
 		{Unit: "system.slice", Epoch: "b/system.slice", Boot: "b", Last: counters(6), Time: at(97)}, // only balanced
 		{Unit: `odd-\x20name.mount`, Overflow: true, Epoch: "", Boot: "", Time: at(97)},
 	}
-	s.Time, s.Journal = at(100), ledger.Position{Cursor: "s=1;i=2;b=3", Boot: "b"}
+	s.Time, s.Source, s.Journal = at(100), "ebpf", ledger.Position{Cursor: "s=1;i=2;b=3", Boot: "b"}
 	return s
 }
 
@@ -77,6 +77,7 @@ func TestStateOfUndoesLedgerOf(t *testing.T) {
 		"balances":       {Time: at(100), Balances: all.Balances},
 		"one balance":    {Time: at(100), Balances: all.Balances[1:]},
 		"runs":           {Time: at(100), Runs: all.Runs},
+		"source":         {Time: at(100), Source: all.Source},
 		"position":       {Journal: all.Journal},
 		"no stop so far": {Journal: ledger.Position{Boot: "b"}},
 	} {
@@ -227,7 +228,7 @@ func TestDurableOutcomes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	entries, err := d.Next(t.Context(), 1<<20)
+	entries, err := d.Next(t.Context(), 0, 1<<20)
 	if err != nil || len(entries) != 6 {
 		t.Fatalf("%d entries, %v", len(entries), err)
 	}
@@ -243,13 +244,13 @@ func TestDurableOutcomes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if entries, err = d.Next(t.Context(), 1<<20); err != nil || len(entries) != 1 || entries[0].ID != ids[5] {
+	if entries, err = d.Next(t.Context(), 0, 1<<20); err != nil || len(entries) != 1 || entries[0].ID != ids[5] {
 		t.Errorf("left: %v, %v", entries, err)
 	}
 	if err := d.Commit(t.Context(), Cycle{Request: requestOf(t, 0, 6), Points: 1}); err != nil {
 		t.Fatal(err)
 	}
-	entries, err = d.Next(t.Context(), 1<<20)
+	entries, err = d.Next(t.Context(), 0, 1<<20)
 	if err != nil || len(entries) != 2 {
 		t.Fatalf("%d entries, %v", len(entries), err)
 	}

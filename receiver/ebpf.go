@@ -57,7 +57,10 @@ type meter struct {
 
 	mu     sync.Mutex
 	reader *ebpf.Reader          // nil while there is nothing to read
+	own    bool                  // reader has attached the program
+	header ebpf.Sweep            // the last one, without its Meters
 	runs   map[cgroup]*cgroupRun // by the entries of the last sweep
+	list   []*cgroupRun          // the same, to go through
 	swept  time.Time             // when the last sweep began, of an earlier Receiver at first
 	// failing is what could not be done at the last sweep, empty if all could.
 	failing string
@@ -80,18 +83,20 @@ func (m *meter) open(attach bool) error {
 	const next = "or set UNITMETER_SOURCE=dbus"
 	reader, err := openMeter(m.cfg, m.dirs)
 	if err == nil {
-		m.reader = reader
+		m.reader, m.own = reader, false
 		return nil
 	}
 	if !attach || !errors.Is(err, ebpf.ErrNotLoaded) {
 		return fmt.Errorf("%w, %s", err, next)
 	}
 	// It walks the cgroups once, which takes a fraction of a second.
-	reader, attachErr := ebpf.Attach(context.Background(), m.cfg)
+	alone := m.cfg
+	alone.ReadOnly = false
+	reader, attachErr := ebpf.Attach(context.Background(), alone)
 	if attachErr != nil {
 		return fmt.Errorf("%w, %s; this process cannot count by itself: %w", err, next, attachErr)
 	}
-	m.reader = reader
+	m.reader, m.own = reader, true
 	m.log.Info("no eBPF meter is loaded: counting for as long as this process runs")
 	if err := reader.Naming(); err != nil {
 		m.log.Warn("short-lived units have no name", "err", err)
@@ -108,6 +113,25 @@ func (m *meter) Run(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// living calls f for each unit that has a cgroup, with or without traffic.
+func (m *meter) living(f func(ledger.Reading)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, run := range m.runs {
+		if !run.out && !run.gone && !run.reading.Unattributed {
+			f(run.reading)
+		}
+	}
+	if m.reader == nil {
+		return // Read has failed, and has said so
+	}
+	_ = m.fault("list the cgroups", m.reader.Idle(func(who *ebpf.Identity) {
+		if reading := firstReading(&m.header, &ebpf.Meter{Identity: who}); !reading.Unattributed && m.metered(reading.Unit) {
+			f(reading)
+		}
+	}))
+}
+
 // close closes the maps. The caller holds mu.
 func (m *meter) close() {
 	if m.reader != nil {
@@ -120,7 +144,7 @@ func (m *meter) close() {
 func (m *meter) Each(f func(unit, epoch string, reading bool)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, run := range m.runs {
+	for _, run := range m.list {
 		if run.out {
 			continue
 		}
@@ -144,7 +168,8 @@ func (m *meter) Read(context.Context) error {
 		return m.fault(reading, err)
 	}
 	m.take(&sweep, asked, time.Now())
-	m.swept = asked
+	m.swept, m.header = asked, sweep
+	m.header.Meters = nil
 	if sweep.Detached {
 		m.close()
 		return m.fault(reading, errors.New(`the eBPF meter was unloaded; run "unitmeter meter load" as root`))
@@ -173,6 +198,7 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		return sweep.Since.Add(time.Duration(boottime - sweep.Loaded))
 	}
 	number := asked.UnixNano()
+	m.list = m.list[:0]
 	for i := range sweep.Meters {
 		one := &sweep.Meters[i]
 		key := cgroup{one.Identity.ID, one.Born}
@@ -186,6 +212,8 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		run.gone, run.sweep = one.Gone, number
 		if one.Deleted { // these are its last values
 			run.sweep = 0
+		} else {
+			m.list = append(m.list, run)
 		}
 		if run.out {
 			continue
@@ -195,6 +223,9 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		m.credit(reading)
 	}
 	m.takeLost(sweep, asked, read, number)
+	if len(m.runs) == len(m.list) {
+		return
+	}
 	for key, run := range m.runs {
 		if run.sweep != number {
 			delete(m.runs, key)
@@ -213,6 +244,7 @@ func (m *meter) takeLost(sweep *ebpf.Sweep, asked, read time.Time, number int64)
 		Counters: counters, Start: sweep.Since, Asked: asked, Time: read,
 	}}
 	m.runs[cgroup{0, sweep.Loaded}] = run
+	m.list = append(m.list, run)
 	m.credit(run.reading)
 }
 
@@ -259,30 +291,6 @@ func cgroupName(who *ebpf.Identity) string {
 // epochOf names the run of a cgroup. born tells the entries of one id apart.
 func epochOf(boot, id string, born uint64) string {
 	return boot + "/cgroup/" + id + "/" + strconv.FormatUint(born, 10)
-}
-
-// cgroupEpoch reports whether an epoch was made by epochOf. Those of systemd are an
-// invocation id, or a boot id and a unit.
-func cgroupEpoch(epoch string) bool {
-	parts := strings.Split(epoch, "/")
-	return len(parts) == 4 && parts[1] == "cgroup"
-}
-
-// switchedTo reports whether a state has what another source counted.
-func switchedTo(source string, state ledger.State) bool {
-	if state.Time.IsZero() {
-		return false
-	}
-	cgroups := 0
-	for _, run := range state.Runs {
-		if cgroupEpoch(run.Epoch) {
-			cgroups++
-		}
-	}
-	if source == EBPF {
-		return cgroups == 0
-	}
-	return cgroups > 0
 }
 
 func sumOf(received, sent ebpf.Counters) ledger.Counters {

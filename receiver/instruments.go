@@ -56,26 +56,30 @@ func Instruments() []Instrument {
 		{"unitmeter.dbus.signals.dropped", "observable counter", "{signal}", "D-Bus signals of systemd that were dropped because too many came at once. The units are listed again instead.", host},
 		{"unitmeter.dbus.reconnects", "observable counter", "{attempt}", "Attempts to connect to systemd again.", host},
 		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd. At each, systemd fails to count some traffic.", append([]string{"unitmeter.reload.type"}, host...)},
+		{"unitmeter.systemd.reload.duration", "observable counter", "s", "Duration of all reloads and re-executions of systemd, generators included. systemd counts no traffic meanwhile.", host},
 		{"unitmeter.counter.resets", "observable counter", "{reset}", "Times that a unit's counters fell within one run.", host},
-		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of units that ended with neither a last reading nor a stop record.", host},
+		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of accounted units that ended with neither a last reading nor a record of their end in the journal. Their traffic may be in no series.", host},
 		{"unitmeter.journal.errors", "observable counter", "{record}", "Invalid stop records in the journal.", host},
 		{"unitmeter.units.skipped", "observable counter", "{unit}", "Units skipped because their name is invalid.", host},
 	}
 }
 
 // Register makes the instruments on meter and the one callback that observes
-// them all: each collection is one sweep. The callback never returns an error,
+// them all: each collection is one sweep, or that of OfSweep. The callback never returns an error,
 // since the SDK drops the whole collection for one.
 func (r *Receiver) Register(meter metric.Meter) error {
-	counters := map[string]metric.Int64Observable{}
-	var duration metric.Float64Observable // the only one that is no integer
+	counters, seconds := map[string]metric.Int64Observable{}, map[string]metric.Float64Observable{}
 	var all []metric.Observable
 	for _, i := range Instruments() {
 		var err error
-		if i.Unit == "s" {
-			duration, err = meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
-			all = append(all, duration)
-		} else {
+		switch {
+		case i.Unit == "s" && i.Kind == "observable gauge":
+			seconds[i.Name], err = meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			all = append(all, seconds[i.Name])
+		case i.Unit == "s":
+			seconds[i.Name], err = meter.Float64ObservableCounter(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			all = append(all, seconds[i.Name])
+		default:
 			counters[i.Name], err = i.Int64(meter)
 			all = append(all, counters[i.Name])
 		}
@@ -88,7 +92,10 @@ func (r *Receiver) Register(meter metric.Meter) error {
 	plain := metric.WithAttributes(host)
 
 	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
-		sweep := r.Sweep(ctx)
+		sweep, given := ctx.Value(sweepKey{}).(*Sweep)
+		if !given {
+			sweep = r.Sweep(ctx)
+		}
 		for s, attrs := range sweep.All() {
 			switch {
 			case !s.Observed:
@@ -102,7 +109,7 @@ func (r *Receiver) Register(meter metric.Meter) error {
 				o.ObserveInt64(packets, int64(s.Total.Sent.Packets), attrs.transmit...)
 			}
 		}
-		o.ObserveFloat64(duration, sweep.Duration.Seconds(), plain)
+		o.ObserveFloat64(seconds["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain)
 		for name, n := range r.counts() {
 			o.ObserveInt64(counters[name], n, plain)
 		}
@@ -123,6 +130,7 @@ func (r *Receiver) Register(meter metric.Meter) error {
 		for i, state := range states {
 			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
 		}
+		o.ObserveFloat64(seconds["unitmeter.systemd.reload.duration"], h.Reloading.Seconds(), plain)
 		for kind, n := range map[string]int64{"reload": h.Reloads, "reexec": h.Reexecs} {
 			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
 		}

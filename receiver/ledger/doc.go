@@ -28,7 +28,7 @@
 // its run has grown by since that State was taken. Totals never go down. A total
 // above 2^63-1, which OTLP cannot carry, begins again with a new start time.
 //
-// A State of another source goes on too, see Config.Switched. What passed between
+// A State of another source goes on too, see Config.State. What passed between
 // the last sweep of the one and the first of the other is not in the totals.
 //
 // A run is remembered for Config.KeepEnded after its end, and one of an earlier

@@ -39,12 +39,12 @@ type Config struct {
 	Boot string
 	// Began is the time from which the caller watches units.
 	Began time.Time
-	// State is the State of an earlier Ledger.
+	// Source is who counts.
+	Source string
+	// State is the State of an earlier Ledger. If another source has counted, its
+	// runs are left out, and what both may have counted is added once: the first
+	// reading of a run that began before State adds nothing to a series of State.
 	State State
-	// Switched says that State has what another source counted. Its runs are left
-	// out, and what both sources may have counted is added once: the first reading
-	// of a run that began before State adds nothing to a series of State.
-	Switched bool
 }
 
 // Reading is the counters of one run at one time.
@@ -146,7 +146,7 @@ func New(cfg Config) *Ledger {
 		cfg: cfg, series: map[string]*series{}, runs: map[string]*run{}, balances: map[string]*balance{},
 		journal: cfg.State.Journal, swept: cfg.State.Time,
 	}
-	if cfg.Switched {
+	if cfg.State.Source != cfg.Source && !cfg.State.Time.IsZero() {
 		l.switched = cfg.State.Time
 		cfg.State.Runs = nil
 	}
@@ -236,8 +236,8 @@ func (l *Ledger) Size() int {
 // Resets returns how often counters fell within one run, since New.
 func (l *Ledger) Resets() int64 { return l.resets }
 
-// Missed returns how many runs ended without a last reading and without a stop
-// record, since New.
+// Missed returns how many runs ended without a last reading and without a
+// record of their end, since New: they may have had traffic that is in no total.
 func (l *Ledger) Missed() int64 { return l.missed }
 
 // runOf returns the run of an epoch, and makes it where it is new.
@@ -273,8 +273,8 @@ func (l *Ledger) Mark(epoch string, reading bool) {
 	}
 }
 
-// Place says which slice a unit is in before its first reading: the stop record
-// of a short-lived run does not have it.
+// Place says that a run is counted, and which slice it is in, before its first
+// reading: the stop record of a short-lived run does not have that.
 func (l *Ledger) Place(unit, epoch, slice string) {
 	l.runOf(unit, epoch).slice = slice
 }
@@ -363,6 +363,9 @@ func (l *Ledger) add(r *run, start time.Time, delta Counters, at time.Time) {
 // remembered no more. now is the present time.
 func (l *Ledger) Take(record Record, now time.Time) bool {
 	if record.Counters == (Counters{}) || !l.cfg.Metered(record.Unit) {
+		if r, ok := l.runs[record.Epoch]; ok {
+			r.final = true // nothing is missing of it
+		}
 		return true
 	}
 	at := record.Time
@@ -538,7 +541,7 @@ func (l *Ledger) close(now time.Time, listed bool) {
 		over := listed && !r.closed.IsZero() && now.Sub(r.closed) > keep
 		// No list shows what the settings leave out, and they may change again.
 		over = over && (!r.restored || r.boot != "" || TopSlice(r.unit) || l.cfg.Metered(r.unit))
-		if over && !r.final && !r.time.IsZero() && r.boot == "" {
+		if over && !r.final && r.boot == "" {
 			l.missed++
 		}
 		if over && r.closed.After(l.forgotten) {
@@ -570,7 +573,7 @@ func (s *series) show(now time.Time, gone, empty bool) {
 
 // state takes a State.
 func (l *Ledger) state(now time.Time) State {
-	state := State{Time: now, Journal: l.journal, Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs))}
+	state := State{Time: now, Source: l.cfg.Source, Journal: l.journal, Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs))}
 	for i, s := range l.order {
 		state.Series[i] = s.public()
 	}

@@ -399,7 +399,7 @@ func TestSwitched(t *testing.T) {
 	state := sweep(first, 10, reading("a.service", "1", 10, all(6)), reading("run-x", "2", 10, all(7)))
 
 	cfg := config()
-	cfg.State, cfg.Switched, cfg.Began = state, true, at(11)
+	cfg.State, cfg.Source, cfg.Began = state, "other", at(11)
 	l := New(cfg)
 	young, late := reading("a.service", "young", 12, all(100)), reading("a.service", "late", 12, all(1000))
 	young.Young = true
@@ -425,7 +425,7 @@ func TestSwitched(t *testing.T) {
 		t.Errorf("%+v is unattributed, and both sources may have counted it", s.Balances[0])
 	}
 
-	cfg.Switched, cfg.State = false, s
+	cfg.State = s
 	again := New(cfg)
 	lost.Asked, lost.Time, lost.Counters = at(16), at(16), all(10)
 	s = sweep(again, 16, reading("a.service", "other", 16, all(53)), lost)
@@ -439,7 +439,7 @@ func TestSwitched(t *testing.T) {
 func TestSwitchedRecord(t *testing.T) {
 	cfg := config()
 	cfg.State = sweep(New(config()), 10, reading("a.service", "1", 10, all(6)))
-	cfg.Switched, cfg.Began = true, at(11)
+	cfg.Source, cfg.Began = "other", at(11)
 	l := New(cfg)
 	l.Take(record("a.service", "2", 12, all(8)), at(12))
 	l.Take(record("b.service", "3", 12, all(8)), at(12))

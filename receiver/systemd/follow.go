@@ -53,6 +53,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	if err := s.relist(ctx, b, true); err != nil {
 		return false, err
 	}
+	s.since(ctx, b)
 	private := s.shortcut(ctx, b)
 	s.mu.Lock()
 	s.private = private
@@ -115,8 +116,12 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 			b.Resume() // first: what comes during the list is worked in after it
 			err = s.relist(ctx, b, false)
 		case <-f.thaw:
-			f.reloaded(func(h *Health) { h.Reloads++ })
-			err = s.relist(ctx, b, true)
+			// Its generators may take minutes, in which systemd does not answer.
+			if err = s.relist(ctx, b, true); errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+				f.thaw, err = time.After(reloadTimeout), nil
+			} else {
+				f.reloaded(func(h *Health) { h.Reloads++ })
+			}
 		case <-relist.C:
 			if s.betterBus(ctx, b) {
 				return true, errBetterBus
@@ -145,7 +150,8 @@ type follower struct {
 	// thaw is not nil during a reload or reexec: UnitRemoved arrives for each
 	// unit then, and means nothing. It fires when the end is overdue.
 	thaw      <-chan time.Time
-	reloading bool // Reloading(true) came, and what it leads to is not known yet
+	reloading bool      // Reloading(true) came, and what it leads to is not known yet
+	began     time.Time // when it came; zero if what it led to is known
 	// ended are units that have ended and wait for their last reading.
 	ended []*unit
 	placing
@@ -175,8 +181,9 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 	case bus.ManagerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
+			f.began = time.Now()
 			f.mu.Lock()
-			f.reloadBegan = time.Now()
+			f.reloadBegan = f.began
 			f.mu.Unlock()
 		} else if ok {
 			f.reloaded(func(h *Health) { h.Reloads++ })
@@ -231,6 +238,10 @@ func (f *follower) reloaded(count func(*Health)) {
 		f.reloading = false
 		f.count(count)
 	}
+	if !f.began.IsZero() {
+		f.count(func(h *Health) { h.Reloading += time.Since(f.began) })
+		f.began = time.Time{}
+	}
 }
 
 // wellFormed reports whether the argument that handle takes has its type.
@@ -282,16 +293,20 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	s.update(name, next)
 	u := s.units[name]
 	unbegun := u != nil && u.run.unbegun
-	unplaced := u != nil && u.slice == ""
+	unplaced := u != nil && !u.unmetered && next.invocation != "" && !u.run.placed
 	exited := s.version >= 256 && next.sub == "exited" // see run.parted
 	s.mu.Unlock()
+	if u != nil && next.over() {
+		s.ends.Add(1)
+	}
 	switch {
 	case u == nil:
 	case !next.running() || next.restarting() || exited:
 		if !unbegun && len(f.ended) < maxWaiting {
 			f.ended = append(f.ended, u)
 		}
-	case unplaced && next.invocation != "":
+	case unplaced:
+		u.run.placed = true // only this goroutine uses it
 		f.place(u)
 	}
 	return nil

@@ -88,10 +88,11 @@ func names(ctx context.Context, b *bus.Conn, pattern string) (matching []string,
 	return matching, nil
 }
 
-// list returns the loaded units that match any of the patterns and are not inactive.
-// It logs which of them systemd fails to list.
-func (s *Source) list(ctx context.Context, b *bus.Conn, patterns []string) ([]Listed, error) {
-	states := []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}
+// running are the states of units that are not inactive.
+var running = []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}
+
+// list is List. It logs which units systemd fails to list.
+func (s *Source) list(ctx context.Context, b *bus.Conn, states, patterns []string) ([]Listed, error) {
 	rows, failed, err := List(ctx, b, states, patterns)
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -56,6 +56,7 @@ type target struct {
 	exited       bool // see run.parted
 	counted      int  // 1 if it has counters, as far as is known
 	waited       int  // since when it was read last; longest first
+	ended        bool // see run.left
 
 	value  [properties]uint64
 	got    [properties]bool
@@ -273,6 +274,7 @@ func (s *Source) target(u *unit, now time.Time) target {
 		quiet: quiet, asks: asks, lost: u.state == accountingLost,
 		mayBeUnreset: !u.run.read() && TypeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
+		ended:        !u.run.ended.IsZero(),
 		exited:       s.version >= 256 && TypeOf(u.name) == "service" && u.status.sub == "exited",
 	}
 }
@@ -331,6 +333,9 @@ func (s *Source) read(ctx context.Context, from getter, targets []target) error 
 		}
 		if t.needSlice && !t.noData {
 			calls = append(calls, call{i, slice})
+		}
+		if t.ended && !t.noData {
+			calls = append(calls, call{i, controlGroup})
 		}
 		if t.exited && !t.noData {
 			calls = append(calls, call{i, controlGroup}, call{i, subState})
@@ -489,6 +494,12 @@ func (s *Source) applyOne(t *target) {
 	if t.needSlice {
 		u.slice, t.run.slice = t.slice, t.slice
 	}
+	if t.ended && t.got[controlGroup] {
+		t.run.left = t.cgroup != ""
+	}
+	if t.ended && raw != t.run.last {
+		t.run.grew = t.time
+	}
 	t.run.parted = t.exited && t.cgroup == ""
 	before := t.run.time
 	t.run.quiet = [2]bool{!before.IsZero() && !t.moved(0), !before.IsZero() && !t.moved(1)}
@@ -550,7 +561,7 @@ func (s *Source) withoutData(u *unit, t *target) {
 		}
 	case !t.got[controlGroup]:
 		return
-	case t.cgroup != "" && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
+	case t.cgroup != "" && !t.ended && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
 		u.state = accountingLost
 		if was != accountingLost {
 			s.say(slog.LevelWarn, "systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
@@ -581,6 +592,7 @@ func (t *target) startOf() time.Time {
 	if start.IsZero() {
 		start = bootTime()
 	}
+	start = later(start, t.unit.since)
 	if start.After(t.time) {
 		start = t.time
 	}

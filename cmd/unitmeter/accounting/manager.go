@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -88,6 +89,25 @@ func (m *Manager) MachineID(ctx context.Context) (id string, err error) {
 	return id, err
 }
 
+// Outside reports whether systemd, or the bus to it, is of another system than this
+// process: in a container that was given the host's bus, files of this process are
+// not systemd's. It compares root directories, and is false where it may not look.
+func (m *Manager) Outside() bool {
+	pid, err := m.conn.Peer()
+	if err != nil {
+		return false
+	}
+	if pid == 0 {
+		return true // not even in this PID namespace
+	}
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/root/", pid))
+	if err != nil {
+		return false
+	}
+	ours, err := os.Stat("/")
+	return err == nil && !os.SameFile(theirs, ours)
+}
+
 // Default reads DefaultIPAccounting. systemd answers since version
 // 254; before, a unit that does not exist has it: systemd makes one up for the
 // question, with the defaults, and forgets it.
@@ -134,11 +154,29 @@ func (m *Manager) Load(ctx context.Context, name string) (p dbus.ObjectPath, sta
 	return p, state, err
 }
 
+// rows lists loaded units by their states, of loading too, and a pattern.
+func (m *Manager) rows(ctx context.Context, states []string, pattern string) ([]systemd.Listed, error) {
+	rows, _, err := systemd.List(ctx, m.conn, states, []string{pattern})
+	return rows, err
+}
+
+// own returns the units' own names of those loaded units that names are second ones
+// of (Alias=).
+func (m *Manager) own(ctx context.Context, names []string) map[string]string {
+	own := map[string]string{}
+	for _, name := range names {
+		var p dbus.ObjectPath
+		var id string
+		if !systemd.IsPattern(name) && m.Call(ctx, "GetUnit", name).Store(&p) == nil && m.Get(ctx, p, bus.UnitInterface, "Id", &id) == nil {
+			own[name] = id
+		}
+	}
+	return own
+}
+
 // Loaded lists the loaded units in the given states (none: any) that match.
 func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) ([]Unit, error) {
-	// fnmatch(3) takes a backslash for an escape, names of units have real ones.
-	patterns := []string{literal(pattern)}
-	rows, _, err := systemd.List(ctx, m.conn, states, patterns)
+	rows, err := m.rows(ctx, states, pattern)
 	if err != nil {
 		return nil, err
 	}
@@ -158,6 +196,47 @@ func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) (
 	}
 	slices.SortFunc(units, func(a, b Unit) int { return strings.Compare(a.Name, b.Name) })
 	return units, nil
+}
+
+// RearmUnit restores lost counters after each reload of systemd, see "enable --rearm".
+const RearmUnit = "unitmeter-rearm.service"
+
+// Active reports whether a unit is active; false where nobody knows.
+func (m *Manager) Active(ctx context.Context, name string) bool {
+	rows, err := m.rows(ctx, []string{"active"}, name)
+	return err == nil && len(rows) > 0
+}
+
+// StartedSinceLoad reports whether any of the units was started after systemd read
+// its configuration for the last time.
+func (m *Manager) StartedSinceLoad(ctx context.Context, names []string) (bool, error) {
+	var loaded, started uint64 // in microseconds
+	if err := m.Property(ctx, "UnitsLoadTimestampMonotonic", &loaded); err != nil {
+		return false, err
+	}
+	for _, name := range names {
+		var p dbus.ObjectPath
+		if m.Call(ctx, "GetUnit", name).Store(&p) == nil && m.Get(ctx, p, bus.UnitInterface, "InactiveExitTimestampMonotonic", &started) == nil && started > loaded {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// Quiet returns the loaded services with IP accounting whose LogLevelMax= keeps
+// their stop records out of the journal.
+func (m *Manager) Quiet(ctx context.Context) (quiet []string, err error) {
+	rows, err := m.rows(ctx, []string{"loaded"}, "*.service")
+	for _, row := range rows {
+		const info = 6
+		level, on := int32(-1), false
+		iface := counterInterface(row.Name)
+		if m.Get(ctx, row.Path, iface, "LogLevelMax", &level) == nil && level >= 0 && level < info &&
+			m.Get(ctx, row.Path, iface, "IPAccounting", &on) == nil && on {
+			quiet = append(quiet, row.Name)
+		}
+	}
+	return quiet, err
 }
 
 // Unit reads the state of one unit.
@@ -198,6 +277,17 @@ func (m *Manager) Unit(ctx context.Context, name string, p dbus.ObjectPath) (Uni
 func (m *Manager) EgressBytes(ctx context.Context, u Unit) (n uint64, ok bool, err error) {
 	err = m.Get(ctx, u.Path, u.iface, "IPEgressBytes", &n)
 	return n, n != noData, err
+}
+
+// Filtered reports whether a unit has addresses in IPAddressDeny=.
+func (m *Manager) Filtered(ctx context.Context, u Unit) (bool, error) {
+	var denied []struct {
+		Family  int32
+		Address []byte
+		Prefix  uint32
+	}
+	err := m.Get(ctx, u.Path, u.iface, "IPAddressDeny", &denied)
+	return len(denied) > 0, err
 }
 
 // HasProcesses reports whether there is a process in a unit's cgroup; true where

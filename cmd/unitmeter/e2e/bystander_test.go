@@ -13,6 +13,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
@@ -62,7 +63,7 @@ func resident(t *testing.T, pid int) float64 {
 // their units.
 func TestStoppedAgent(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, nil)
+	l := newLab(t, nil, receiver.DBus)
 	l.WriteFile(t, "/etc/systemd/system/burst@.service", "[Service]\nType=oneshot\nExecStart=/bin/true\n")
 	// Enabled, so that it stays loaded: systemctl waits for a signal then.
 	l.WriteFile(t, "/etc/systemd/system/bystander.service", "[Service]\nExecStart=/bin/sleep 0.2\n[Install]\nWantedBy=basic.target\n")
@@ -130,7 +131,7 @@ func named(name string) func(string) bool { return func(unit string) bool { retu
 // agent's own metrics, and says so; what was counted meanwhile comes after.
 func TestHungSystemd(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, nil)
+	l := newLab(t, nil, receiver.DBus)
 	l.WriteFile(t, "/etc/systemd/system/hung.service", "[Service]\nIPAccounting=yes\nExecStart=/bin/bash -c '"+sendCommand+" 5; until [ -e /run/go-on ]; do sleep 0.1; done; "+sendCommand+" 8; exec sleep 1000'\n")
 	l.Run(t, "systemctl", "start", "hung")
 	l.startAgent(agent{})
@@ -170,7 +171,7 @@ func TestHungSystemd(t *testing.T) {
 // other units nothing.
 func TestUnlistableMount(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, nil)
+	l := newLab(t, nil, receiver.DBus)
 	l.Run(t, "bash", "-c", `d=$(printf '/mnt/caf\351'); mkdir -p "$d" && mount -t tmpfs none "$d"`)
 	listable := func() bool { return l.Command(t.Context(), "systemctl", "list-units", "--no-pager").Run() == nil }
 	if l.version() < 257 {
@@ -348,7 +349,7 @@ func TestHostileBus(t *testing.T) {
 		return
 	}
 	t.Parallel()
-	l := newLab(t, nil)
+	l := newLab(t, nil, receiver.DBus)
 	l.WriteFile(t, "/etc/systemd/system/victim.service", "[Service]\nIPAccounting=yes\nExecStart=/bin/bash -c 'while sleep 0.05; do "+sendCommand+" 3; done'\n")
 	l.WriteFile(t, "/etc/systemd/system/short@.service", "[Service]\nIPAccounting=yes\nType=oneshot\nSlice=short.slice\nExecStart="+sendCommand+" 2\n")
 	l.WriteFile(t, "/etc/systemd/system/short.slice", "[Slice]\nIPAccounting=yes\n")
