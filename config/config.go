@@ -263,8 +263,13 @@ func (l *loader) finishReceiver() {
 }
 
 // finishTimeouts keeps the sweep inside the time that the SDK's reader gives to
-// a whole collection.
+// a whole collection, and a default one inside the interval: where systemd hangs, each
+// cycle still has the agent's own metrics.
 func (l *loader) finishTimeouts() {
+	_, given := l.given["UNITMETER_SWEEP_TIMEOUT"]
+	if within := l.cfg.Interval / 10 * 9; !given && within > 0 {
+		l.cfg.Receiver.SweepTimeout = min(l.cfg.Receiver.SweepTimeout, within)
+	}
 	if l.cfg.ExportTimeout == 0 || l.cfg.Receiver.SweepTimeout < l.cfg.ExportTimeout { // 0: it was refused
 		return
 	}

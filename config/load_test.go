@@ -96,6 +96,8 @@ func TestGoodInput(t *testing.T) {
 		{"OTEL_METRICS_EXPORTER=Console, prometheus,console", "Exporters=[console prometheus]"},
 		{"OTEL_METRICS_EXPORTER=none", "Exporters=[]"},
 		{"OTEL_METRIC_EXPORT_INTERVAL=2000\nOTEL_METRIC_EXPORT_TIMEOUT=1000", "Interval=2s ExportTimeout=1s Receiver.SweepTimeout=500ms"},
+		{"OTEL_METRIC_EXPORT_INTERVAL=1000", "Interval=1s Receiver.SweepTimeout=900ms"},
+		{"OTEL_METRIC_EXPORT_INTERVAL=1000\nUNITMETER_SWEEP_TIMEOUT=5s", "Interval=1s Receiver.SweepTimeout=5s"},
 		{"OTEL_METRIC_EXPORT_TIMEOUT=1000\nUNITMETER_SWEEP_TIMEOUT=999ms", "Receiver.SweepTimeout=999ms"},
 		{"OTEL_METRIC_EXPORT_INTERVAL=2147483647", "Interval=596h31m23.647s"},
 		// What only the SDK reads.

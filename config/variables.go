@@ -337,7 +337,7 @@ func (l *loader) units(c *Config) []entry {
 			Name:    "UNITMETER_BUS",
 			Values:  "auto, system, private, or a D-Bus address such as unix:path=/run/dbus/system_bus_socket",
 			Default: receiver.DefaultBus,
-			Meaning: "How to reach systemd. private is its own socket: for root only, and half the cost. auto takes it where it can.",
+			Meaning: "How to reach systemd. private is its own socket: for root only. auto is the system bus, with the private socket for large readings where it can be opened. With private, PID 1 grows for as long as the agent is stopped.",
 		}, parse: func(text string, bad report) { c.Receiver.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",
@@ -389,7 +389,7 @@ func (l *loader) units(c *Config) []entry {
 		duration(Variable{
 			Name:    "UNITMETER_SWEEP_TIMEOUT",
 			Default: receiver.DefaultSweepTimeout.String(),
-			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT; the default is lowered to half of that where needed.",
+			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT. The default is lowered where needed, to half of that and to nine tenths of OTEL_METRIC_EXPORT_INTERVAL. Units that are not reached in time come first in the next reading.",
 		}, &c.Receiver.SweepTimeout, 100*time.Millisecond, 10*time.Minute, false),
 		enum(Variable{
 			Name:    "UNITMETER_STOP_RECORDS",

@@ -200,29 +200,36 @@ func relay() error {
 	}
 }
 
-// buses runs a test over the system bus and over PID 1's private socket.
-func buses(t *testing.T, test func(t *testing.T, rig *systemdtest.Rig, bus string)) {
+// buses runs a test over the system bus, and as an agent of root uses it: signals over
+// the bus, sweeps over PID 1's private socket.
+func buses(t *testing.T, test func(t *testing.T, rig *systemdtest.Rig, at Config)) {
 	rig := theRig(t)
-	t.Run("system bus", func(t *testing.T) { test(t, rig, rig.SystemBus()) })
-	t.Run("private socket", func(t *testing.T) {
-		if _, err := os.Stat(rig.Path(relayAddress)); err != nil {
-			exe, err := os.Executable()
-			if err != nil {
-				t.Fatal(err)
-			}
-			cmd := rig.Command(context.Background(), exe)
-			cmd.Env = append(cmd.Env, insideMode+"=relay")
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			go func() { _ = cmd.Wait() }() // it ends with the rig
-		}
-		systemdtest.Eventually(t, "the relay listens", func() bool {
-			_, err := os.Stat(rig.Path(relayAddress))
-			return err == nil
-		})
-		test(t, rig, "unix:path="+rig.Path(relayAddress))
+	t.Run("system bus", func(t *testing.T) { test(t, rig, Config{Bus: rig.SystemBus()}) })
+	t.Run("both", func(t *testing.T) {
+		test(t, rig, Config{Bus: "auto", SystemBus: rig.SystemBus(), privateSocket: privateSocket(t, rig), privateFrom: 1})
 	})
+}
+
+// privateSocket returns an address of PID 1's private socket for tests outside.
+func privateSocket(t *testing.T, rig *systemdtest.Rig) string {
+	t.Helper()
+	if _, err := os.Stat(rig.Path(relayAddress)); err != nil {
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := rig.Command(context.Background(), exe)
+		cmd.Env = append(cmd.Env, insideMode+"=relay")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		go func() { _ = cmd.Wait() }() // it ends with the rig
+	}
+	systemdtest.Eventually(t, "the relay listens", func() bool {
+		_, err := os.Stat(rig.Path(relayAddress))
+		return err == nil
+	})
+	return "unix:path=" + rig.Path(relayAddress)
 }
 
 // thousandUnits is how many units the test of the same name has.

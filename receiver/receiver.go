@@ -76,6 +76,10 @@ type Config struct {
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
 
+	// privateSocket and privateFrom are PrivateSocket and PrivateFrom of systemd.Config.
+	// Tests set them.
+	privateSocket string
+	privateFrom   int
 	// journalctl is the command and its first arguments. Tests set it.
 	journalctl   []string
 	journalProbe time.Duration
@@ -151,7 +155,8 @@ func New(cfg Config) (*Receiver, error) {
 		r.source, r.meter = counting, counting
 	} else {
 		r.systemd = systemd.New(systemd.Config{
-			Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
+			Bus: cfg.Bus, SystemBus: cfg.SystemBus, PrivateSocket: cfg.privateSocket, PrivateFrom: cfg.privateFrom,
+			Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
 			Names: selection.Names(), Named: func(own map[string]string) {
 				named := selection.Named(own)
 				r.selection.Store(&named)
@@ -280,6 +285,14 @@ func (r *Receiver) Ready(ctx context.Context) error {
 		return nil
 	}
 	return r.systemd.Ready(ctx)
+}
+
+// Progress returns a number that grows while the state of units is being read.
+func (r *Receiver) Progress() int64 {
+	if r.systemd == nil {
+		return 0
+	}
+	return r.systemd.Progress()
 }
 
 // Last returns the result of the last sweep, or nil before the first.

@@ -705,7 +705,7 @@ func TestSweepDeadline(t *testing.T) {
 	if h := r.systemd.Health(); r.partial != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
-	l.only(t, 0, "WARN")
+	l.only(t, 1, "WARN") // that it was late
 
 	// Never an answer: the sweep ends all the same, and so does one whose own
 	// context is over.

@@ -24,8 +24,6 @@ import (
 )
 
 const (
-	// managerTimeout bounds one command's talk with systemd.
-	managerTimeout = 30 * time.Second
 	// settleTimeout is how long systemd may take to attach the counting
 	// programs after the setting has changed.
 	settleTimeout = 3 * time.Second
@@ -57,9 +55,6 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if err != nil {
 		return err
 	}
-	whole := ctx
-	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
-	defer cancel()
 	if s.ebpf && s.dry {
 		return switchSource(ctx, t, on, s.dry)
 	}
@@ -88,7 +83,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	case s.reset:
 		return reset(ctx, t, s.dry)
 	case s.follow:
-		return w.follow(whole, cfg.Receiver)
+		return w.follow(ctx, cfg.Receiver)
 	case s.byDefault:
 		return w.setDefault(ctx)
 	}
