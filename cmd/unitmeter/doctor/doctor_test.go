@@ -643,7 +643,7 @@ func TestDoctorOutput(t *testing.T) {
 	if err := json.Unmarshal(object.Bytes(), &r); err != nil {
 		t.Fatalf("%v:\n%s", err, &object)
 	}
-	if r.Worst != statusFail || len(r.Checks) != len((&doctor{}).checks()) {
+	if r.Worst != statusFail || len(r.Checks) != strings.Count("\n"+text.String(), "\nok ")+strings.Count(text.String(), "\nwarn ")+strings.Count(text.String(), "\nfail ")+strings.Count(text.String(), "\nskip ") {
 		t.Errorf("report = %+v", r)
 	}
 	for _, f := range r.Checks {
