@@ -91,7 +91,11 @@ func printTable(w io.Writer, readings *accounting.Readings, all bool) error {
 	}
 	numbers := len(header)
 	tab := tty.NewTable(w, true, append(header, "SINCE", "UNIT")...)
-	tab.Drop("SINCE", "IN P/S", "OUT P/S", "IN PACKETS", "OUT PACKETS")
+	narrow := [][]string{{"SINCE"}, {"IN P/S", "OUT P/S"}, {"IN PACKETS", "OUT PACKETS"}}
+	if speeds {
+		narrow = append(narrow, []string{"IN BYTES", "OUT BYTES"})
+	}
+	tab.Drop(narrow...)
 	lost := 0
 	var off []string
 	for _, u := range units {

@@ -140,7 +140,7 @@ func withoutNumbers(r accounting.Reading) (reason, fix string) {
 	switch r.Accounting {
 	case "off":
 		if !accounting.CarriesTraffic(r.Name) {
-			return "IP accounting is off; a mount has traffic only if a program serves it", ""
+			return "off; a mount has traffic only if a program serves it", ""
 		}
 		reason, fix = "IP accounting is off", "unitmeter enable "+name
 	case "lost":
@@ -188,7 +188,7 @@ func printStates(w io.Writer, states []unitState, all bool, counting string, ref
 		header = slices.Delete(header, 1, 2)
 	}
 	tab := tty.NewTable(w, false, header...)
-	tab.Drop("FIX", "REASON")
+	tab.Drop([]string{"FIX"}, []string{"REASON"})
 	counts := map[string]int{}
 	for _, s := range states {
 		counts[s.State]++
@@ -213,9 +213,9 @@ func printStates(w io.Writer, states []unitState, all bool, counting string, ref
 	text := fmt.Sprintf("%d units: %s.", len(states), strings.Join(parts, ", "))
 	switch {
 	case counting == "possible":
-		text += "\nNo eBPF program is loaded. To count all without IP accounting: unitmeter enable --ebpf"
+		text += "\nTo count all of them without IP accounting: unitmeter enable --ebpf"
 	case counting == "metered":
-		text += "\nAn eBPF program is loaded."
+		text += "\nAn eBPF program counts all of them but those with a -."
 	case os.Geteuid() != 0:
 		text += "\nAs root, it also shows what eBPF can count."
 	case refused != nil:

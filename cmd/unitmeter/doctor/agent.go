@@ -144,27 +144,30 @@ func examineAsAgent(ctx context.Context, environ []string) (findings []finding, 
 		return nil, nil, ""
 	}
 	findings, err = a.examine(ctx)
-	checkAsRoot(ctx, m, findings)
 	if err != nil {
 		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these checks use the settings of this shell", agentUnit, tty.Line(err))
 	}
-	return findings, a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", agentUnit, a.user)
+	return withRootChecks(ctx, m, findings), a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", agentUnit, a.user)
 }
 
-// checkAsRoot makes the checks for which the agent's user has no right.
-func checkAsRoot(ctx context.Context, m *accounting.Manager, findings []finding) {
+// withRootChecks adds the checks for which the agent's user has no right.
+func withRootChecks(ctx context.Context, m *accounting.Manager, findings []finding) []finding {
+	i := slices.IndexFunc(findings, func(f finding) bool { return f.Name == "ebpf" })
+	if i < 0 {
+		return findings // it was interrupted
+	}
 	d := &doctor{m: m}
 	d.cfg.Receiver.Source = receiver.EBPF
-	for i, f := range findings {
-		if f.Name == "ebpf" && f.Status == statusSkip { // it knows the settings
-			d.cfg.Receiver.Source = receiver.DBus
-		}
-		for _, c := range d.rootChecks() {
-			if c.name == f.Name {
-				findings[i] = runCheck(ctx, c)
-			}
+	if findings[i].Status == statusSkip { // the agent's user knows the settings
+		d.cfg.Receiver.Source = receiver.DBus
+	}
+	for _, c := range d.rootChecks() {
+		if f := runCheck(ctx, c); f.Status != "" {
+			i++
+			findings = slices.Insert(findings, i, f)
 		}
 	}
+	return findings
 }
 
 // next says where settings go and what makes a running agent take them: a fix

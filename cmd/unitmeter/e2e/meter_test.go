@@ -76,7 +76,7 @@ func TestMeterAsPackaged(t *testing.T) {
 	}
 
 	findings := w.report("unitmeter doctor --json 2>/dev/null")
-	for name, status := range map[string]string{"ebpf": "ok", "agent": "ok", "accounting-default": "skip", "accounting": "skip", "counters": "skip", "stop-records": "skip"} {
+	for name, status := range map[string]string{"ebpf": "ok", "ebpf-host": "ok", "ebpf-pins": "ok", "ebpf-filters": "ok", "own-traffic": "ok", "agent": "ok", "accounting-default": "skip", "accounting": "skip", "counters": "skip", "stop-records": "skip"} {
 		if findings[name].Status != status {
 			t.Errorf("the doctor's check %s is %+v, want %s", name, findings[name], status)
 		}

@@ -461,9 +461,9 @@ func FuzzTop(f *testing.F) {
 // that grow have a row.
 func TestBoardEnded(t *testing.T) {
 	b := newBoard(systemd.Patterns{}, time.Second)
-	take := func(second int, bytes uint64, accounting string) *topRow {
-		u := counted("job.service", "", -9, second, bytes, 0)
-		u.Accounting = accounting
+	take := func(second int, in uint64, state string) *topRow {
+		u := counted("job.service", "", -9, second, in, 0)
+		u.Accounting = state
 		b.take(at(second), []systemd.Unit{u})
 		return b.rows["job.service"]
 	}

@@ -438,7 +438,7 @@ func chart(values []float64, most float64, high int) []string {
 // printTop prints the table of --once, the busiest unit first.
 func printTop(w io.Writer, b *board, origin accounting.Origin, exact bool) error {
 	tab := tty.NewTable(w, true, "IN/s", "OUT/s", "IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT", "UNIT")
-	tab.Drop("IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT")
+	tab.Drop([]string{"IN pkt/s", "OUT pkt/s"}, []string{"TOTAL IN", "TOTAL OUT"})
 	for _, r := range b.sorted(b.all(), byRecent, false) {
 		packets := func(kind int) string {
 			if !r.now.known {
