@@ -136,7 +136,7 @@ func (d *Durable) began(runs []ledger.Run) map[ledger.ID]bool {
 	}
 	began := map[ledger.ID]bool{}
 	for _, r := range runs {
-		id, ok := r.SeriesID()
+		id, ok := r.SeriesID(ledger.Total)
 		if !ok || !r.Time.After(d.last[id].time) {
 			continue // it is over, and was read before
 		}
@@ -227,7 +227,7 @@ func ledgerOf(state ledger.State) store.Ledger {
 	}
 	for i, r := range state.Runs {
 		run := store.Run{Key: r.Epoch, Unit: r.Unit, Boot: r.Boot, Last: amountsOf(r.Last), Seen: r.Time}
-		if id, ok := r.SeriesID(); ok {
+		if id, ok := r.SeriesID(ledger.Total); ok {
 			run.SeriesKind, run.Series = kind[id.Kind], id.Name
 		}
 		kept.Runs[i] = run

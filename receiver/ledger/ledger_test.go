@@ -262,9 +262,9 @@ func TestBalance(t *testing.T) {
 }
 
 func TestRestore(t *testing.T) {
-	good := Series{ID: ID{Unit, "a.service"}, Total: all(5), Start: at(1), Time: at(9)}
+	good := Series{ID: ID{Kind: Unit, Name: "a.service"}, Total: all(5), Start: at(1), Time: at(9)}
 	run := Run{Unit: "a.service", Epoch: "1", Boot: "boot", Series: "a.service", Last: all(5), Time: at(9)}
-	bad := Series{ID: ID{Unit, "b.service"}, Total: Counters{Sent: Traffic{Bytes: 1 << 63}}}
+	bad := Series{ID: ID{Kind: Unit, Name: "b.service"}, Total: Counters{Sent: Traffic{Bytes: 1 << 63}}}
 	ahead := Balance{Slice: "system.slice", Unattributed: Series{Total: all(3)}, Ahead: all(1), Waiting: all(9)}
 	for name, test := range map[string]struct {
 		state State
@@ -273,9 +273,9 @@ func TestRestore(t *testing.T) {
 		"same run":         {State{Series: []Series{good}, Runs: []Run{run}}, all(7)},
 		"no run":           {State{Series: []Series{good}}, all(12)},
 		"no series":        {State{Runs: []Run{run}}, all(2)},
-		"duplicate":        {State{Series: []Series{good, {ID: ID{Unit, "a.service"}, Total: all(99)}}, Runs: []Run{run}}, all(7)},
+		"duplicate":        {State{Series: []Series{good, {ID: ID{Kind: Unit, Name: "a.service"}, Total: all(99)}}, Runs: []Run{run}}, all(7)},
 		"impossible total": {State{Series: []Series{bad, good}, Runs: []Run{run}}, all(7)},
-		"clock set back":   {State{Series: []Series{{ID: ID{Unit, "a.service"}, Total: all(5), Start: at(1), Time: at(9e6)}}, Runs: []Run{{Unit: "a.service", Epoch: "1", Boot: "boot", Series: "a.service", Last: all(5), Time: at(9e6)}}}, all(7)},
+		"clock set back":   {State{Series: []Series{{ID: ID{Kind: Unit, Name: "a.service"}, Total: all(5), Start: at(1), Time: at(9e6)}}, Runs: []Run{{Unit: "a.service", Epoch: "1", Boot: "boot", Series: "a.service", Last: all(5), Time: at(9e6)}}}, all(7)},
 		"the rest":         {State{Series: []Series{good}, Runs: []Run{run}, Overflow: &Series{Total: all(4)}, Balances: []Balance{ahead}, Journal: Position{"c", "b"}}, all(7)},
 	} {
 		t.Run(name, func(t *testing.T) {
