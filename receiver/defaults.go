@@ -31,5 +31,6 @@ func DefaultFold() []string {
 	return []string{
 		"run-*.service", "run-*.scope", "session-*.scope",
 		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",
+		`machine-qemu\x2d*.scope`, `machine-lxc\x2d*.scope`,
 	}
 }

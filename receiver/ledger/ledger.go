@@ -131,7 +131,7 @@ type run struct {
 	boot        string    // that of the run, if not this one
 	series      *series   // nil before the first reading, and for unmetered units
 	slices      []*series // of Reading.Slices; nil before the first reading
-	slice       string  // empty while not known
+	slice       string    // empty while not known
 	last        Counters
 	time        time.Time // of last; zero before the first reading
 	closed      time.Time // when the run was found to be gone; zero while it can be read

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"iter"
 	"time"
 	"unique"
@@ -87,12 +88,29 @@ type Owner struct{ labels unique.Handle[Labels] }
 // Labels tell units of one name apart, and members of one fold. An absent label is
 // empty.
 type Labels struct {
-	User          string `json:",omitempty"` // number of the user whose manager has the unit
-	Runtime       string `json:",omitempty"` // of the container, as the others below
-	ContainerID   string `json:",omitempty"`
-	ContainerName string `json:",omitempty"`
-	Pod           string `json:",omitempty"`
-	Namespace     string `json:",omitempty"` // of the pod
+	User          string // number of the user whose manager has the unit
+	Runtime       string // of the container, as the others below
+	ContainerID   string
+	ContainerName string
+	Pod           string
+	Namespace     string // of the pod
+}
+
+// String is the name for people: UID/NAME for a unit of a user's manager, with the
+// container behind it.
+func (id ID) String() string {
+	l, text := id.Owner.Labels(), id.Name
+	if l.User != "" {
+		text = l.User + "/" + text
+	}
+	container := cmp.Or(l.ContainerName, l.ContainerID, l.Runtime)
+	if l.Pod != "" {
+		container = l.Namespace + "/" + l.Pod + "/" + container
+	}
+	if container != "" {
+		text += " " + container
+	}
+	return text
 }
 
 // OwnerOf returns the Owner with labels.
