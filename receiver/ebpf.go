@@ -364,10 +364,15 @@ func measured(measure ledger.Measure, received, sent ebpf.Counters) ledger.Count
 	return ledger.Counters{Received: traffic(&received), Sent: traffic(&sent)}
 }
 
-// typeOf is the type of a unit; a cgroup that is none has the type "cgroup".
+// typeOf is the type of a unit; a cgroup that is none, such as lxc.payload.web, has the
+// type "cgroup".
 func typeOf(name string) string {
-	if systemd.ValidUnitName(name) {
-		return systemd.TypeOf(name)
+	t := systemd.TypeOf(name)
+	switch t {
+	case "service", "scope", "socket", "slice", "mount", "swap", "timer", "path", "target", "device", "automount":
+		if systemd.ValidUnitName(name) {
+			return t
+		}
 	}
 	return "cgroup"
 }

@@ -153,9 +153,9 @@ func New(cfg Config) (*Receiver, error) {
 		return nil, err
 	}
 	metered := func(unit string) bool {
-		// Types are of units: a cgroup that is none has no type to leave out.
-		typed := !systemd.ValidUnitName(unit) || slices.Contains(cfg.Types, systemd.TypeOf(unit))
-		return typed && include.Index(unit) >= 0 && exclude.Index(unit) < 0
+		// A cgroup that is no unit has no type to leave out.
+		t := typeOf(unit)
+		return (t == "cgroup" || slices.Contains(cfg.Types, t)) && include.Index(unit) >= 0 && exclude.Index(unit) < 0
 	}
 	r := &Receiver{cfg: cfg, attributes: map[ledger.ID]*Attributes{}}
 	counting, err := r.newMeter(metered)
