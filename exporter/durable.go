@@ -116,7 +116,7 @@ func (d *Durable) samples(state ledger.State) []store.Sample {
 		if s.Time.Equal(prev.time) {
 			continue // no new reading
 		}
-		name := s.ID.String()
+		name := s.ID.Text()
 		if s.Kind == ledger.Overflow {
 			name = "(overflow)"
 		}

@@ -96,9 +96,9 @@ type Labels struct {
 	Namespace     string // of the pod
 }
 
-// String is the name for people: UID/NAME for a unit of a user's manager, with the
+// Text is the name for people: UID/NAME for a unit of a user's manager, with the
 // container behind it.
-func (id ID) String() string {
+func (id ID) Text() string {
 	l, text := id.Owner.Labels(), id.Name
 	if l.User != "" {
 		text = l.User + "/" + text
