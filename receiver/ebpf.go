@@ -83,19 +83,18 @@ type cgroupRun struct {
 // open opens the pinned maps. Where there are none and attach is true, it attaches
 // the program for this process alone.
 func (m *meter) open(attach bool) error {
-	const next = "or set UNITMETER_SOURCE=dbus"
 	reader, err := openMeter(m.cfg, m.dirs)
 	if err == nil {
 		m.reader = reader
 		return nil
 	}
 	if !attach || !errors.Is(err, ebpf.ErrNotLoaded) {
-		return fmt.Errorf("%w, %s", err, next)
+		return err
 	}
 	// It walks the cgroups once, which takes a fraction of a second.
 	reader, attachErr := ebpf.Attach(context.Background(), m.cfg)
 	if attachErr != nil {
-		return fmt.Errorf("%w, %s; this process cannot count by itself: %w", err, next, attachErr)
+		return fmt.Errorf("%w, and this process cannot count by itself: %w", ebpf.ErrNotLoaded, attachErr)
 	}
 	m.reader = reader
 	m.log.Info("no eBPF meter is loaded: counting for as long as this process runs")

@@ -325,7 +325,8 @@ func TestMeterName(t *testing.T) {
 func TestMeterRefuses(t *testing.T) {
 	for want, cfg := range map[string]Config{
 		"use dbus, ebpf or auto": {Source: "bpf"},
-		"unitmeter meter load":   {Source: EBPF, meterDirs: []string{t.TempDir()}, meterRoot: t.TempDir()},
+		"not a cgroup v2 directory; boot with systemd.unified_cgroup_hierarchy=1; or set UNITMETER_SOURCE=dbus": {
+			Source: EBPF, meterDirs: []string{t.TempDir()}, meterRoot: t.TempDir()},
 	} {
 		if _, err := New(cfg); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)

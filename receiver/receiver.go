@@ -262,8 +262,11 @@ func (r *Receiver) newMeter(metered func(unit string) bool) (*meter, error) {
 		r.cfg.Logger.Info("systemd counts, over D-Bus: the eBPF meter cannot be read", "err", err)
 		return nil, nil
 	}
+	if err != nil {
+		return nil, fmt.Errorf("count by eBPF: %w; or set UNITMETER_SOURCE=dbus, which counts the units with IP accounting on", err)
+	}
 	r.cfg.Source = EBPF
-	return m, err
+	return m, nil
 }
 
 // setDefaults fills in what is not set, and refuses what makes no sense.
