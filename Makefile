@@ -13,7 +13,7 @@ TESTENV = $(if $(CAN_RUN_ALL),UNITMETER_TEST_NO_SKIP=1)
 
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
-.PHONY: build test demo lint fmt fuzz bench conformance test-matrix tools shell clean help
+.PHONY: build test demo lint fmt fuzz bench conformance test-matrix test-kernels tools shell clean help
 
 build: ## build bin/unitmeter, a static binary
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)' -o $(BINARY) ./cmd/unitmeter
@@ -50,6 +50,9 @@ conformance: ## verdict per scenario for UNITMETER_BINARY, or for this tree (roo
 
 test-matrix: tools ## conformance suite on systemd 247 to 26x (root; fetches five Debian trees once)
 	.ci/matrix
+
+test-kernels: ## eBPF meter on four kernels of Debian, in virtual machines without KVM (root; half an hour or more)
+	.ci/kernels
 
 tools: ## build the pinned programs that the tests run, install Debian packages they need
 	.ci/tools

@@ -166,7 +166,6 @@ var badInputs = [][]string{
 	{"UNITMETER_BUS=unix:path=bus"},
 	{"UNITMETER_BUS=unix:path=/run/bus%2"},
 	{"DBUS_SYSTEM_BUS_ADDRESS=autolaunch:"},
-	{"UNITMETER_INCLUDE=nginx"},
 	{"UNITMETER_INCLUDE=nginx.sevice"},
 	{"UNITMETER_INCLUDE=nginx.timer"},
 	{"UNITMETER_INCLUDE=.service"},

@@ -41,8 +41,7 @@ func TestNoConfigurationNeeded(t *testing.T) {
 		Prometheus:  exporter.PrometheusConfig{Address: "localhost:9464"},
 		Receiver: receiver.Config{
 			Source: "dbus", Bus: "auto", StopRecords: "auto", SweepTimeout: 10 * time.Second, MaxSeries: 5000,
-			Fold: []string{"run-*.service", "run-*.scope", "session-*.scope", "docker-*.scope", "libpod-*.scope",
-				"nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope", `machine-qemu\x2d*.scope`, `machine-lxc\x2d*.scope`},
+			Fold:  receiver.DefaultFold(),
 			Types: []string{"service", "scope", "socket", "mount", "swap"},
 		},
 		Store:        store.Config{Dir: "/home/u/.local/state/unitmeter", OutboxMaxBytes: 256 << 20, OutboxMaxAge: 168 * time.Hour, History: 21 * day},

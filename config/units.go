@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // unitTypes are the types that have IP counters (org.freedesktop.systemd1(5)).
@@ -21,6 +22,7 @@ func parseGlobs(text string, bad report) []string {
 			bad(fmt.Sprintf("%q %s", shorten(pattern), reason), hint)
 			continue
 		}
+		pattern = systemd.FullName(pattern)
 		if !slices.Contains(out, pattern) {
 			out = append(out, pattern)
 		}
@@ -34,16 +36,15 @@ func checkGlob(pattern string) (reason, hint string) {
 		return "is a path", "use the unit's name; 'systemd-escape -p --suffix=mount PATH' gives that of a mount"
 	}
 	for _, r := range pattern {
-		if !isAlnum(r) && !strings.ContainsRune(`:-_.\@*?[]^`, r) {
+		if !isAlnum(r) && !strings.ContainsRune(`:-_.\@*?[]^!`, r) {
 			return fmt.Sprintf("contains %q, which no unit name does", r), "use a name as 'systemctl list-units' shows it"
 		}
 	}
 	if strings.Contains(pattern, `\\`) {
 		return `contains two backslashes in a row, which no unit name does`, `write one backslash, as in dev-disk\x2d1.swap`
 	}
-	// A backslash is an ordinary character of a unit name and escapes nothing.
-	if _, err := path.Match(strings.ReplaceAll(pattern, `\`, `\\`), ""); err != nil {
-		return "has a [ without its ], or an empty []", "use *, ? and [a-z], as in nginx*.service"
+	if _, err := systemd.ParsePatterns([]string{pattern}); err != nil {
+		return "has a [ without its ], or an empty []", "use *, ?, [a-z] and [!a-z], as in nginx*.service"
 	}
 	if len(pattern) > 255 {
 		return "is longer than a unit name can be (255)", "use * for a part of it"
@@ -77,7 +78,10 @@ func checkSuffix(pattern string) (reason, hint string) {
 			return "does not end in a type of unit", "did you mean ." + guess + "?"
 		}
 	}
-	return "does not end in a type of unit", "write it in full, such as " + shorten(pattern) + ".service, or end it in *"
+	if wild < 0 {
+		return "", "" // to systemctl it is a service too
+	}
+	return "does not end in a type of unit", "end it in *, or in a type such as .service"
 }
 
 // finishUnits warns of what the other variables leave no effect.

@@ -66,52 +66,6 @@ func Variables() []Variable {
 	return vars
 }
 
-// WriteText writes the reference for a terminal of 80 columns.
-func WriteText(w io.Writer) error {
-	var b strings.Builder
-	group := ""
-	for _, v := range Variables() {
-		if v.Group != group {
-			group = v.Group
-			fmt.Fprintf(&b, "%s\n%s\n\n", group, strings.Repeat("-", len(group)))
-		}
-		b.WriteString(v.Name + "\n")
-		if v.Specific != "" {
-			b.WriteString(v.Specific + "\n")
-		}
-		wrap(&b, v.Meaning)
-		wrap(&b, "Values: "+v.Values)
-		if v.Default != "" {
-			wrap(&b, "Default: "+v.Default)
-		}
-		b.WriteByte('\n')
-	}
-	_, err := io.WriteString(w, strings.TrimSuffix(b.String(), "\n"))
-	return err
-}
-
-// wrap writes text as indented lines of at most 78 characters.
-func wrap(b *strings.Builder, text string) {
-	const indent, width = "    ", 78
-	column := 0
-	for word := range strings.FieldsSeq(text) {
-		switch {
-		case column == 0:
-			b.WriteString(indent)
-			column = len(indent)
-		case column+1+len(word) > width:
-			b.WriteString("\n" + indent)
-			column = len(indent)
-		default:
-			b.WriteByte(' ')
-			column++
-		}
-		b.WriteString(word)
-		column += len(word)
-	}
-	b.WriteByte('\n')
-}
-
 // WriteMarkdown writes the reference as docs/configuration.md.
 func WriteMarkdown(w io.Writer) error {
 	var b strings.Builder

@@ -150,8 +150,8 @@ func (d *Durable) began(runs []ledger.Run) map[ledger.ID]bool {
 }
 
 // Next implements Outbox.
-func (d *Durable) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
-	rows, err := d.store.Next(ctx, maxBytes)
+func (d *Durable) Next(ctx context.Context, after int64, maxBytes int) ([]Entry, error) {
+	rows, err := d.store.NextAfter(ctx, after, maxBytes)
 	if err != nil {
 		return nil, err
 	}

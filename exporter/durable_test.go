@@ -262,7 +262,7 @@ func TestDurableOutcomes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	entries, err := d.Next(t.Context(), 1<<20)
+	entries, err := d.Next(t.Context(), 0, 1<<20)
 	if err != nil || len(entries) != 6 {
 		t.Fatalf("%d entries, %v", len(entries), err)
 	}
@@ -278,13 +278,13 @@ func TestDurableOutcomes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if entries, err = d.Next(t.Context(), 1<<20); err != nil || len(entries) != 1 || entries[0].ID != ids[5] {
+	if entries, err = d.Next(t.Context(), 0, 1<<20); err != nil || len(entries) != 1 || entries[0].ID != ids[5] {
 		t.Errorf("left: %v, %v", entries, err)
 	}
 	if err := d.Commit(t.Context(), Cycle{Request: requestOf(t, 0, 6), Points: 1}); err != nil {
 		t.Fatal(err)
 	}
-	entries, err = d.Next(t.Context(), 1<<20)
+	entries, err = d.Next(t.Context(), 0, 1<<20)
 	if err != nil || len(entries) != 2 {
 		t.Fatalf("%d entries, %v", len(entries), err)
 	}

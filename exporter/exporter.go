@@ -3,11 +3,9 @@ package exporter
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
-	"time"
 
 	"go.opentelemetry.io/otel/attribute"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
@@ -42,7 +40,7 @@ type Config struct {
 	// Ledger is the state that the Source started from. Deltas go on from its
 	// totals.
 	Ledger ledger.State
-	// Outbox makes cycles durable. Default: none, requests are sent directly.
+	// Outbox makes cycles durable. Default: none, requests wait in memory.
 	Outbox Outbox
 	// Logger gets changes of state: a failure when it begins and when it is
 	// over. Default: none.
@@ -62,15 +60,12 @@ type Exporter struct {
 	selector sdkmetric.TemporalitySelector
 	counts   *counts
 	client   *otlp.Client       // nil: it sends nothing
-	sender   *sender            // nil without outbox or client
+	sender   *sender            // nil without client
 	stop     context.CancelFunc // ends the sender at once
-
-	calling sync.Mutex // held for the length of a call: one at a time keeps the order
 
 	mu         sync.Mutex // held for the length of an Export
 	deltas     *deltas    // nil: cumulative
 	attributes map[attribute.Distinct]otlp.Attributes
-	owed       [][]byte // the rest of a request of which a part is accepted
 	closed     bool
 	encoding   episode
 }
@@ -106,13 +101,11 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 		return nil, err
 	}
 	e.counts.target, e.counts.hint = e.client.Target(), e.client.Hint
-	if e.outbox != nil {
-		// The sender outlives New's context by design.
-		var running context.Context
-		running, e.stop = context.WithCancel(context.WithoutCancel(ctx))
-		e.sender = newSender(e.outbox, e.counts, log, e.call)
-		go e.sender.run(running)
-	}
+	// The sender outlives New's context by design.
+	var running context.Context
+	running, e.stop = context.WithCancel(context.WithoutCancel(ctx))
+	e.sender = newSender(e.outbox, e.counts, log, e.client.Send)
+	go e.sender.run(running)
 	return e, nil
 }
 
@@ -136,12 +129,11 @@ func (e *Exporter) Aggregation(kind sdkmetric.InstrumentKind) sdkmetric.Aggregat
 
 // Export hands one cycle over. It changes rm in place.
 //
-// With an outbox it returns when the cycle is durable, whether or not ctx has
-// ended meanwhile: delivery is the sender's. If the outbox fails, and without
-// one, it sends directly and returns when the request is answered or given up.
-// A cycle that was not handed over is no error here: it is logged when the
-// failures begin and when they are over, and the next cycle's totals and deltas
-// include its bytes. Health tells the present state.
+// It returns when the cycle is durable or, if the outbox fails and without one, in
+// memory, whether or not ctx has ended meanwhile: delivery is the sender's. A cycle
+// that was not handed over is no error here: it is logged when the failures begin and
+// when they are over, and the next cycle's totals and deltas include its bytes.
+// Health has the present state.
 func (e *Exporter) Export(ctx context.Context, rm *metricdata.ResourceMetrics) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -212,159 +204,68 @@ func (e *Exporter) encoded(set attribute.Set) otlp.Attributes {
 	return fields
 }
 
-// handOver commits the cycle or, where that cannot be, sends its request.
+// handOver commits the cycle or, where that cannot be, keeps its request in memory. It
+// returns false if the next cycle must cover this one.
 func (e *Exporter) handOver(ctx context.Context, cycle Cycle) bool {
-	if e.outbox != nil {
+	durable := e.outbox != nil
+	if durable {
 		err := e.outbox.Commit(context.WithoutCancel(ctx), cycle)
-		if err == nil {
+		if durable = err == nil; durable {
 			e.counts.commit.over("cycles are committed to the outbox again")
-			if e.sender != nil && cycle.Request != nil {
-				e.sender.kick()
+		} else {
+			e.counts.commit.failed(slog.LevelError, "commit", "cannot commit to the outbox; metrics wait in memory, and are lost if the agent ends", err,
+				"next", "check the space, the rights and the health of the disk under the state directory")
+			if e.sender == nil || e.sender.behind() {
+				return false // points must not overtake older ones of their series
 			}
-			return true
-		}
-		e.counts.commit.failed(slog.LevelError, "commit", "cannot commit to the outbox; metrics are sent directly and are lost while the receiver is away", err,
-			"next", "check the space, the rights and the health of the disk under the state directory")
-		if e.sender != nil && e.sender.behind() {
-			// Points must not overtake older ones of their series. The next
-			// cycle covers this one.
-			return false
 		}
 	}
-	if e.client == nil {
-		return e.outbox == nil
-	}
-	return e.direct(ctx, cycle)
-}
-
-// directTries bounds the calls for one request without an outbox. The next
-// cycle says the same and more, so that waiting long for this one buys little.
-const directTries = 3
-
-// direct sends what is owed and then the request of the cycle, within the time
-// of one call. It returns false if the next cycle must cover this one.
-func (e *Exporter) direct(ctx context.Context, cycle Cycle) bool {
-	ctx, cancel := context.WithTimeoutCause(ctx, e.client.Timeout(), otlp.ErrTimeout)
-	defer cancel()
-	if len(e.owed) > 0 {
-		left, _, last := e.deliver(ctx, e.owed)
-		if len(left) > 0 && (last.Verdict == otlp.Suspect || last.Verdict == otlp.TooLarge) {
-			e.counts.poisoned(otlp.Count(left[0]), last, "it is dropped")
-			left = left[1:]
-		}
-		if e.owed = left; len(left) > 0 {
-			return false
-		}
-	}
-	if cycle.Request == nil {
+	if e.sender == nil || cycle.Request == nil {
 		return true
 	}
-	left, some, _ := e.deliver(ctx, [][]byte{cycle.Request})
-	if !some {
+	if !durable && !e.sender.queue.add(cycle) {
 		return false
 	}
-	// A delta must not cover again what was accepted, so the rest of a request
-	// that was split is kept as it is.
-	e.owed = left
+	e.sender.kick()
 	return true
-}
-
-// deliver sends requests in order and splits what is too large. It returns those
-// that were not accepted, whether any was, and the last otlp.Answer.
-func (e *Exporter) deliver(ctx context.Context, requests [][]byte) (left [][]byte, some bool, last otlp.Answer) {
-	left = requests
-	for failures := 0; len(left) > 0; {
-		last = e.call(ctx, left[0])
-		if last.Verdict == otlp.Accepted {
-			e.counts.accepted(otlp.Count(left[0]), last)
-			left, some, failures = left[1:], true, 0
-			continue
-		}
-		if last.Verdict == otlp.TooLarge {
-			if head, tail, err := otlp.Split(left[0]); err == nil && tail != nil {
-				left = append([][]byte{head, tail}, left[1:]...)
-				continue
-			}
-		}
-		if errors.Is(context.Cause(ctx), context.Canceled) {
-			break // our own end, not the receiver's answer
-		}
-		failures++
-		e.counts.failed(last, "the next cycle covers this one")
-		again := last.Verdict == otlp.Transient || last.Verdict == otlp.Unreachable
-		if !again || failures == directTries || !pause(ctx, last.Backoff(failures, e.client.Timeout())) {
-			break
-		}
-	}
-	if !some {
-		left = requests // not their halves
-	}
-	return left, some, last
-}
-
-// pause waits for d. It returns false at once if ctx ends before that.
-func pause(ctx context.Context, d time.Duration) bool {
-	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= d {
-		return false
-	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-// call makes one attempt at a time.
-func (e *Exporter) call(ctx context.Context, request []byte) otlp.Answer {
-	e.calling.Lock()
-	defer e.calling.Unlock()
-	return e.client.Send(ctx, request)
 }
 
 // Health returns how delivery goes.
 func (e *Exporter) Health() Health { return e.counts.health() }
 
-// ForceFlush implements metric.Exporter: it waits until the outbox is empty. It
+// ForceFlush implements metric.Exporter: it waits until all is delivered. It
 // returns the reason if entries are being held, and ctx's error when that ends.
 func (e *Exporter) ForceFlush(ctx context.Context) error {
 	if e.sender == nil {
 		return ctx.Err()
 	}
 	if err := e.sender.flush(ctx); err != nil {
-		return fmt.Errorf("flush the outbox: %w", err)
+		return fmt.Errorf("deliver all metrics: %w", err)
 	}
 	return nil
 }
 
-// Shutdown implements metric.Exporter. It drains the outbox until it is empty or
-// ctx ends, stops the sender, and closes the connection. What remains in the
-// outbox is no error: it is sent after the next start.
+// Shutdown implements metric.Exporter. It delivers until nothing is left or ctx ends,
+// stops the sender, and closes the connection. What remains in the outbox is no error:
+// it is sent after the next start. What remains in memory is lost, and counted.
 func (e *Exporter) Shutdown(ctx context.Context) error {
 	e.mu.Lock()
 	closed := e.closed
 	e.closed = true
-	for _, request := range e.owed {
-		e.counts.drop(otlp.Count(request), "the agent ends before the receiver took all parts of a request")
-	}
-	e.owed = nil
 	e.mu.Unlock()
 	if closed {
 		return sdkmetric.ErrExporterShutdown
 	}
-	if e.sender != nil {
-		close(e.sender.drain)
-		select {
-		case <-e.sender.done:
-		case <-ctx.Done():
-		}
-		e.stop()
-		<-e.sender.done // ends at once: its calls and waits have its context
-	}
 	if e.client == nil {
 		return nil
 	}
+	close(e.sender.drain)
+	select {
+	case <-e.sender.done:
+	case <-ctx.Done():
+	}
+	e.stop()
+	<-e.sender.done // ends at once: its calls and waits have its context
+	e.counts.drop(e.sender.queue.drop(), "the agent ends before the receiver took them, and no state could keep them")
 	return e.client.Close(ctx)
 }

@@ -165,16 +165,14 @@ func TestFailuresAreLoggedOnChangeAndCollectionGoesOn(t *testing.T) {
 		name    string
 		answers []otlptest.Answer // to the first requests
 		logs    string            // a text that is logged once
-		sent    bool              // the totals of the first cycle arrive on their own
 	}
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		for _, test := range []script{
-			{"unavailable", []otlptest.Answer{{Code: codes.Unavailable, Message: "warming up"}, {Code: codes.Unavailable, Message: "warming up"}}, "warming up", true},
-			{"throttled", []otlptest.Answer{{Code: codes.ResourceExhausted, RetryAfter: time.Second}}, "cannot deliver metrics", true},
-			{"unauthenticated", []otlptest.Answer{{Code: codes.Unauthenticated, Message: "who are you"}}, "OTEL_EXPORTER_OTLP_HEADERS", false},
-			{"bad data", []otlptest.Answer{{Code: codes.InvalidArgument, Message: "too old"}}, "too old", false},
-			{"hangs up", []otlptest.Answer{{Hangup: true}}, "cannot deliver metrics", true},
-			{"partial success", []otlptest.Answer{{Rejected: 3, Message: "3 too many"}, {Rejected: 3, Message: "3 too many"}}, "3 too many", true},
+			{"unavailable", []otlptest.Answer{{Code: codes.Unavailable, Message: "warming up"}, {Code: codes.Unavailable, Message: "warming up"}}, "warming up"},
+			{"throttled", []otlptest.Answer{{Code: codes.ResourceExhausted, RetryAfter: time.Second}}, "cannot deliver metrics"},
+			{"bad data", []otlptest.Answer{{Code: codes.InvalidArgument, Message: "too old"}}, "too old"},
+			{"hangs up", []otlptest.Answer{{Hangup: true}}, "cannot deliver metrics"},
+			{"partial success", []otlptest.Answer{{Rejected: 3, Message: "3 too many"}, {Rejected: 3, Message: "3 too many"}}, "3 too many"},
 		} {
 			t.Run(test.name, func(t *testing.T) {
 				cfg := cfg
@@ -182,17 +180,11 @@ func TestFailuresAreLoggedOnChangeAndCollectionGoesOn(t *testing.T) {
 				server := otlptest.Start(t, cfg)
 				a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}})
 				for i := range uint64(4) {
-					if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
-						t.Fatalf("cycle %d: %v", i, err)
-					}
+					_ = a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)) // its error is the answer
+					a.drained(t)
 				}
-				got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive"))
-				want := "[100 101 102 103]"
-				if !test.sent {
-					want = "[101 102 103]"
-				}
-				if got != want {
-					t.Errorf("the receiver has %s, want %s", got, want)
+				if got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive")); got != "[100 101 102 103]" {
+					t.Errorf("the receiver has %s", got)
 				}
 				a.log.want(t, test.logs, 1)
 				if strings.Contains(test.name, "partial") {
@@ -215,9 +207,7 @@ func TestReceiverDownAndBack(t *testing.T) {
 		// Time for a call to be refused: one that is cut short has another cause.
 		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol, Timeout: time.Minute}})
 		for i := range uint64(3) {
-			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
-				t.Fatal(err)
-			}
+			_ = a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)) // its error is the outage
 		}
 		if a.Health().Err == nil {
 			t.Error("health is good without a receiver")
@@ -226,14 +216,10 @@ func TestReceiverDownAndBack(t *testing.T) {
 		a.log.want(t, "OTEL_EXPORTER_OTLP_ENDPOINT and that the receiver runs there", 1)
 		cfg.Address = server.Address()
 		server = otlptest.Start(t, cfg)
-		i := uint64(3)
-		eventually(t, "something arrives", func() bool { // gRPC dials again in its own time
-			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+i)); err != nil {
-				t.Fatal(err)
-			}
-			i++
-			return len(server.Points()) > 0
-		})
+		a.drained(t) // gRPC dials again in its own time
+		if got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive")); got != "[100 101 102]" {
+			t.Errorf("the receiver has %s", got)
+		}
 		a.log.want(t, "cannot deliver metrics", 1)
 		a.log.want(t, "metrics are delivered again", 1)
 		if a.Health().Err != nil {
@@ -327,7 +313,7 @@ func TestOutboxKeepsCyclesOverAnOutage(t *testing.T) {
 	})
 }
 
-func TestBrokenOutboxSendsDirectly(t *testing.T) {
+func TestBrokenOutboxSendsFromMemory(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		server := otlptest.Start(t, cfg)
 		box := &memory{}
@@ -354,7 +340,7 @@ func TestBrokenOutboxSendsDirectly(t *testing.T) {
 
 // While older cycles wait in an outbox that takes no new ones, nothing overtakes
 // them.
-func TestDirectDoesNotOvertakeTheOutbox(t *testing.T) {
+func TestMemoryDoesNotOvertakeTheOutbox(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		var down atomic.Bool
 		down.Store(true)
@@ -399,27 +385,48 @@ func TestDirectDoesNotOvertakeTheOutbox(t *testing.T) {
 	})
 }
 
-func TestDeltaOverDirectFailures(t *testing.T) {
+// Without a state, requests wait in memory. They are thinned there, and their deltas
+// are still those of all units, also of one that has come and gone meanwhile.
+func TestDeltasInMemory(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
-		cfg.Script = []otlptest.Answer{{}, {Code: codes.InvalidArgument}, {Code: codes.PermissionDenied}}
+		var down atomic.Bool
+		down.Store(true)
+		cfg.Decide = func(otlptest.Request) otlptest.Answer {
+			if down.Load() {
+				return otlptest.Answer{Code: codes.Unavailable}
+			}
+			return otlptest.Answer{}
+		}
 		server := otlptest.Start(t, cfg)
 		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Temporality: "delta"})
-		for i := range uint64(5) {
-			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 100+10*i)); err != nil {
-				t.Fatal(err)
+		for i := range uint64(20) {
+			now := at(float64(100 + 10*i))
+			list := []ledger.Series{unit("a.service", at(0), now, 100+10*i)}
+			if i == 7 {
+				list = append(list, unit("short.service", at(165), now, 5))
 			}
+			_ = a.cycle(list...) // its error is the outage
 		}
-		var got []string
+		down.Store(false)
+		a.drained(t)
+		until, sum := at(0), int64(0)
 		for _, p := range server.Points() {
-			if p.Metric == receiver.IOName && p.Attrs["network.io.direction"] == "receive" {
-				if !p.Delta {
-					t.Errorf("%v is no delta", p)
+			if p.Metric == receiver.IOName && p.Attrs["network.io.direction"] == "receive" && p.Attrs["systemd.unit.name"] == "a.service" {
+				if !p.Delta || !p.Start.Equal(until) {
+					t.Errorf("no delta from %v on: %v", until, p)
 				}
-				got = append(got, fmt.Sprintf("%d(%v..%v)", p.Value, p.Start.Sub(t0).Seconds(), p.Time.Sub(t0).Seconds()))
+				until = p.Time
+				sum += p.Value
 			}
 		}
-		if fmt.Sprint(got) != "[100(0..100) 30(100..130) 10(130..140)]" {
-			t.Errorf("deltas %v", got)
+		if sum != 290 || !until.Equal(at(290)) {
+			t.Errorf("deltas of %d until %v", sum, until)
+		}
+		if got := fmt.Sprint(values(server.Points(), receiver.IOName, "short.service", "receive")); got != "[5]" {
+			t.Errorf("of the unit that has gone: %s", got)
+		}
+		if n := len(server.Requests()); n > 3+10 {
+			t.Errorf("%d calls for 20 cycles in memory", n)
 		}
 		if kind := a.Temporality(sdkmetric.InstrumentKindHistogram); kind != metricdata.DeltaTemporality {
 			t.Errorf("histograms are %v", kind)
@@ -427,16 +434,32 @@ func TestDeltaOverDirectFailures(t *testing.T) {
 	})
 }
 
+// What is in memory when the agent ends is lost. It is said and counted.
+func TestShutdownWithoutAState(t *testing.T) {
+	server := otlptest.Start(t, otlptest.Config{Decide: func(otlptest.Request) otlptest.Answer { return otlptest.Answer{Code: codes.Unavailable} }})
+	a := newAgent(t, server.URL(), Config{})
+	_ = a.cycle(unit("a.service", at(0), at(100), 5)) // its error is the outage
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := a.Exporter.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+	if h := a.Health(); h.Dropped != 4+3 {
+		t.Errorf("dropped %d points, want 7", h.Dropped)
+	}
+	a.log.want(t, "the agent ends before the receiver took them", 1)
+}
+
 // The rest of a request that was accepted in part is neither lost nor covered by
 // the next delta.
-func TestDirectSplitIsExact(t *testing.T) {
+func TestSplitInMemoryIsExact(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.MaxBytes = 4000
 		fail := 0
 		cfg.Decide = func(r otlptest.Request) otlptest.Answer {
 			// Of the first cycle's pieces one is accepted, the next refused.
 			if fail++; fail == 2 {
-				return otlptest.Answer{Code: codes.PermissionDenied}
+				return otlptest.Answer{Code: codes.Unavailable}
 			}
 			return otlptest.Answer{}
 		}
@@ -447,9 +470,8 @@ func TestDirectSplitIsExact(t *testing.T) {
 			for j := range 20 {
 				list = append(list, unit(fmt.Sprintf("unit-%d.service", j), at(0), at(float64(100+10*i)), 100+10*i))
 			}
-			if err := a.cycle(list...); err != nil {
-				t.Fatal(err)
-			}
+			_ = a.cycle(list...) // its error is the refusal
+			a.drained(t)
 		}
 		for j := range 20 {
 			if got := fmt.Sprint(values(server.Points(), receiver.IOName, fmt.Sprintf("unit-%d.service", j), "receive")); got != "[100 10 10]" {
@@ -532,9 +554,7 @@ func TestWrongCertificate(t *testing.T) {
 		// Time for all tries: one that is cut short has another cause.
 		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol, TLS: always(another), Timeout: time.Minute}})
 		for i := range 3 {
-			if err := a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 5)); err != nil {
-				t.Fatal(err)
-			}
+			_ = a.cycle(unit("a.service", at(0), at(float64(100+10*i)), 5)) // its error is the certificate
 		}
 		a.log.want(t, "cannot deliver metrics", 1)
 		a.log.want(t, "check OTEL_EXPORTER_OTLP_CERTIFICATE", 1)
@@ -564,9 +584,7 @@ func TestRedirectIsNotSuccess(t *testing.T) {
 		{HTTPStatus: 302, Header: map[string]string{"Location": portal.URL()}}, {HTTPStatus: 307, Header: map[string]string{"Location": portal.URL() + "/v1/metrics"}}}})
 	a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: "http/protobuf"}})
 	for range 2 {
-		if err := a.cycle(unit("a.service", at(0), at(100), 5)); err != nil {
-			t.Fatal(err)
-		}
+		_ = a.cycle(unit("a.service", at(0), at(100), 5)) // its error is the redirect
 	}
 	if h := a.Health(); h.Sent != 0 || h.Err == nil {
 		t.Errorf("health %+v", h)
@@ -646,30 +664,6 @@ func TestShutdownDuringACall(t *testing.T) {
 		if err := a.ForceFlush(t.Context()); !errors.Is(err, sdkmetric.ErrExporterShutdown) {
 			t.Errorf("flush of what is left: %v", err)
 		}
-	})
-}
-
-func TestDirectExportIsCancelled(t *testing.T) {
-	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
-		cfg.Script = []otlptest.Answer{{Delay: time.Minute}}
-		server := otlptest.Start(t, cfg)
-		a := newAgent(t, server.URL(), Config{OTLP: &otlp.Config{Protocol: protocol}, Temporality: "delta"})
-		a.see(unit("a.service", at(0), at(100), 5))
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
-		go func() { done <- a.Export(ctx, collected(a.Last().State.Series...)) }()
-		server.Wait(t, func(r []otlptest.Request) bool { return len(r) == 1 })
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		if err := a.cycle(unit("a.service", at(0), at(110), 7)); err != nil {
-			t.Fatal(err)
-		}
-		if got := fmt.Sprint(values(server.Points(), receiver.IOName, "a.service", "receive")); !strings.HasSuffix(got, "7]") {
-			t.Errorf("deltas %s; the last must cover the cancelled one", got)
-		}
-		a.log.want(t, "", 0)
 	})
 }
 

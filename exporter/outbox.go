@@ -2,7 +2,11 @@ package exporter
 
 import (
 	"context"
+	"log/slog"
+	"slices"
+	"sync"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 )
 
@@ -13,10 +17,10 @@ type Outbox interface {
 	// Commit makes the cycle durable before it returns nil. After an error
 	// nothing of the cycle may show up in Next.
 	Commit(ctx context.Context, cycle Cycle) error
-	// Next returns the oldest entries in the order of their commit: at least
-	// one if there is any, and no further one that would bring the sum of
-	// their requests over maxBytes. It returns none when all is delivered.
-	Next(ctx context.Context, maxBytes int) ([]Entry, error)
+	// Next returns the oldest entries after the given ID in the order of their
+	// commit: at least one if there is any, and no further one that would bring the
+	// sum of their requests over maxBytes. It returns none when all is delivered.
+	Next(ctx context.Context, after int64, maxBytes int) ([]Entry, error)
 	// Done removes entries that need no more delivery. The outcomes are in
 	// the order of Next, and start with its first entry.
 	Done(ctx context.Context, outcomes ...Outcome) error
@@ -60,4 +64,130 @@ type Partial struct {
 	Points   int
 	Rejected int64
 	Message  string
+}
+
+const (
+	// maxSpare bounds the request in memory that grows during an outage.
+	maxSpare = 8 << 20
+	// minSpare is how many requests are kept in memory as they are: the one that is
+	// being delivered, and another to try in its place.
+	minSpare = 2
+)
+
+// queue is what a sender delivers: the entries of an outbox and, where there is
+// none or it takes no cycles, requests in memory. Its methods are safe for
+// concurrent use, but next and done by one goroutine.
+type queue struct {
+	outbox  Outbox  // nil without a state
+	trouble episode // the outbox could not be read or written
+
+	mu    sync.Mutex
+	spare []Entry // before the entries of outbox
+	last  int64   // ID of the newest in spare
+
+	// next and done only
+	inSpare    bool      // what next returned last is
+	unrecorded []Outcome // the outbox does not know them yet
+}
+
+// add keeps the request of a cycle in memory. The newest one there grows by it once
+// there are more than minSpare, in which totals stay exact and lose points in time. It
+// returns false where the request would be too large.
+func (q *queue) add(c Cycle) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	request, points := c.Request, c.Points
+	if n := len(q.spare) - 1; n >= minSpare {
+		var err error
+		if request, points, err = otlp.Merge(q.spare[n].Request, request); err != nil || len(request) > maxSpare {
+			return false
+		}
+		q.spare = q.spare[:n]
+	}
+	q.last++
+	q.spare = append(q.spare, Entry{ID: q.last, Points: points, Request: request})
+	return true
+}
+
+// next is Outbox.Next. It returns an error as long as the outbox does not know what
+// is done: it would give that out again. With after, it stays where it began.
+func (q *queue) next(ctx context.Context, after int64, maxBytes int) ([]Entry, error) {
+	q.mu.Lock()
+	spare := slices.Clone(q.spare[:min(len(q.spare), minSpare)])
+	q.mu.Unlock()
+	if after == 0 {
+		q.inSpare = len(spare) > 0
+	}
+	if q.inSpare {
+		spare = slices.DeleteFunc(spare, func(e Entry) bool { return e.ID <= after })
+		if len(spare) > 1 && len(spare[0].Request)+len(spare[1].Request) > maxBytes {
+			spare = spare[:1]
+		}
+		return spare, nil
+	}
+	if q.outbox == nil {
+		return nil, nil
+	}
+	if err := q.record(ctx); err != nil {
+		return nil, err
+	}
+	entries, err := q.outbox.Next(ctx, after, maxBytes)
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		q.failed("read the outbox", err)
+	default:
+		q.trouble.over("the outbox works again")
+	}
+	return entries, err
+}
+
+// done notes that the delivery of the first entries is over, also where ctx has
+// ended.
+func (q *queue) done(ctx context.Context, outcomes ...Outcome) {
+	if q.inSpare {
+		q.mu.Lock()
+		q.spare = q.spare[len(outcomes):]
+		q.mu.Unlock()
+		return
+	}
+	q.unrecorded = append(q.unrecorded, outcomes...)
+	_ = q.record(ctx) // next tries again
+}
+
+func (q *queue) record(ctx context.Context) error {
+	if len(q.unrecorded) == 0 {
+		return nil
+	}
+	if err := q.outbox.Done(context.WithoutCancel(ctx), q.unrecorded...); err != nil {
+		q.failed("record deliveries in the outbox", err)
+		return err
+	}
+	q.unrecorded = nil
+	return nil
+}
+
+func (q *queue) failed(what string, err error) {
+	q.trouble.failed(slog.LevelError, what, "cannot "+what+"; delivery waits for it", err,
+		"next", "check the space, the rights and the health of the disk under the state directory")
+}
+
+// waiting says that entries which are not delivered are all in the outbox, and that
+// it could be read and written when it was last tried.
+func (q *queue) waiting() bool {
+	_, err := q.trouble.current()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return err == nil && len(q.spare) == 0
+}
+
+// drop empties the memory and returns how many points were in it.
+func (q *queue) drop() (points int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, e := range q.spare {
+		points += e.Points
+	}
+	q.spare = nil
+	return points
 }

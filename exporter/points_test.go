@@ -410,4 +410,4 @@ func TestMergedDeltas(t *testing.T) {
 // kept is an Outbox that gives nothing out.
 type kept struct{ *memory }
 
-func (kept) Next(context.Context, int) ([]Entry, error) { return nil, nil }
+func (kept) Next(context.Context, int64, int) ([]Entry, error) { return nil, nil }

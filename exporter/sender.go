@@ -1,7 +1,6 @@
 package exporter
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"fmt"
@@ -29,20 +28,22 @@ const (
 	minRefusals = 3
 	// maxRefused bounds the other requests that are refused in its place at a time.
 	maxRefused = 16
+	// maxCuts bounds the search for the points of a request that are refused. It is
+	// enough for four of 4,000.
+	maxCuts = 64
 	// drainBackoff is the same during shutdown, where time is short.
 	drainBackoff = time.Second
 )
 
-// sender delivers the entries of an outbox in order. Its one goroutine, run, is
+// sender delivers the entries of a queue in order. Its one goroutine, run, is
 // started by New and ended by Shutdown; the fields below "run only" belong to it.
 type sender struct {
-	outbox Outbox
+	queue  *queue
 	counts *counts
-	log    *slog.Logger
-	call   func(ctx context.Context, request []byte) otlp.Answer
+	send   func(ctx context.Context, request []byte) otlp.Answer
 
 	wake  chan struct{} // has an element: there may be a new entry
-	drain chan struct{} // closed: end when the outbox is empty
+	drain chan struct{} // closed: end when all is delivered
 	done  chan struct{} // closed: run has ended
 
 	mu      sync.Mutex
@@ -52,34 +53,40 @@ type sender struct {
 	held    error         // why entries are held; nil when they are not
 
 	// run only
-	limit    int                         // the most that one call may carry now
-	alone    int64                       // entries up to this ID go one by one
-	failures int                         // failed calls in a row
-	refusals int                         // of the first entry or its first part, in a row
-	proven   bool                        // since its last refusal another entry was accepted
-	ahead    map[int64][sha256.Size]byte // entries that were delivered before older ones
-	part     parts
-	acked    []Outcome // ended deliveries that the outbox does not know yet
-	trouble  episode   // the outbox could not be read or written
-	drained  bool      // run has noticed drain
+	limit    int             // the most that one call may carry now
+	alone    int64           // entries up to this ID go one by one
+	failures int             // failed calls in a row
+	begun    map[int64]*work // by ID: entries that one call was not enough for
+	tried    int64           // entries up to this ID were tried in place of the first
+	drained  bool            // run has noticed drain
 }
 
-// parts is an entry that is delivered in pieces.
-type parts struct {
-	entry Entry
-	left  [][]byte
-	// poison is why a part of it, or all of it, was given up.
-	poison string
-	// partial is what was refused of its parts, or of the whole request.
-	partial Partial
+// work is what was done for an entry so far.
+type work struct {
+	sum     [sha256.Size]byte // of the request, since a new file has the same IDs again
+	left    []part            // at least one, unless it is over
+	over    bool              // it was delivered before older ones
+	cuts    int               // how often a part was cut in two since it was refused
+	poison  string            // why a part was given up
+	partial Partial           // what was refused of parts that were accepted
 }
 
-func newSender(outbox Outbox, c *counts, log *slog.Logger, call func(context.Context, []byte) otlp.Answer) *sender {
+// part is a part of an entry, or all of it.
+type part struct {
+	request []byte // nil for all of it between two tries, since that is large
+	// refusals is how often it was refused. proven says that since then the receiver
+	// has accepted something else.
+	refusals int
+	proven   bool
+}
+
+// newSender makes a sender for an outbox, or nil for requests in memory only.
+func newSender(outbox Outbox, c *counts, log *slog.Logger, send func(context.Context, []byte) otlp.Answer) *sender {
 	return &sender{
-		outbox: outbox, counts: c, log: log, call: call,
+		queue: &queue{outbox: outbox, trouble: episode{logger: log}}, counts: c, send: send,
 		wake: make(chan struct{}, 1), drain: make(chan struct{}), done: make(chan struct{}),
 		changed: make(chan struct{}), kicks: 1,
-		limit: maxCall, trouble: episode{logger: log},
+		limit: maxCall, begun: map[int64]*work{},
 	}
 }
 
@@ -121,13 +128,12 @@ func (s *sender) flush(ctx context.Context) error {
 	}
 }
 
-// behind says that there are older entries which the sender can read, so that it
-// will deliver them as soon as the receiver lets it.
+// behind says that there are entries in the outbox which the sender can read, so
+// that it will deliver them as soon as the receiver lets it.
 func (s *sender) behind() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, err := s.trouble.current()
-	return !s.idle && err == nil
+	return !s.idle && s.queue.waiting()
 }
 
 // run delivers until ctx ends, or until drain is closed and all is delivered.
@@ -196,64 +202,38 @@ func (s *sender) sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// step makes at most one call. It returns how long to wait before the next step,
-// and without a wait whether there is more to do.
+// step makes at most one call, unless the first entry is refused. It returns how long
+// to wait before the next step, and without a wait whether there is more to do.
 func (s *sender) step(ctx context.Context) (wait time.Duration, more bool) {
-	if wait := s.record(ctx); wait > 0 {
-		return wait, true
-	}
-	batch, err := s.outbox.Next(ctx, s.limit)
+	batch, err := s.queue.next(ctx, 0, s.limit)
 	if ctx.Err() != nil {
 		return 0, false
 	}
 	if err != nil {
-		return s.stuck("read the outbox", err), true
+		s.failures++
+		return s.hold(err, otlp.Answer{Verdict: otlp.Transient}), true
 	}
-	s.trouble.over("the outbox works again")
 	if len(batch) == 0 {
-		s.ahead = nil
+		clear(s.begun)
+		s.tried = 0
 		return 0, false
 	}
-	if len(s.ahead) > 0 {
-		if s.delivered(batch[0]) {
-			delete(s.ahead, batch[0].ID)
-			s.part = parts{}
-			s.ended(batch[:1])
-			return s.record(ctx), true
-		}
-		if n := slices.IndexFunc(batch, s.delivered); n > 0 {
+	first := batch[0]
+	switch w := s.workOf(first); {
+	case w != nil && w.over:
+		s.ended(ctx, first, w)
+		return 0, true
+	case w != nil, first.ID <= s.alone:
+		batch = batch[:1]
+	default:
+		if n := slices.IndexFunc(batch, func(e Entry) bool { return s.workOf(e) != nil }); n > 0 {
 			batch = batch[:n]
 		}
 	}
-	if batch[0].ID <= s.alone {
-		batch = batch[:1]
+	if len(batch) == 1 {
+		return s.single(ctx, first), true
 	}
-	if wait = s.deliver(ctx, batch); wait == 0 {
-		wait = s.record(ctx) // at once, for ctx may have ended
-	}
-	return wait, true
-}
-
-// record tells the outbox which deliveries are over. Until it knows them nothing
-// else is done: it would give them out again. It returns how long to wait before
-// the next try, 0 after success.
-func (s *sender) record(ctx context.Context) (wait time.Duration) {
-	if len(s.acked) == 0 {
-		return 0
-	}
-	if err := s.outbox.Done(context.WithoutCancel(ctx), s.acked...); err != nil {
-		return s.stuck("record deliveries in the outbox", err)
-	}
-	s.acked = nil
-	return 0
-}
-
-// stuck logs an outbox that fails and returns the delay before the next try.
-func (s *sender) stuck(what string, err error) time.Duration {
-	s.failures++
-	s.trouble.failed(slog.LevelError, what, "cannot "+what+"; delivery waits for it", err,
-		"next", "check the space, the rights and the health of the disk under the state directory")
-	return s.hold(err, otlp.Answer{Verdict: otlp.Transient})
+	return s.joined(ctx, batch), true
 }
 
 // hold notes why entries are held and returns the delay before the next try.
@@ -268,158 +248,239 @@ func (s *sender) hold(err error, a otlp.Answer) time.Duration {
 	return a.Backoff(s.failures, most)
 }
 
-// deliver makes one call for a batch of at least one entry and returns how long
-// to wait before the next one.
-func (s *sender) deliver(ctx context.Context, batch []Entry) (wait time.Duration) {
-	first, last := batch[0], batch[len(batch)-1]
-	requests, points := make([][]byte, len(batch)), 0
-	for i, e := range batch {
-		requests[i] = e.Request
-		points += e.Points
-	}
-	request := otlp.Join(requests...)
-	// The outbox may have merged the entry with another one since it was
-	// split; then the parts are of no use.
-	inParts := len(s.part.left) > 0 && s.part.entry.ID == first.ID && bytes.Equal(s.part.entry.Request, first.Request)
-	if inParts {
-		batch, request = batch[:1], s.part.left[0]
-		points = otlp.Count(request)
-	} else {
-		s.part = parts{}
-	}
-	a := s.call(ctx, request)
-	if a.Verdict != otlp.Accepted && ctx.Err() != nil {
-		return 0 // our own end, not the receiver's answer
-	}
-	switch {
-	case a.Verdict == otlp.Accepted:
+// fail is hold, after an answer that is no success.
+func (s *sender) fail(a otlp.Answer) time.Duration {
+	s.failures++
+	s.counts.failed(a, "the requests are kept and sent later")
+	return s.hold(a.Err, a)
+}
+
+// call makes one attempt with a request of so many points.
+func (s *sender) call(ctx context.Context, request []byte, points int) otlp.Answer {
+	a := s.send(ctx, request)
+	if a.Verdict == otlp.Accepted {
 		s.failures = 0
 		// The limit may have been halved for a reason that is over.
 		s.limit = min(s.limit+maxCall/32, maxCall)
 		s.counts.accepted(points, a)
-		s.part.partial.Points += points
-		if a.Rejected > 0 {
-			s.part.partial.Rejected += a.Rejected
-			s.part.partial.Message = a.Message
+		for _, w := range s.begun {
+			for i := range w.left {
+				w.left[i].proven = w.left[i].refusals > 0
+			}
 		}
-		s.ended(batch)
-		return 0
-	case len(batch) > 1 && a.Verdict == otlp.TooLarge:
-		if s.limit = max(len(request)/2, minCall); s.limit == minCall {
-			s.alone = last.ID
+	}
+	return a
+}
+
+// joined delivers several entries in one call, and returns how long to wait before
+// the next one.
+func (s *sender) joined(ctx context.Context, batch []Entry) (wait time.Duration) {
+	requests, outcomes, points := make([][]byte, len(batch)), make([]Outcome, len(batch)), 0
+	for i, e := range batch {
+		requests[i], outcomes[i].ID = e.Request, e.ID
+		points += e.Points
+	}
+	request, last := otlp.Join(requests...), batch[len(batch)-1].ID
+	a := s.call(ctx, request, points)
+	switch {
+	case a.Verdict == otlp.Accepted:
+		for i := range outcomes {
+			outcomes[i].Partial = Partial{points, a.Rejected, a.Message}
 		}
+		s.queue.done(ctx, outcomes...)
 		return 0
-	case len(batch) > 1 && (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful):
-		s.alone = last.ID // find out which of them it is
-		return 0
-	case len(batch) > 1 && a.Slow:
-		s.limit = max(len(request)/2, minCall) // as much as the line carries in time
-	case a.Slow && len(request) > minCall:
-		s.split(first, request, inParts)
+	case ctx.Err() != nil:
+		return 0 // our own end, not the receiver's answer
 	case a.Verdict == otlp.TooLarge:
-		if s.split(first, request, inParts) {
-			return 0
+		if s.limit = max(len(request)/2, minCall); s.limit == minCall {
+			s.alone = last
 		}
-		a.Verdict = otlp.Suspect // a single point too large
-	}
-	if (a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful) && !s.draining() && s.refused(ctx, batch, points, a) {
 		return 0
+	case a.Verdict == otlp.Suspect, a.Verdict == otlp.Doubtful:
+		s.alone = last // find out which of them it is
+		return 0
+	case a.Slow:
+		s.limit = max(len(request)/2, minCall) // as much as the line carries in time
 	}
-	s.failures++
-	s.counts.failed(a, "the requests stay in the outbox and are sent later")
-	return s.hold(a.Err, a)
+	return s.fail(a)
 }
 
-// refused deals with a first entry that may be refused for its data. It returns
-// false if that is to be held.
-func (s *sender) refused(ctx context.Context, batch []Entry, points int, a otlp.Answer) (done bool) {
-	s.refusals++
-	if a.Verdict == otlp.Suspect && s.proven {
+// single delivers the first entry, or the first part of it, and returns how long to
+// wait before the next call.
+func (s *sender) single(ctx context.Context, e Entry) (wait time.Duration) {
+	w := s.begin(e)
+	defer s.pause(e, w)
+	p := w.left[0] // as it was before
+	a, cut := s.try(ctx, e, w, 0)
+	blamed := a.Verdict == otlp.Suspect && p.proven && !s.draining()
+	switch {
+	case a.Verdict == otlp.Accepted:
+		if len(w.left) == 0 {
+			s.ended(ctx, e, w)
+		}
+		return 0
+	case ctx.Err() != nil, cut && !a.Slow:
+		return 0
+	case blamed && (w.cuts == 0 || w.partial.Points > 0) && w.search(0):
+		return 0 // some of its points may be good
+	case blamed:
+		fate := fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", e.ID)
+		if s.queue.inSpare {
+			fate = "it is dropped, since no state can keep it"
+		}
+		s.counts.poisoned(otlp.Count(p.request), a, fate)
 		s.failures = 0
-		s.counts.poisoned(points, a, fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", batch[0].ID))
-		s.part.poison = a.Err.Error()
-		s.ended(batch)
-		return true
-	}
-	if s.refusals >= minRefusals {
-		s.proven = s.acceptsAnother(ctx, a.Verdict == otlp.Doubtful)
-		if ctx.Err() != nil || s.proven && a.Verdict == otlp.Suspect {
-			return true // the first one again: the receiver may have recovered in between
+		w.left, w.poison = w.left[1:], a.Err.Error()
+		if len(w.left) == 0 {
+			s.ended(ctx, e, w)
+		}
+		return 0
+	case dubious(a) && !s.draining() && (p.refusals+1 >= minRefusals || w.cuts > 0):
+		if s.acceptsAnother(ctx, e, a.Verdict == otlp.Doubtful) && a.Verdict == otlp.Suspect || ctx.Err() != nil {
+			return 0 // the same again: the receiver may have recovered in between
 		}
 	}
-	return false
+	return s.fail(a)
 }
 
-// acceptsAnother says whether the receiver accepts another entry than the first:
-// the one behind it, one further on with each refusal, or the newest. If it does
-// not, it is rather the receiver that is broken, and would refuse all others too.
-// With all, the others follow if it does.
-func (s *sender) acceptsAnother(ctx context.Context, all bool) bool {
-	entries, err := s.outbox.Next(ctx, maxCall)
-	if err != nil || len(entries) < 2 {
-		return false
+// dubious says that an answer may be about the data.
+func dubious(a otlp.Answer) bool { return a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful }
+
+// try makes one call with a part of an entry. What was accepted is done, and what
+// was too large, or too slow, is cut in two.
+func (s *sender) try(ctx context.Context, e Entry, w *work, at int) (a otlp.Answer, cut bool) {
+	p, points := &w.left[at], e.Points
+	if len(p.request) < len(e.Request) {
+		points = otlp.Count(p.request)
 	}
-	others := slices.DeleteFunc(entries[1:], s.delivered)
-	if len(others) == 0 {
-		return false
+	a = s.call(ctx, p.request, points)
+	if a.Verdict == otlp.Accepted {
+		w.partial.Points += points
+		if a.Rejected > 0 {
+			w.partial.Rejected += a.Rejected
+			w.partial.Message = a.Message
+		}
+		w.left = slices.Delete(w.left, at, at+1)
+		return a, false
 	}
-	at := (s.refusals - minRefusals) % len(others)
-	if !s.pass(ctx, others[at]) && !s.pass(ctx, others[len(others)-1]) {
-		return false
-	}
-	for refused := 0; all && at+1 < len(others) && refused < maxRefused; at++ {
-		if !s.delivered(others[at+1]) && !s.pass(ctx, others[at+1]) {
-			refused++
+	if a.Verdict == otlp.TooLarge || a.Slow && len(p.request) > minCall {
+		if w.cut(at) {
+			return a, true
+		}
+		if a.Verdict == otlp.TooLarge {
+			a.Verdict = otlp.Suspect // a single point too large
 		}
 	}
-	return true
-}
-
-// pass tries to deliver an entry before older ones.
-func (s *sender) pass(ctx context.Context, e Entry) bool {
-	a := s.call(ctx, e.Request)
-	if a.Verdict != otlp.Accepted {
-		return false
+	if dubious(a) {
+		p.refusals++
 	}
-	s.counts.accepted(e.Points, a)
-	if s.ahead == nil {
-		s.ahead = map[int64][sha256.Size]byte{}
-	}
-	s.ahead[e.ID] = sha256.Sum256(e.Request)
-	return true
+	return a, false
 }
 
-// delivered says that an entry was delivered before older ones, and has not been
-// merged with another one since.
-func (s *sender) delivered(e Entry) bool {
-	sum, ok := s.ahead[e.ID]
-	return ok && sum == sha256.Sum256(e.Request)
-}
-
-// split replaces the request, an entry or the first of its parts, by its halves.
-// It returns false if there is nothing to cut.
-func (s *sender) split(entry Entry, request []byte, inParts bool) bool {
-	head, tail, err := otlp.Split(request)
+// cut cuts a part in two. It returns false if there is nothing to cut.
+func (w *work) cut(at int) bool {
+	head, tail, err := otlp.Split(w.left[at].request)
 	if err != nil || tail == nil {
 		return false
 	}
-	if !inParts {
-		s.part = parts{entry: entry, left: [][]byte{request}}
-	}
-	s.part.left = append([][]byte{head, tail}, s.part.left[1:]...)
+	w.left = slices.Replace(w.left, at, at+1, part{request: head}, part{request: tail})
 	return true
 }
 
-// ended notes that the delivery of the entries, or of the first part of an
-// entry, is over.
-func (s *sender) ended(batch []Entry) {
-	s.refusals, s.proven = 0, false
-	if len(s.part.left) > 1 {
-		s.part.left = s.part.left[1:]
-		return
+// search cuts a part that was refused, to find out which of its points are.
+func (w *work) search(at int) bool {
+	if w.cuts == maxCuts || !w.cut(at) {
+		return false
 	}
-	for _, e := range batch {
-		s.acked = append(s.acked, Outcome{ID: e.ID, Poison: s.part.poison, Partial: s.part.partial})
+	w.cuts++
+	return true
+}
+
+// acceptsAnother says whether the receiver accepts something else than the first part
+// of the first entry. If it does not, it is rather the receiver that is broken. It
+// tries them in their order, from where it ended last, so that nothing is overtaken
+// but what was refused just before: a Prometheus takes no older points after newer
+// ones. With all, the others follow the one that is accepted.
+func (s *sender) acceptsAnother(ctx context.Context, first Entry, all bool) (some bool) {
+	if w := s.begin(first); !all && w.left[0].refusals > minRefusals {
+		w.search(0) // if each request has a bad point, none is accepted as a whole
 	}
-	s.part = parts{}
+	for page, refused := []Entry{first}, 0; len(page) > 0; {
+		for _, e := range page {
+			w, at := s.begin(e), 0
+			if e.ID == first.ID {
+				at = 1
+			}
+			for !w.over && at < len(w.left) {
+				a, cut := s.try(ctx, e, w, at)
+				switch {
+				case a.Verdict == otlp.Accepted:
+					w.over = len(w.left) == 0
+					if some = true; !all {
+						return true
+					}
+				case cut && !a.Slow:
+				case dubious(a):
+					// Once all were refused, the points are told apart.
+					if refused++; a.Verdict != otlp.Suspect || w.left[at].refusals < 2 || !w.search(at) {
+						at++
+					}
+				default:
+					return some // it is away now
+				}
+				if refused == maxRefused {
+					break
+				}
+			}
+			s.pause(e, w)
+			if s.tried = max(s.tried, e.ID); refused == maxRefused {
+				return some
+			}
+		}
+		var err error
+		if page, err = s.queue.next(ctx, max(first.ID, s.tried), maxCall); err != nil {
+			return some
+		}
+	}
+	if !some && !all {
+		s.tried = 0 // from the beginning the next time
+	}
+	return some
+}
+
+// workOf returns what was done for an entry; nil if that is nothing.
+func (s *sender) workOf(e Entry) *work {
+	w := s.begun[e.ID]
+	if w == nil || w.sum != sha256.Sum256(e.Request) {
+		return nil
+	}
+	return w
+}
+
+// begin is workOf for an entry that is about to be tried.
+func (s *sender) begin(e Entry) *work {
+	w := s.workOf(e)
+	if w == nil {
+		w = &work{sum: sha256.Sum256(e.Request), left: make([]part, 1)}
+		s.begun[e.ID] = w
+	}
+	if !w.over && w.left[0].request == nil {
+		w.left[0].request = e.Request
+	}
+	return w
+}
+
+// pause ends a try.
+func (s *sender) pause(e Entry, w *work) {
+	if len(w.left) == 1 && len(w.left[0].request) == len(e.Request) {
+		if w.left[0].request = nil; w.left[0].refusals == 0 {
+			delete(s.begun, e.ID)
+		}
+	}
+}
+
+// ended notes that the delivery of the first entry is over.
+func (s *sender) ended(ctx context.Context, e Entry, w *work) {
+	delete(s.begun, e.ID)
+	s.queue.done(ctx, Outcome{ID: e.ID, Poison: w.poison, Partial: w.partial})
 }

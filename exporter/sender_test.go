@@ -227,8 +227,8 @@ type lateBox struct {
 	late func()
 }
 
-func (b *lateBox) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
-	entries, err := b.memory.Next(ctx, maxBytes)
+func (b *lateBox) Next(ctx context.Context, after int64, maxBytes int) ([]Entry, error) {
+	entries, err := b.memory.Next(ctx, after, maxBytes)
 	if len(entries) == 0 && b.late != nil {
 		late := b.late
 		b.late = nil
@@ -391,6 +391,30 @@ func TestSenderSetsPoisonAside(t *testing.T) {
 	}
 }
 
+// A Prometheus takes nothing that is much older than its newest point. The part of an
+// outage that it does take must not be overtaken.
+func TestSenderFindsTheFirstThatIsTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var box memory
+		var log logged
+		newest := int64(0)
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if values[0] < max(80, newest) {
+				return refuse(otlp.Suspect, "HTTP 400")
+			}
+			newest = slices.Max(values)
+			return otlp.Answer{}
+		}}
+		all := fillBox(t, &box, 100<<10, 120) // four times of what one call carries
+		l.start(&box, &log)
+		settle(time.Hour)
+		l.want(all[80:]...)
+		if len(box.poison) != 80 || box.pending() > 0 {
+			t.Errorf("%d are set aside, %d left", len(box.poison), box.pending())
+		}
+	})
+}
+
 // The receiver recovers while another request is tried: the first one is good.
 func TestSenderAsksAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -508,8 +532,8 @@ func TestSenderDeliversTheGoodPieces(t *testing.T) {
 		box.add(1, requestOf(t, 0, 9))
 		s := l.start(&box, &log)
 		settle(time.Hour)
-		l.want(1, 2, 9, 5, 6, 7, 8)
-		if s.counts.sent.Load() != 7 || s.counts.rejected.Load() != 2 || box.poison[1] == "" {
+		l.want(1, 2, 5, 6, 4, 7, 8, 9)
+		if s.counts.sent.Load() != 8 || s.counts.rejected.Load() != 1 || box.poison[1] == "" {
 			t.Errorf("counted %d sent, %d rejected; set aside %v", s.counts.sent.Load(), s.counts.rejected.Load(), box.poison)
 		}
 	})

@@ -169,18 +169,19 @@ func (m *memory) add(points int, request []byte) {
 	m.entries = append(m.entries, Entry{ID: m.lastID, Points: points, Request: request})
 }
 
-func (m *memory) Next(_ context.Context, maxBytes int) ([]Entry, error) {
+func (m *memory) Next(_ context.Context, after int64, maxBytes int) ([]Entry, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.failNext != nil {
 		return nil, m.failNext
 	}
+	entries := slices.DeleteFunc(slices.Clone(m.entries), func(e Entry) bool { return e.ID <= after })
 	n, size := 0, 0
-	for n < len(m.entries) && (n == 0 || size+len(m.entries[n].Request) <= maxBytes) {
-		size += len(m.entries[n].Request)
+	for n < len(entries) && (n == 0 || size+len(entries[n].Request) <= maxBytes) {
+		size += len(entries[n].Request)
 		n++
 	}
-	return slices.Clone(m.entries[:n]), nil
+	return entries[:n], nil
 }
 
 func (m *memory) Done(_ context.Context, outcomes ...Outcome) error {

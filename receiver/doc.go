@@ -39,8 +39,9 @@
 // Each byte that systemd shows for a run is added once, whatever happens to
 // the unit, to the bus, to systemd or to this process, provided that
 // Config.State carries on what Sweep.State was. What systemd itself does not
-// count cannot be added: about a tenth of a second of traffic at each reload
-// and re-execution of systemd (see docs/decisions/kernel-mode.md), and all that is
+// count cannot be added: all traffic for as long as a reload or re-execution of
+// systemd takes, which is about a tenth of a second, and longer by what its generators
+// take (see docs/decisions/kernel-mode.md); and all that is
 // not sent or received through the unit's own IP sockets. With EBPF nothing is
 // missed while the meter is loaded. When the source changes, what passes between the last sweep of the one and
 // the first of the other is in no total of a series that both count. There is one

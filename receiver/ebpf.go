@@ -62,7 +62,10 @@ type meter struct {
 
 	mu     sync.Mutex
 	reader *ebpf.Reader          // nil while there is nothing to read
+	own    bool                  // reader has attached the program
+	header ebpf.Sweep            // the last one, without its Meters
 	runs   map[cgroup]*cgroupRun // by the entries of the last sweep
+	list   []*cgroupRun          // the same, to go through
 	swept  time.Time             // when the last sweep began, of an earlier Receiver at first
 	// failing is what could not be done at the last sweep, empty if all could.
 	failing string
@@ -85,18 +88,20 @@ type cgroupRun struct {
 func (m *meter) open(attach bool) error {
 	reader, err := openMeter(m.cfg, m.dirs)
 	if err == nil {
-		m.reader = reader
+		m.reader, m.own = reader, false
 		return nil
 	}
 	if !attach || !errors.Is(err, ebpf.ErrNotLoaded) {
 		return err
 	}
 	// It walks the cgroups once, which takes a fraction of a second.
-	reader, attachErr := ebpf.Attach(context.Background(), m.cfg)
+	alone := m.cfg
+	alone.ReadOnly = false
+	reader, attachErr := ebpf.Attach(context.Background(), alone)
 	if attachErr != nil {
 		return fmt.Errorf("%w, and this process cannot count by itself: %w", ebpf.ErrNotLoaded, attachErr)
 	}
-	m.reader = reader
+	m.reader, m.own = reader, true
 	m.log.Info("no eBPF meter is loaded: counting for as long as this process runs")
 	if err := reader.Naming(); err != nil {
 		m.log.Warn("short-lived units have no name", "err", err)
@@ -113,6 +118,28 @@ func (m *meter) Run(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// living calls f for each metered unit that has a cgroup, with or without traffic.
+func (m *meter) living(f func(*ledger.Reading)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	each := func(run *cgroupRun) {
+		if r := &run.reading; !run.gone && !r.Unmetered && !r.Unattributed {
+			f(r)
+		}
+	}
+	for _, run := range m.list {
+		each(run)
+	}
+	if m.reader == nil {
+		return // Read has failed, and has said so
+	}
+	_ = m.fault("list the cgroups", m.reader.Idle(func(who *ebpf.Identity) {
+		if run := m.first(&m.header, &ebpf.Meter{Identity: who}, m.swept); run != nil {
+			each(run)
+		}
+	}))
+}
+
 // close closes the maps. The caller holds mu.
 func (m *meter) close() {
 	if m.reader != nil {
@@ -125,7 +152,7 @@ func (m *meter) close() {
 func (m *meter) Each(f func(unit, epoch string, reading bool)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, run := range m.runs {
+	for _, run := range m.list {
 		if !run.out {
 			f(run.reading.Unit, run.reading.Epoch, !run.gone)
 		}
@@ -134,16 +161,12 @@ func (m *meter) Each(f func(unit, epoch string, reading bool)) {
 
 // units returns how many units have a cgroup with traffic.
 func (m *meter) units() int {
-	type unit struct {
-		name  string
-		owner ledger.Owner
-	}
-	units := map[unit]struct{}{}
+	units := map[ledger.ID]struct{}{}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, run := range m.runs {
-		if r := &run.reading; !run.out && !run.gone && !r.Unmetered && !r.Unattributed {
-			units[unit{r.Unit, r.Owner}] = struct{}{}
+	for _, run := range m.list {
+		if r := &run.reading; !run.gone && !r.Unmetered && !r.Unattributed {
+			units[ledger.ID{Name: r.Unit, Owner: r.Owner}] = struct{}{}
 		}
 	}
 	return len(units)
@@ -165,7 +188,8 @@ func (m *meter) Read(context.Context) error {
 		return m.fault(reading, err)
 	}
 	m.take(&sweep, asked, time.Now())
-	m.swept = asked
+	m.swept, m.header = asked, sweep
+	m.header.Meters = nil
 	if sweep.Detached {
 		m.close()
 		return m.fault(reading, errors.New(`the eBPF meter was unloaded; run "unitmeter meter load" as root`))
@@ -194,6 +218,7 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		return sweep.Since.Add(time.Duration(boottime - sweep.Loaded))
 	}
 	number := asked.UnixNano()
+	m.list = m.list[:0]
 	for i := range sweep.Meters {
 		one := &sweep.Meters[i]
 		key := cgroup{one.Identity.ID, one.Born}
@@ -210,6 +235,8 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		run.gone, run.sweep = one.Gone, number
 		if one.Deleted { // these are its last values
 			run.sweep = 0
+		} else {
+			m.list = append(m.list, run)
 		}
 		if run.out || quiet {
 			continue
@@ -220,6 +247,9 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		m.credit(reading, one.Received, one.Sent)
 	}
 	m.takeLost(sweep, asked, read, number)
+	if len(m.runs) == len(m.list) {
+		return
+	}
 	for key, run := range m.runs {
 		if run.sweep != number {
 			delete(m.runs, key)
@@ -237,6 +267,7 @@ func (m *meter) takeLost(sweep *ebpf.Sweep, asked, read time.Time, number int64)
 		Slices: m.slicesOf("/"), Start: sweep.Since, Asked: asked, Time: read,
 	}}
 	m.runs[cgroup{0, sweep.Loaded}] = run
+	m.list = append(m.list, run)
 	m.credit(run.reading, sweep.Lost.Received, sweep.Lost.Sent)
 }
 
@@ -363,8 +394,10 @@ func measured(measure ledger.Measure, received, sent ebpf.Counters) ledger.Count
 	return ledger.Counters{Received: traffic(&received), Sent: traffic(&sent)}
 }
 
-// typeOf is the type of a unit; a cgroup that is none, such as lxc.payload.web, has the
-// type "cgroup".
+// noType is the type of a cgroup that is no unit.
+const noType = "cgroup"
+
+// typeOf is the type of a unit, or noType, as for lxc.payload.web.
 func typeOf(name string) string {
 	t := systemd.TypeOf(name)
 	switch t {
@@ -373,5 +406,5 @@ func typeOf(name string) string {
 			return t
 		}
 	}
-	return "cgroup"
+	return noType
 }

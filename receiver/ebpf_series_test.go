@@ -67,7 +67,7 @@ func wantWhole(t *testing.T, r *Receiver, dir, root string) {
 		return sum
 	}
 	var before, got ledger.Counters
-	eventually(t, "the sum of all series is that of all cgroups", func() bool {
+	systemdtest.Eventually(t, "the sum of all series is that of all cgroups", func() bool {
 		before, got = all(), ledger.Counters{}
 		for s := range r.Sweep(t.Context()).All() {
 			if s.Measure == ledger.Total {

@@ -72,7 +72,7 @@ func run(t *testing.T, cfg Config) (r *Receiver, stop func()) {
 		}
 	}
 	t.Cleanup(stop)
-	ready, end := context.WithTimeout(t.Context(), patience)
+	ready, end := context.WithTimeout(t.Context(), systemdtest.Patience)
 	defer end()
 	if err := r.Ready(ready); err != nil {
 		t.Fatal(err)

@@ -81,7 +81,7 @@ func TestForgedSignals(t *testing.T) {
 			sendStraight(forger, peer, object, managerInterface, "UnitRemoved", "a.service", path)
 			sent = 7
 		}
-		eventually(t, "all of them have arrived, "+when, func() bool { return r.systemd.Health().Refused == refused+sent })
+		systemdtest.Eventually(t, "all of them have arrived, "+when, func() bool { return r.systemd.Health().Refused == refused+sent })
 		if u := r.unitNamed("a.service"); u.Accounting != "on" || u.Invocation != id(1) {
 			t.Errorf("%s, the unit is %+v", when, u)
 		}
@@ -93,7 +93,7 @@ func TestForgedSignals(t *testing.T) {
 	want(t, r.Sweep(t.Context()), "a.service", all(7))
 
 	fake.Restart()
-	eventually(t, "the new owner is noticed", func() bool { return r.systemd.Health().Reexecs == 1 })
+	systemdtest.Eventually(t, "the new owner is noticed", func() bool { return r.systemd.Health().Reexecs == 1 })
 	forge("after another process has become systemd")
 	fake.SetUnit(accounted("a.service", 1, all(20)))
 	want(t, r.Sweep(t.Context()), "a.service", all(20))
@@ -101,7 +101,7 @@ func TestForgedSignals(t *testing.T) {
 	// And the true ones still count.
 	fake.Remove("a.service")
 	fake.EmitUnitRemoved("a.service")
-	eventually(t, "the end is noticed", func() bool { return len(r.Units()) == 0 })
+	systemdtest.Eventually(t, "the end is noticed", func() bool { return len(r.Units()) == 0 })
 }
 
 // TestForgedSignalsOfReal: the same with a real systemd and an unprivileged user,
@@ -118,7 +118,7 @@ func TestForgedSignalsOfReal(t *testing.T) {
 		if change != nil {
 			before := r.systemd.Health()
 			rig.Run(t, change[0], change[1:]...)
-			eventually(t, "systemd is back", func() bool {
+			systemdtest.Eventually(t, "systemd is back", func() bool {
 				h := r.systemd.Health()
 				return h.Reloads+h.Reexecs > before.Reloads+before.Reexecs
 			})
@@ -128,7 +128,7 @@ func TestForgedSignalsOfReal(t *testing.T) {
 			sendStraight(forger, peer, managerPath, managerInterface, "UnitRemoved", "forged.service", path)
 			sendStraight(forger, peer, managerPath, managerInterface, "Reloading", true)
 		}
-		eventually(t, "the forged signals have arrived", func() bool { return r.systemd.Health().Refused >= refused+2 })
+		systemdtest.Eventually(t, "the forged signals have arrived", func() bool { return r.systemd.Health().Refused >= refused+2 })
 		before := r.unitNamed("forged.service")
 		if before.Accounting != "on" {
 			t.Errorf("after %d: the unit is %+v", i, before)

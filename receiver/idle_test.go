@@ -185,7 +185,7 @@ func TestIdleRuleEndsWithTheRun(t *testing.T) {
 			fake.SetUnit(accounted("a.service", 2, counted(1000, 2, 2000, 3)))
 			if signal {
 				fake.EmitPropertiesChanged("a.service")
-				eventually(t, "the signal is noticed", func() bool { return r.unitNamed("a.service").Invocation == id(2) })
+				systemdtest.Eventually(t, "the signal is noticed", func() bool { return r.unitNamed("a.service").Invocation == id(2) })
 			}
 			want(t, r.Sweep(t.Context()), "a.service", counted(1100, 4, 2200, 6))
 		})

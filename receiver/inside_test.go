@@ -19,6 +19,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -94,12 +95,12 @@ func inside(t *testing.T, rig *systemdtest.Rig, mode string, as ...string) insid
 
 // privateCall makes one connection and one call on it.
 func privateCall(ctx context.Context) error {
-	conn, err := systemd.Dial(ctx, systemd.PrivateBus)
+	conn, err := bus.Open(ctx, bus.Config{Address: bus.PrivateSocket})
 	if err != nil {
 		return err
 	}
 	var path dbus.ObjectPath
-	err = conn.Object(systemdName, managerPath).CallWithContext(ctx, managerInterface+".GetUnit", 0, "init.scope").Store(&path)
+	err = conn.Manager().CallWithContext(ctx, managerInterface+".GetUnit", 0, "init.scope").Store(&path)
 	return errors.Join(err, conn.Close())
 }
 
@@ -107,7 +108,7 @@ func privateCall(ctx context.Context) error {
 func privateSource(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	none := func(string) bool { return false }
-	source := systemd.New(systemd.Config{Bus: systemd.PrivateBus, Types: []string{"scope"}, Metered: none, Balanced: none})
+	source := systemd.New(systemd.Config{Bus: bus.PrivateSocket, Types: []string{"scope"}, Metered: none, Balanced: none})
 	done := make(chan struct{})
 	go func() { defer close(done); _ = source.Run(ctx) }()
 	err := source.Ready(ctx)
@@ -159,7 +160,7 @@ func relay() error {
 		}
 		go func() {
 			defer near.Close()
-			far, err := net.Dial("unix", strings.TrimPrefix(systemd.PrivateBus, "unix:path="))
+			far, err := net.Dial("unix", strings.TrimPrefix(bus.PrivateSocket, "unix:path="))
 			if err != nil {
 				return // PID 1 re-executes itself; the receiver tries again
 			}
@@ -190,7 +191,7 @@ func buses(t *testing.T, test func(t *testing.T, rig *systemdtest.Rig, bus strin
 			}
 			go func() { _ = cmd.Wait() }() // it ends with the rig
 		}
-		eventually(t, "the relay listens", func() bool {
+		systemdtest.Eventually(t, "the relay listens", func() bool {
 			_, err := os.Stat(rig.Path(relayAddress))
 			return err == nil
 		})

@@ -68,8 +68,9 @@ func Instruments() []Instrument {
 		{"unitmeter.dbus.signals.refused", "observable counter", "{signal}", "D-Bus signals that were dropped: not sent by systemd, or longer than any of its signals.", host},
 		{"unitmeter.dbus.reconnects", "observable counter", "{attempt}", "Attempts to connect to systemd again.", host},
 		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd. At each, systemd fails to count some traffic.", append([]string{"unitmeter.reload.type"}, host...)},
+		{"unitmeter.systemd.reload.duration", "observable counter", "s", "Duration of all reloads and re-executions of systemd, generators included. systemd counts no traffic meanwhile.", host},
 		{"unitmeter.counter.resets", "observable counter", "{reset}", "Times that a unit's counters fell within one run.", host},
-		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of units that ended with neither a last reading nor a stop record.", host},
+		{"unitmeter.runs.missed", "observable counter", "{run}", "Runs of accounted units that ended with neither a last reading nor a record of their end in the journal. Their traffic may be in no series.", host},
 		{"unitmeter.journal.errors", "observable counter", "{record}", "Invalid stop records in the journal.", host},
 		{"unitmeter.units.skipped", "observable counter", "{unit}", "Units skipped because their name is invalid.", host},
 	}
@@ -79,15 +80,18 @@ func Instruments() []Instrument {
 // them all: each collection is one sweep. The callback never returns an error,
 // since the SDK drops the whole collection for one.
 func (r *Receiver) Register(meter metric.Meter) error {
-	counters := map[string]metric.Int64Observable{}
-	var duration metric.Float64Observable // the only one that is no integer
+	counters, seconds := map[string]metric.Int64Observable{}, map[string]metric.Float64Observable{}
 	var all []metric.Observable
 	for _, i := range Instruments() {
 		var err error
-		if i.Unit == "s" {
-			duration, err = meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
-			all = append(all, duration)
-		} else {
+		switch {
+		case i.Unit == "s" && i.Kind == "observable gauge":
+			seconds[i.Name], err = meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			all = append(all, seconds[i.Name])
+		case i.Unit == "s":
+			seconds[i.Name], err = meter.Float64ObservableCounter(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Description))
+			all = append(all, seconds[i.Name])
+		default:
 			counters[i.Name], err = i.Int64(meter)
 			all = append(all, counters[i.Name])
 		}
@@ -110,7 +114,7 @@ func (r *Receiver) Register(meter metric.Meter) error {
 				o.ObserveInt64(counters[attrs.Packets], int64(s.Total.Sent.Packets), attrs.transmit...)
 			}
 		}
-		o.ObserveFloat64(duration, sweep.Duration.Seconds(), plain)
+		o.ObserveFloat64(seconds["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain)
 		for name, n := range r.counts() {
 			o.ObserveInt64(counters[name], n, plain)
 		}
@@ -122,6 +126,7 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
 		}
 		h := r.systemd.Health()
+		o.ObserveFloat64(seconds["unitmeter.systemd.reload.duration"], h.Reloading.Seconds(), plain)
 		for kind, n := range map[string]int64{"reload": h.Reloads, "reexec": h.Reexecs} {
 			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
 		}

@@ -66,7 +66,7 @@ func journaled(t *testing.T, rig *systemdtest.Rig, cfg Config, wrapper ...string
 			t.Logf("the receiver logged:\n%s", l)
 		}
 	})
-	eventually(t, "the journal is read", func() bool { return r.position() != ledger.Position{} })
+	systemdtest.Eventually(t, "the journal is read", func() bool { return r.position() != ledger.Position{} })
 	return r, stop
 }
 
@@ -79,7 +79,7 @@ func readTo(t *testing.T, rig *systemdtest.Rig, r *Receiver, unit string) *Sweep
 	if last.Unit != unit+".service" {
 		t.Fatalf("the last record is of %q", last.Unit)
 	}
-	eventually(t, "the record of "+unit+" is read", func() bool { return r.position().Cursor == last.Cursor })
+	systemdtest.Eventually(t, "the record of "+unit+" is read", func() bool { return r.position().Cursor == last.Cursor })
 	return r.Sweep(t.Context())
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
 // TestRigClockStepped restores the state of a Receiver as it would look had the
@@ -62,7 +63,7 @@ ExecStop=`+rig.Traffic()+" udp-send "+sinkAddress+" -count 5\n")
 			return got.Total.EgressPackets >= uint64(total)
 		})
 		want(t, s, "stoponly.service", sent(total))
-		eventually(t, "the unit is unloaded", func() bool {
+		systemdtest.Eventually(t, "the unit is unloaded", func() bool {
 			return rig.Run(t, "systemctl", "list-units", "--all", "--no-legend", "stoponly.service") == ""
 		})
 	}

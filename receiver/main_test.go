@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 
@@ -76,7 +75,7 @@ func theRig(t testing.TB) *systemdtest.Rig {
 func start(t testing.TB, cfg Config) (*Receiver, *logs) {
 	t.Helper()
 	r, l := unstarted(t, cfg)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), systemdtest.Patience)
 	defer cancel()
 	if err := r.Ready(ctx); err != nil {
 		t.Fatalf("%v; it logged:\n%s", err, l)
@@ -217,25 +216,11 @@ func (s *Sweep) seriesWith(id ledger.ID) (Series, bool) {
 func sweepUntil(t testing.TB, r *Receiver, what string, ok func(*Sweep) bool) *Sweep {
 	t.Helper()
 	var s *Sweep
-	eventually(t, what, func() bool {
+	systemdtest.Eventually(t, what, func() bool {
 		s = r.Sweep(t.Context())
 		return ok(s)
 	})
 	return s
-}
-
-// patience is how long tests wait for what must come. It is what no machine
-// needs, however loaded: tests are about what comes, and not about when.
-const patience = 2 * time.Minute
-
-// eventually waits until ok. It fails the test when that never comes.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it never came to this: %s", what)
-		}
-	}
 }
 
 // unitNamed returns what Units says of a unit, with Accounting "" if nothing.

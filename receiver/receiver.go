@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -57,6 +58,9 @@ type Config struct {
 	// after segmentation, and Loopback splits all of them into what crossed the
 	// loopback device and the rest. All four mean nothing with DBus.
 	UserUnits, Containers, Wire, Loopback bool
+	// ReadOnly leaves the entries of removed cgroups in the pinned maps of EBPF to the
+	// Receiver that delivers them.
+	ReadOnly bool
 	// HostName is put on each point as host.name. Default: the kernel's.
 	HostName string
 	// StopRecords says whether the last bytes of a unit are taken from what PID 1
@@ -79,7 +83,8 @@ type Config struct {
 	Logger *slog.Logger
 
 	// journalctl is the command and its first arguments. Tests set it.
-	journalctl []string
+	journalctl   []string
+	journalProbe time.Duration
 	// meterDirs are instead of those of OpenMeter, and meterRoot is the cgroup that is
 	// metered with all below it. Tests set them.
 	meterDirs []string
@@ -108,6 +113,9 @@ type Receiver struct {
 	systemd *systemd.Source  // the source, or nil with EBPF
 	meter   *meter           // the source, or nil with DBus
 	journal *systemd.Journal // nil with EBPF and with StopRecords "off"
+
+	// selection is by the units' own names, as far as they are known.
+	selection atomic.Pointer[Selection]
 
 	// sweeping is held for the length of a sweep; last is its result.
 	sweeping sync.Mutex
@@ -148,16 +156,13 @@ func New(cfg Config) (*Receiver, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	include, exclude, fold, err := cfg.patterns()
+	selection, err := cfg.Selection()
 	if err != nil {
 		return nil, err
 	}
-	metered := func(unit string) bool {
-		// A cgroup that is no unit has no type to leave out.
-		t := typeOf(unit)
-		return (t == "cgroup" || slices.Contains(cfg.Types, t)) && include.Index(unit) >= 0 && exclude.Index(unit) < 0
-	}
 	r := &Receiver{cfg: cfg, attributes: map[ledger.ID]*Attributes{}}
+	r.selection.Store(&selection)
+	metered := func(unit string) bool { return r.selection.Load().Metered(unit) }
 	counting, err := r.newMeter(metered)
 	if err != nil {
 		return nil, err
@@ -165,10 +170,8 @@ func New(cfg Config) (*Receiver, error) {
 	keeping := ledger.Config{
 		MaxSeries: cfg.MaxSeries, KeepEnded: cfg.KeepEnded, Patterns: cfg.Fold, Metered: metered,
 		Fold: func(unit string) (string, bool) {
-			if i := fold.Index(unit); i >= 0 {
-				return cfg.Fold[i], true
-			}
-			return "", false
+			pattern := r.selection.Load().Fold.Match(unit)
+			return pattern, pattern != ""
 		},
 		Boot: cfg.BootID, Began: time.Now(), State: cfg.State, Switched: switchedTo(r.cfg.Source, cfg.State),
 	}
@@ -179,6 +182,10 @@ func New(cfg Config) (*Receiver, error) {
 	} else {
 		r.systemd = systemd.New(systemd.Config{
 			Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
+			Names: selection.Names(), Named: func(own map[string]string) {
+				named := selection.Named(own)
+				r.selection.Store(&named)
+			},
 			Known: r.known, BootID: cfg.BootID, Sink: ledgerSink{r}, Logger: cfg.Logger,
 		})
 		r.source = r.systemd
@@ -189,6 +196,7 @@ func New(cfg Config) (*Receiver, error) {
 	} else {
 		r.journal = systemd.NewJournal(systemd.JournalConfig{
 			At: systemd.Position(r.ledger.Journal()), BootID: cfg.BootID, Take: r.takeRecord,
+			Ends: r.systemd.Ends, Probe: cfg.journalProbe,
 			Logger: cfg.Logger, Command: cfg.journalctl,
 		})
 	}
@@ -239,7 +247,7 @@ func (r *Receiver) newMeter(metered func(unit string) bool) (*meter, error) {
 		return nil, nil
 	}
 	m := &meter{
-		cfg: ebpf.Config{Root: r.cfg.meterRoot}, dirs: r.cfg.meterDirs, metered: metered,
+		cfg: ebpf.Config{Root: r.cfg.meterRoot, ReadOnly: r.cfg.ReadOnly}, dirs: r.cfg.meterDirs, metered: metered,
 		userUnits: r.cfg.UserUnits, slices: slices.Contains(r.cfg.Types, "slice"),
 		runs: map[cgroup]*cgroupRun{}, swept: r.cfg.State.Time, log: r.cfg.Logger,
 		credit: func(reading ledger.Reading, received, sent ebpf.Counters) {
@@ -319,22 +327,6 @@ func (cfg *Config) setDefaults() error {
 	return nil
 }
 
-// patterns parses the three lists.
-func (cfg *Config) patterns() (include, exclude, fold systemd.Patterns, err error) {
-	included := cfg.Include
-	if len(included) == 0 {
-		included = []string{"*"}
-	}
-	if include, err = systemd.ParsePatterns(included); err != nil {
-		return nil, nil, nil, err
-	}
-	if exclude, err = systemd.ParsePatterns(cfg.Exclude); err != nil {
-		return nil, nil, nil, err
-	}
-	fold, err = systemd.ParsePatterns(cfg.Fold)
-	return include, exclude, fold, err
-}
-
 // Addresses returns the D-Bus addresses at which a Receiver with this
 // configuration looks for systemd, in its order.
 func (cfg Config) Addresses() []string {
@@ -348,7 +340,12 @@ func (r *Receiver) Run(ctx context.Context) error {
 	var following sync.WaitGroup
 	defer following.Wait()
 	if r.journal != nil {
-		following.Go(func() { r.journal.Run(ctx) })
+		following.Go(func() {
+			// Until names are resolved, nobody knows whose records count.
+			if len(r.selection.Load().Names()) == 0 || r.systemd.Ready(ctx) == nil {
+				r.journal.Run(ctx)
+			}
+		})
 	}
 	return r.source.Run(ctx)
 }
@@ -365,13 +362,76 @@ func (r *Receiver) Ready(ctx context.Context) error {
 // Last returns the result of the last sweep, or nil before the first.
 func (r *Receiver) Last() *Sweep { return r.last.Load() }
 
-// Units returns the loaded units of the metered types as they were read last, in
-// the order of their names: what systemd says, so nothing with EBPF.
+// Counting says who counts.
+type Counting struct {
+	Source string // DBus or EBPF
+	// With EBPF, and after the first sweep: Since is when counting began, and Own says
+	// that it ends with this Receiver. Nameless is true where the kernel does not name
+	// cgroups: what ends between two sweeps has no name.
+	Since         time.Time
+	Own, Nameless bool
+}
+
+// Counting returns who counts. Auto has been decided by New.
+func (r *Receiver) Counting() Counting {
+	if r.meter == nil {
+		return Counting{Source: DBus}
+	}
+	r.meter.mu.Lock()
+	defer r.meter.mu.Unlock()
+	header := &r.meter.header
+	return Counting{EBPF, header.Since, r.meter.own, !header.Naming}
+}
+
+// Unattributed is the name of the unit that Units has for traffic of no known unit.
+const Unattributed = "(unattributed)"
+
+// Units returns the units of the metered types as they were read last, in the order
+// of their names. With DBus these are the loaded units, as systemd shows them. With
+// EBPF they are those that have a cgroup (Accounting is "on") and those that have
+// had traffic ("ended"), with their totals over all runs since counting began.
 func (r *Receiver) Units() []systemd.Unit {
-	if r.systemd == nil {
+	if r.meter == nil {
+		return r.systemd.Units()
+	}
+	last := r.last.Load()
+	if last == nil {
 		return nil
 	}
-	return r.systemd.Units()
+	units := map[string]*systemd.Unit{}
+	for s := range last.State.All() {
+		name, accounting := s.ID.Text(), "ended"
+		switch {
+		case s.Measure != ledger.Total:
+			continue
+		case s.Kind != ledger.Unit:
+			name, accounting = Unattributed, "on"
+		}
+		u := units[name]
+		if u == nil {
+			u = &systemd.Unit{Name: name, Accounting: accounting, Slice: s.Slice, Start: s.Start, Time: last.Time}
+			units[name] = u
+		}
+		u.Counters.IngressBytes += s.Total.Received.Bytes
+		u.Counters.IngressPackets += s.Total.Received.Packets
+		u.Counters.EgressBytes += s.Total.Sent.Bytes
+		u.Counters.EgressPackets += s.Total.Sent.Packets
+	}
+	r.meter.living(func(reading *ledger.Reading) {
+		name := ledger.ID{Name: reading.Unit, Owner: reading.Owner}.Text()
+		if u := units[name]; u != nil {
+			u.Accounting = "on"
+			return
+		}
+		units[name] = &systemd.Unit{
+			Name: name, Accounting: "on", Slice: reading.Slice, Start: reading.Start, Time: last.Time,
+		}
+	})
+	list := make([]systemd.Unit, 0, len(units))
+	for _, name := range slices.Sorted(maps.Keys(units)) {
+		list = append(list, *units[name])
+	}
+	return list
 }
 
 // known reports whether a run has been read, by this Receiver or an earlier one.

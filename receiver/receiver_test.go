@@ -378,7 +378,7 @@ func TestBadLists(t *testing.T) {
 			})
 			if test.err != "" {
 				r, l := unstarted(t, Config{Bus: fake.Address()})
-				eventually(t, "it has tried again", func() bool { return fake.Calls("ListUnitsByPatterns") >= 2 })
+				systemdtest.Eventually(t, "it has tried again", func() bool { return fake.Calls("ListUnitsByPatterns") >= 2 })
 				l.only(t, 1, "WARN", "lost systemd; trying again", test.err)
 				if s := r.Sweep(t.Context()); !s.Partial || len(s.State.Series) != 0 {
 					t.Errorf("without a list, a sweep is %+v", s)
@@ -551,21 +551,21 @@ func TestReloadFreezes(t *testing.T) {
 		want(t, s, "a.service", all(150))
 	}
 	fake.EmitReloading(false)
-	eventually(t, "the units are listed again", func() bool { return fake.Calls("ListUnitsByPatterns") > lists })
-	eventually(t, "the reload is counted", func() bool { return r.systemd.Health().Reloads == 1 })
+	systemdtest.Eventually(t, "the units are listed again", func() bool { return fake.Calls("ListUnitsByPatterns") > lists })
+	systemdtest.Eventually(t, "the reload is counted", func() bool { return r.systemd.Health().Reloads == 1 })
 	for range 2 {
 		s := r.Sweep(t.Context())
 		want(t, s, "a.service", all(150))
 		want(t, s, "b.service", all(100))
 	}
-	eventually(t, "what is gone is forgotten", func() bool {
+	systemdtest.Eventually(t, "what is gone is forgotten", func() bool {
 		r.Sweep(t.Context())
 		return r.unitNamed("gone.service").Accounting == ""
 	})
 	// Outside of a reload, UnitRemoved means what it says.
 	fake.Remove("b.service")
 	fake.EmitUnitRemoved("b.service")
-	eventually(t, "a removed unit is forgotten", func() bool { return r.unitNamed("b.service").Accounting == "" })
+	systemdtest.Eventually(t, "a removed unit is forgotten", func() bool { return r.unitNamed("b.service").Accounting == "" })
 	if h := r.systemd.Health(); h.Reloads != 1 || r.ledger.Resets() != 0 || h.Errors != 0 {
 		t.Errorf("%+v", h)
 	}
@@ -583,7 +583,7 @@ func TestNameOwnerChanged(t *testing.T) {
 	fake.Restart()
 	s := sweepUntil(t, r, "the new unit is listed", func(s *Sweep) bool { _, ok := s.seriesOf("b.service"); return ok })
 	want(t, s, "a.service", all(130))
-	eventually(t, "it subscribes again", func() bool { return fake.Calls("Subscribe") == 2 })
+	systemdtest.Eventually(t, "it subscribes again", func() bool { return fake.Calls("Subscribe") == 2 })
 	fake.SetUnit(accounted("c.service", 3, all(6)))
 	fake.EmitUnitNew("c.service")
 	sweepUntil(t, r, "signals come again", func(s *Sweep) bool { _, ok := s.seriesOf("c.service"); return ok })
@@ -603,7 +603,7 @@ func TestReconnect(t *testing.T) {
 		fake.KillBus()
 		s := sweepUntil(t, r, "the loss is noticed", func(s *Sweep) bool { return s.Partial })
 		none(t, s, "a.service")
-		eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= int64(2*i+2) })
+		systemdtest.Eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= int64(2*i+2) })
 		l.only(t, i+1, "WARN", "lost systemd; trying again")
 		grown := uint64(200 + 100*i)
 		fake.SetUnit(accounted("a.service", 1, all(grown))) // counts on meanwhile
@@ -641,7 +641,7 @@ func TestStubStorm(t *testing.T) {
 	s := sweepUntil(t, r, "a real unit is noticed", func(s *Sweep) bool { _, ok := s.seriesOf("b.service"); return ok })
 	want(t, s, "a.service", all(100))
 	var gets, lists int
-	eventually(t, "without anything new there are no calls more", func() bool {
+	systemdtest.Eventually(t, "without anything new there are no calls more", func() bool {
 		gets, lists = fake.Calls("Get"), fake.Calls("ListUnitsByPatterns")
 		time.Sleep(2 * (250 * time.Millisecond)) // in which a loop would go on
 		return fake.Calls("Get") == gets && fake.Calls("ListUnitsByPatterns") == lists
@@ -733,7 +733,7 @@ func TestSweepIsShared(t *testing.T) {
 	for i := range sweeps {
 		all8.Go(func() { sweeps[i] = r.Sweep(t.Context()) })
 	}
-	eventually(t, "all of them wait", func() bool {
+	systemdtest.Eventually(t, "all of them wait", func() bool {
 		stacks := make([]byte, 1<<20)
 		waiting := 0
 		for _, stack := range strings.Split(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
@@ -920,7 +920,7 @@ func TestStateOutlastsAnOutage(t *testing.T) {
 	state := first.Sweep(t.Context()).State
 	fake.KillBus()
 	second, _ := unstarted(t, Config{Bus: fake.Address(), State: state})
-	eventually(t, "it has tried", func() bool { return second.systemd.Health().Reconnects > 0 })
+	systemdtest.Eventually(t, "it has tried", func() bool { return second.systemd.Health().Reconnects > 0 })
 	for range 2 {
 		if s := second.Sweep(t.Context()); !s.Partial || len(s.State.Runs) != 1 || s.State.Series[0].Total != ledgerAll(100) {
 			t.Fatalf("without systemd the state has become %+v", s.State)
@@ -1217,7 +1217,7 @@ func TestBusRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, l := unstarted(t, Config{Bus: test.bus})
-			eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= 2 })
+			systemdtest.Eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= 2 })
 			l.only(t, 1, "WARN", "lost systemd; trying again", test.want)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 			defer cancel()

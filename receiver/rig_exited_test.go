@@ -40,7 +40,7 @@ func TestRigExited(t *testing.T) {
 		}
 		exited := func() {
 			t.Helper()
-			eventually(t, "it has exited", func() bool {
+			systemdtest.Eventually(t, "it has exited", func() bool {
 				return strings.TrimSpace(rig.Run(t, "systemctl", "show", "-P", "SubState", unit)) == "exited"
 			})
 			caughtUp(t, rig, r)
@@ -90,6 +90,6 @@ func caughtUp(t *testing.T, rig *systemdtest.Rig, r *Receiver) {
 		} else {
 			rig.Run(t, "systemctl", "stop", "marker.service")
 		}
-		eventually(t, "the marker is noticed", func() bool { return (r.unitNamed("marker.service").Accounting != "") == running })
+		systemdtest.Eventually(t, "the marker is noticed", func() bool { return (r.unitNamed("marker.service").Accounting != "") == running })
 	}
 }

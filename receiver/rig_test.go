@@ -182,7 +182,7 @@ func rigAutoRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
 			first = want(t, r.Sweep(t.Context()), "auto.service", sent(total)).Start
 		}
 		rig.Run(t, "systemctl", "kill", "--signal=KILL", "auto.service")
-		eventually(t, "auto-restart", func() bool {
+		systemdtest.Eventually(t, "auto-restart", func() bool {
 			return strings.TrimSpace(rig.Run(t, "systemctl", "show", "auto.service", "-p", "SubState", "--value")) == "auto-restart"
 		})
 		if now := rig.Show(t, "auto.service").InvocationID; now != invocation {
@@ -194,7 +194,7 @@ func rigAutoRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
 				t.Errorf("in auto-restart the series starts at %v, not at %v", s.Start, first)
 			}
 		}
-		eventually(t, "the next run", func() bool { return rig.Show(t, "auto.service").InvocationID != invocation })
+		systemdtest.Eventually(t, "the next run", func() bool { return rig.Show(t, "auto.service").InvocationID != invocation })
 		want(t, r.Sweep(t.Context()), "auto.service", sent(total))
 	}
 	if h := r.systemd.Health(); r.ledger.Resets() != 0 {
@@ -211,7 +211,7 @@ func TestRigFirstSeenInAutoRestart(t *testing.T) {
 	started := time.Now()
 	talk(t, rig, "late.service", 5)
 	rig.Run(t, "systemctl", "kill", "--signal=KILL", "late.service")
-	eventually(t, "auto-restart", func() bool {
+	systemdtest.Eventually(t, "auto-restart", func() bool {
 		return strings.TrimSpace(rig.Run(t, "systemctl", "show", "late.service", "-p", "SubState", "--value")) == "auto-restart"
 	})
 	r, _ := start(t, Config{Bus: rig.SystemBus()})
@@ -243,7 +243,7 @@ func rigRestartModeDirect(t *testing.T, rig *systemdtest.Rig, bus string) {
 		}
 		invocation := rig.Show(t, "direct.service").InvocationID
 		rig.Run(t, "systemctl", "kill", "--signal=KILL", "direct.service")
-		eventually(t, "the next run", func() bool { return rig.Show(t, "direct.service").InvocationID != invocation })
+		systemdtest.Eventually(t, "the next run", func() bool { return rig.Show(t, "direct.service").InvocationID != invocation })
 	}
 	// Seen for the first time now, the run begins after the one before.
 	again := time.Now()
@@ -510,7 +510,7 @@ func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
 				t.Fatalf("during %s the total is %+v, want %+v", operation, s.Total, sent(total))
 			}
 		}
-		eventually(t, operation+" has been noticed", func() bool {
+		systemdtest.Eventually(t, operation+" has been noticed", func() bool {
 			h := r.systemd.Health()
 			return h.Reloads+h.Reexecs > int64(i)
 		})
@@ -596,7 +596,7 @@ Slice=thousand.slice
 ExecStart=/bin/bash -c 'printf x >/dev/udp/%s; exec sleep infinity'
 `, strings.Replace(sinkAddress, ":", "/", 1)))
 	rig.Run(t, "bash", "-c", fmt.Sprintf("systemctl start thousand@{0..%d}.service", thousandUnits-1))
-	eventually(t, "all have sent", func() bool { return shown(t, rig, "thousand.slice").EgressPackets == thousandUnits })
+	systemdtest.Eventually(t, "all have sent", func() bool { return shown(t, rig, "thousand.slice").EgressPackets == thousandUnits })
 }
 
 // TestRigThousandUnits: as nobody, over dbus-daemon with its default limits,

@@ -19,6 +19,8 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 const (
@@ -57,7 +59,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
 	defer cancel()
-	if s.ebpf {
+	if s.ebpf && s.dry {
 		return switchSource(ctx, t, on, s.dry)
 	}
 	cfg, err := loadConfig(t)
@@ -70,7 +72,13 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	}
 	defer m.Close()
 	w := &switcher{m: m, out: t.stdout, verb: flags.Name(), on: on, selection: s}
-	if s.byDefault {
+	if !s.dry && m.Outside() {
+		return fmt.Errorf("change the settings of the host from a container: the files to write are not here; run this on the host: %s", w.onHost())
+	}
+	switch {
+	case s.ebpf:
+		return switchSource(ctx, t, on, s.dry)
+	case s.byDefault:
 		return w.setDefault(ctx)
 	}
 	units, err := w.choose(ctx, cfg.Receiver)
@@ -96,9 +104,11 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
 	flags.BoolVar(&s.dry, "dry-run", false, "print the changes, and make none")
-	if s.names, err = parsePatterns(t, flags); err != nil {
+	patterns, err := parsePatterns(t, flags)
+	if err != nil {
 		return s, err
 	}
+	s.names = patterns.Texts()
 	ways := 0
 	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf} {
 		if given {
@@ -123,15 +133,38 @@ type switcher struct {
 	selection
 }
 
+// onHost returns a command that does the same without this program, where there is one.
+func (w *switcher) onHost() string {
+	switch {
+	case w.byDefault && w.on:
+		return fmt.Sprintf("mkdir -p /etc/systemd/system.conf.d && printf '[Manager]\\nDefaultIPAccounting=yes\\n' >/etc/systemd/%s && systemctl daemon-reload", defaultFile)
+	case w.byDefault:
+		return "rm /etc/systemd/" + defaultFile + " && systemctl daemon-reload"
+	case w.ebpf:
+		return "unitmeter " + w.verb + " --ebpf"
+	case len(w.names) == 0:
+		return "unitmeter " + w.verb + " --all"
+	}
+	var commands []string
+	for _, name := range w.names {
+		commands = append(commands, "systemctl set-property "+tty.ShellWord(name)+" IPAccounting="+yesNo(w.on))
+	}
+	return strings.Join(commands, " && ")
+}
+
 // choose finds the units that the command line names.
 func (w *switcher) choose(ctx context.Context, cfg receiver.Config) ([]accounting.Unit, error) {
 	if w.all || w.lost {
+		selection, err := accounting.Selection(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
 		units, err := w.m.Loaded(ctx, []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}, "*")
 		if err != nil {
 			return nil, err
 		}
 		return slices.DeleteFunc(units, func(u accounting.Unit) bool {
-			if whyExcluded(cfg, u.Name) != "" || !accounting.CarriesTraffic(u.Name) && (!u.Active || w.on && !w.m.HasProcesses(ctx, u.Name)) {
+			if !selection.Metered(u.Name) || !accounting.CarriesTraffic(u.Name) && (!u.Active || w.on && !w.m.HasProcesses(ctx, u.Name)) {
 				return true
 			}
 			if w.lost {
@@ -163,7 +196,7 @@ func (w *switcher) keeps(u accounting.Unit) bool {
 // named finds the units of one argument: a name, which is loaded if it is not,
 // or a pattern of loaded units.
 func (w *switcher) named(ctx context.Context, name string) ([]accounting.Unit, error) {
-	if accounting.IsPattern(name) {
+	if systemd.IsPattern(name) {
 		units, err := w.m.Loaded(ctx, []string{}, name)
 		if err == nil && len(units) == 0 {
 			err = fmt.Errorf("find units %q: no loaded unit with IP counters matches; see \"systemctl list-units --all '%s'\"", name, name)
@@ -322,7 +355,7 @@ func (w *switcher) describe(u accounting.Unit, runtime, rearm bool) {
 		why = " (its counters are lost)"
 	}
 	fmt.Fprintf(w.out, "%s%s:\n", u.Name, why)
-	fmt.Fprintf(w.out, "  call             %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", accounting.ManagerInterface, u.Name, runtime, w.on)
+	fmt.Fprintf(w.out, "  call             %s.SetUnitProperties(%q, %t, [IPAccounting=%t])\n", bus.ManagerInterface, u.Name, runtime, w.on)
 	fmt.Fprintf(w.out, "  file             %s/%s.d/%s\n", dir, u.Name, accounting.SettingFile)
 	if strings.HasPrefix(u.Name, "-") {
 		option += "-- "
@@ -359,9 +392,11 @@ func (w *switcher) setDefault(ctx context.Context) error {
 	if err := w.writeDefault(file); err != nil {
 		return err
 	}
+	began := time.Now()
 	if err := w.m.Call(ctx, "Reload").Err; err != nil {
 		return fmt.Errorf("reload systemd as uid %d: %w; run \"systemctl daemon-reload\" as root", os.Geteuid(), err)
 	}
+	fmt.Fprintf(w.out, "the reload took %s\n", time.Since(began).Round(10*time.Millisecond))
 	return w.verifyDefault(ctx, before)
 }
 
@@ -375,8 +410,8 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 	if w.on {
 		text = fmt.Sprintf("%swrite %s:\n  %s\n", would, file, strings.ReplaceAll(strings.TrimSpace(defaultText), "\n", "\n  "))
 	}
-	text += fmt.Sprintf("%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, accounting.ManagerInterface) +
-		"No unit is restarted. While it reloads (about 0.1 s, longer with slow generators), systemd counts nothing.\n"
+	text += fmt.Sprintf("%scall %s.Reload(), the same as: systemctl daemon-reload\n", would, bus.ManagerInterface) +
+		"No unit is restarted. While it reloads, systemd counts nothing: about 0.1 s, and as long as its generators take.\n"
 	if w.reloadLoses(ctx) {
 		text += "This systemd loses the counters of running units at a reload; unitmeter restores them at once.\n"
 	}
@@ -385,11 +420,9 @@ func (w *switcher) explainDefault(ctx context.Context, file string) string {
 
 // writeDefault writes or removes the drop-in.
 func (w *switcher) writeDefault(file string) error {
-	err := os.MkdirAll(filepath.Dir(file), 0o755)
-	if w.on && err == nil {
-		err = os.WriteFile(file, []byte(defaultText), 0o644)
-	} else if err == nil {
-		err = os.Remove(file)
+	err := os.Remove(file)
+	if w.on {
+		err = writeWhole(file, defaultText)
 	}
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -398,6 +431,29 @@ func (w *switcher) writeDefault(file string) error {
 		return fmt.Errorf("change systemd's configuration: %w", err)
 	}
 	return nil
+}
+
+// writeWhole writes a file and its directory. The file is whole or, after a failure,
+// as it was before: a full disk must not leave an empty drop-in.
+func writeWhole(file, text string) (err error) {
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return err
+	}
+	// systemd reads only names that end in .conf.
+	f, err := os.CreateTemp(filepath.Dir(file), ".unitmeter-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	_, err = f.WriteString(text)
+	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), file)
 }
 
 // reloadLoses reports whether a reload of this systemd loses counters.

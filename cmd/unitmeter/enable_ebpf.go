@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 
 	"github.com/unitmeter/unitmeter/receiver/ebpf"
@@ -56,7 +55,7 @@ func switchSource(ctx context.Context, t *terminal, on, dry bool) error {
 	reload.undo = reload.do
 	return takeSteps(t.stdout, dry, []step{
 		load, // the one that may not be possible here
-		{"write " + ebpfFile, writeDropIn, removeDropIn},
+		{"write " + ebpfFile, func() error { return writeWhole(ebpfFile, ebpfText) }, removeDropIn},
 		reload,
 		systemctl(ctx, "try-restart", agentUnit),
 	})
@@ -95,13 +94,6 @@ func systemctl(ctx context.Context, args ...string) step {
 		}
 		return nil
 	}}
-}
-
-func writeDropIn() error {
-	if err := os.MkdirAll(filepath.Dir(ebpfFile), 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(ebpfFile, []byte(ebpfText), 0o644)
 }
 
 func removeDropIn() error {

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 )
 
@@ -20,7 +22,8 @@ func help(_ context.Context, t *terminal, flags *flag.FlagSet) error {
 		return nil
 	}
 	if args[0] == "environment" {
-		return config.WriteText(t.stdout)
+		printVariables(t.stdout)
+		return nil
 	}
 	all := commands()
 	i := slices.IndexFunc(all, func(c command) bool { return c.name == args[0] })
@@ -73,4 +76,29 @@ func printCommandHelp(w io.Writer, c command, flags *flag.FlagSet) {
 		}
 		fmt.Fprintf(w, "  --%-14s%s\n", f.Name, usage)
 	})
+}
+
+// printVariables prints the reference of the variables for 80 columns.
+func printVariables(w io.Writer) {
+	group := ""
+	for _, v := range config.Variables() {
+		if v.Group != group {
+			if group != "" {
+				fmt.Fprintln(w)
+			}
+			group = v.Group
+			fmt.Fprintf(w, "%s\n%s\n", group, strings.Repeat("-", len(group)))
+		}
+		fmt.Fprintf(w, "\n%s\n", v.Name)
+		if v.Specific != "" {
+			fmt.Fprintln(w, v.Specific)
+		}
+		texts := []string{v.Meaning, "Values: " + v.Values}
+		if v.Default != "" {
+			texts = append(texts, "Default: "+v.Default)
+		}
+		for _, text := range texts {
+			fmt.Fprintf(w, "    %s\n", tty.Wrap(text, 4, 78))
+		}
+	}
 }

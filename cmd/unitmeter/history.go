@@ -16,10 +16,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
@@ -97,7 +97,11 @@ func parseQuery(since, until, step string, units []string) (query store.Query, e
 		}
 	}
 	for _, u := range units {
-		query.Units = append(query.Units, accounting.FullName(u))
+		if !strings.HasPrefix(u, "(") { // "(overflow)" has no type
+			u = systemd.FullName(u)
+		}
+		// SQLite negates with ^.
+		query.Units = append(query.Units, strings.ReplaceAll(u, "[!", "[^"))
 	}
 	return query, nil
 }
@@ -111,7 +115,7 @@ func explainGaps(w io.Writer, query store.Query, usage store.Usage) error {
 	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
 		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
 	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
-		return accounting.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
+		return systemd.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
 	})
 	switch {
 	case len(usage.Units) == 0 && len(query.Units) > 0:

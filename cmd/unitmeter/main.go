@@ -23,6 +23,8 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
+	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // version is set by the Makefile with -ldflags "-X main.version=...".
@@ -72,8 +74,8 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"run", "", "meter all units and send the metrics until stopped (the default)", run},
-		{"once", "[--json] [--interval D] [UNIT...]", "read all units once and print their traffic", once},
-		{"top", "[--once] [--interval D] [--bytes] [UNIT...]", "show the speeds of all units, live", showSpeeds},
+		{"once", "[--json] [--interval D] [--source S] [UNIT...]", "read all units once and print their traffic", once},
+		{"top", "[--once] [--interval D] [--bytes] [--source S] [UNIT...]", "show the speeds of all units, live", showSpeeds},
 		{"units", "[--json] [UNIT...]", "list all units: metered or not, and why", units},
 		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default|--ebpf", "switch IP accounting on", enable},
 		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default|--ebpf", "switch IP accounting off", disable},
@@ -190,16 +192,28 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 
 // parsePatterns reads the flags of a subcommand, and its other arguments as
 // patterns for the names of units.
-func parsePatterns(t *terminal, flags *flag.FlagSet) ([]string, error) {
+func parsePatterns(t *terminal, flags *flag.FlagSet) (none systemd.Patterns, err error) {
 	args, err := parse(t, flags, -1)
 	if err != nil {
-		return nil, err
+		return none, err
 	}
 	patterns, err := accounting.Patterns(args)
 	if err != nil {
-		return nil, usageError{err}
+		return none, usageError{err}
 	}
 	return patterns, nil
+}
+
+// sourceFlag declares the flag --source.
+func sourceFlag(flags *flag.FlagSet, to *string) {
+	*to = receiver.Auto
+	flags.Func("source", "who counts: dbus (systemd), ebpf (a program, loaded or attached until the end), or auto, the default", func(name string) error {
+		if !slices.Contains(accounting.Sources(), name) {
+			return fmt.Errorf("use one of %s", strings.Join(accounting.Sources(), ", "))
+		}
+		*to = name
+		return nil
+	})
 }
 
 // loadConfig reads the environment.

@@ -17,7 +17,9 @@ import (
 
 func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON array with one object for each unit")
-	interval := flags.Duration("interval", 0, "read twice with this interval (2s, 1m), and print the speeds")
+	interval := flags.Duration("interval", 0, "read twice with this interval (2s, 1m), and print the speeds; 1s where the counting begins with this command")
+	var source string
+	sourceFlag(flags, &source)
 	patterns, err := parsePatterns(t, flags)
 	if err != nil {
 		return err
@@ -29,14 +31,14 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	units, err := accounting.Read(ctx, cfg.Receiver, patterns, *interval)
+	readings, err := accounting.Read(ctx, cfg.Receiver, source, patterns, *interval)
 	if err != nil {
 		return err
 	}
 	if *asJSON {
-		return printJSON(t.stdout, units)
+		return printJSON(t.stdout, readings)
 	}
-	return printTable(t.stdout, units, len(patterns) > 0, *interval > 0)
+	return printTable(t.stdout, readings, patterns.Len() > 0)
 }
 
 // unitJSON is one unit in the output of --json. Counters are null where there
@@ -44,6 +46,7 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 type unitJSON struct {
 	Unit                 string     `json:"unit"`
 	State                string     `json:"state"`
+	Source               string     `json:"source"`
 	IngressBytes         *uint64    `json:"ingress_bytes"`
 	IngressPackets       *uint64    `json:"ingress_packets"`
 	EgressBytes          *uint64    `json:"egress_bytes"`
@@ -57,11 +60,11 @@ type unitJSON struct {
 	Invocation           string     `json:"invocation_id,omitempty"`
 }
 
-func printJSON(w io.Writer, units []accounting.Reading) error {
-	out := make([]unitJSON, 0, len(units))
-	for _, u := range units {
-		j := unitJSON{Unit: u.Name, State: strings.ReplaceAll(u.Accounting, "_", "-"), Invocation: u.Invocation}
-		if u.Accounting == "on" {
+func printJSON(w io.Writer, readings *accounting.Readings) error {
+	out := make([]unitJSON, 0, len(readings.Units))
+	for _, u := range readings.Units {
+		j := unitJSON{Unit: u.Name, State: strings.ReplaceAll(u.Accounting, "_", "-"), Source: readings.Source, Invocation: u.Invocation}
+		if accounting.Counted(u.Unit) {
 			c := u.Counters
 			start, read := u.Start.UTC(), u.Time.UTC()
 			j.IngressBytes, j.IngressPackets, j.EgressBytes, j.EgressPackets = &c.IngressBytes, &c.IngressPackets, &c.EgressBytes, &c.EgressPackets
@@ -77,7 +80,8 @@ func printJSON(w io.Writer, units []accounting.Reading) error {
 
 // printTable prints the units with numbers, the busiest first, and the commands
 // that give numbers to the others. With all, it prints the others too.
-func printTable(w io.Writer, units []accounting.Reading, all, speeds bool) error {
+func printTable(w io.Writer, readings *accounting.Readings, all bool) error {
+	units, speeds := readings.Units, readings.Speeds
 	slices.SortStableFunc(units, func(a, b accounting.Reading) int {
 		return cmp.Compare(b.Counters.IngressBytes+b.Counters.EgressBytes, a.Counters.IngressBytes+a.Counters.EgressBytes)
 	})
@@ -87,12 +91,13 @@ func printTable(w io.Writer, units []accounting.Reading, all, speeds bool) error
 	}
 	numbers := len(header)
 	tab := tty.NewTable(w, true, append(header, "SINCE", "UNIT")...)
+	tab.Drop("SINCE", "IN P/S", "OUT P/S", "IN PACKETS", "OUT PACKETS")
 	lost := 0
 	var off []string
 	for _, u := range units {
 		cells := make([]string, 0, numbers+2)
 		switch {
-		case u.Accounting == "on":
+		case accounting.Counted(u.Unit):
 			for _, v := range accounting.Values(u.Counters) {
 				cells = append(cells, strconv.FormatUint(v, 10))
 			}
@@ -110,7 +115,7 @@ func printTable(w io.Writer, units []accounting.Reading, all, speeds bool) error
 			off = append(off, u.Name)
 		}
 		if all {
-			reason, _ := withoutNumbers(u.Unit)
+			reason, _ := withoutNumbers(u)
 			tab.Row(append(slices.Repeat([]string{"-"}, numbers+1), u.Name+" ("+reason+")")...)
 		}
 	}
@@ -121,5 +126,5 @@ func printTable(w io.Writer, units []accounting.Reading, all, speeds bool) error
 	if all {
 		enable = accounting.EnableCommand(off)
 	}
-	return accounting.WriteHints(w, len(off), lost, enable)
+	return accounting.WriteHints(w, readings.Origin, len(off), lost, enable)
 }

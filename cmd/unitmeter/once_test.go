@@ -8,10 +8,11 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
-func someUnits() []accounting.Reading {
+func someUnits() *accounting.Readings {
 	at := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	on := func(name string, n uint64) systemd.Unit {
 		return systemd.Unit{
@@ -19,14 +20,14 @@ func someUnits() []accounting.Reading {
 			Counters: systemd.Counters{IngressBytes: n, IngressPackets: 2, EgressBytes: 1<<63 - 1 - n, EgressPackets: 4},
 		}
 	}
-	return []accounting.Reading{
+	return &accounting.Readings{Speeds: true, Origin: accounting.Origin{Counting: receiver.Counting{Source: receiver.DBus}}, Units: []accounting.Reading{
 		{Unit: on("a.service", 1)},
 		{Unit: on("b.service", 1000), Speed: &[4]float64{1.5, 2, 3, 4}},
 		{Unit: systemd.Unit{Name: "off.service", Accounting: "off"}},
 		{Unit: systemd.Unit{Name: "lost.service", Accounting: "lost"}},
 		{Unit: systemd.Unit{Name: "tmp.mount", Accounting: "no_data"}},
 		{Unit: systemd.Unit{Name: "boot.mount", Accounting: "off"}},
-	}
+	}}
 }
 
 func TestOnceJSON(t *testing.T) {
@@ -59,7 +60,7 @@ func TestOnceJSON(t *testing.T) {
 
 func TestOnceTable(t *testing.T) {
 	var out bytes.Buffer
-	if err := printTable(&out, someUnits(), true, true); err != nil {
+	if err := printTable(&out, someUnits(), true); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
@@ -72,7 +73,9 @@ func TestOnceTable(t *testing.T) {
 		}
 	}
 	out.Reset()
-	if err := printTable(&out, someUnits(), false, false); err != nil {
+	totals := someUnits()
+	totals.Speeds = false
+	if err := printTable(&out, totals, false); err != nil {
 		t.Fatal(err)
 	}
 	if strings.Contains(out.String(), "off.service") || strings.Contains(out.String(), "B/S") {

@@ -24,7 +24,7 @@ func TestGRPCAnswers(t *testing.T) {
 		codes.Unavailable: Transient, codes.DataLoss: Transient, codes.Unauthenticated: Misconfigured, codes.Code(99): Misconfigured,
 	}
 	for code, v := range want {
-		a := grpcAnswer(status.New(code, "why"))
+		a := GRPCAnswer(status.New(code, "why"))
 		if a.Verdict != v || a.Err == nil || a.Kind == "" || a.After != 0 {
 			t.Errorf("%v: %+v, want %v", code, a, v)
 		}
@@ -32,7 +32,7 @@ func TestGRPCAnswers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if a := grpcAnswer(asked); a.Verdict != v || a.After != 7*time.Second {
+		if a := GRPCAnswer(asked); a.Verdict != v || a.After != 7*time.Second {
 			t.Errorf("%v with RetryInfo: %+v, want %v", code, a, v)
 		}
 	}
@@ -44,7 +44,7 @@ func TestGRPCSizes(t *testing.T) {
 		"grpc: received message larger than max (5242880 vs. 4194304)": TooLarge,
 		"message too large": TooLarge, "ingestion rate limit exceeded": Transient, "quota": Transient,
 	} {
-		if a := grpcAnswer(status.New(codes.ResourceExhausted, text)); a.Verdict != want {
+		if a := GRPCAnswer(status.New(codes.ResourceExhausted, text)); a.Verdict != want {
 			t.Errorf("%s: %v, want %v", text, a.Verdict, want)
 		}
 	}
@@ -84,7 +84,7 @@ func TestGRPCThroughAProxy(t *testing.T) {
 		`unexpected HTTP status code received from server: 413 (Request Entity Too Large); transport: received unexpected content-type "text/html"`: TooLarge,
 		`unexpected HTTP status code received from server: 500 (Internal Server Error); transport: received unexpected content-type "text/html"`:    Misconfigured,
 	} {
-		if a := grpcAnswer(status.New(codes.Unknown, text)); a.Verdict != want {
+		if a := GRPCAnswer(status.New(codes.Unknown, text)); a.Verdict != want {
 			t.Errorf("%s: %+v", text, a)
 		}
 	}
@@ -101,7 +101,7 @@ func TestHTTPAnswers(t *testing.T) {
 	}
 	for code, v := range want {
 		resp := &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{"Content-Type": {"text/plain"}, "Retry-After": {"9"}}}
-		a := httpAnswer(resp, []byte("why"), time.Now())
+		a := HTTPAnswer(resp, []byte("why"), time.Now())
 		if a.Verdict != v {
 			t.Errorf("%d: %+v, want %v", code, a, v)
 		}
@@ -122,7 +122,7 @@ func TestBadRequests(t *testing.T) {
 		"out of bounds": Suspect,
 	} {
 		resp := &http.Response{StatusCode: 400, Status: "400 Bad Request", Header: http.Header{}}
-		if a := httpAnswer(resp, []byte(text), time.Now()); a.Verdict != want {
+		if a := HTTPAnswer(resp, []byte(text), time.Now()); a.Verdict != want {
 			t.Errorf("%s: %v, want %v", text, a.Verdict, want)
 		}
 	}
@@ -151,14 +151,14 @@ func TestPointsOfATimeToCome(t *testing.T) {
 		if test.ahead != 0 {
 			resp.Header.Set("Date", now.Add(-test.ahead).Format(http.TimeFormat))
 		}
-		a := httpAnswer(resp, []byte(test.text), now)
+		a := HTTPAnswer(resp, []byte(test.text), now)
 		if a.Verdict != test.want || !strings.Contains(a.Hint(), test.hint) {
 			t.Errorf("%s, %v ahead: %v, want %v; %s", test.text, test.ahead, a.Verdict, test.want, a.Hint())
 		}
 		if test.ahead != 0 {
 			continue
 		}
-		if a := grpcAnswer(status.New(codes.InvalidArgument, test.text)); a.Verdict != test.want {
+		if a := GRPCAnswer(status.New(codes.InvalidArgument, test.text)); a.Verdict != test.want {
 			t.Errorf("gRPC, %s: %v, want %v", test.text, a.Verdict, test.want)
 		}
 	}
@@ -179,7 +179,7 @@ func TestSuccess(t *testing.T) {
 		"page no body": {"text/html", "", Misconfigured, 0},
 	} {
 		resp := &http.Response{StatusCode: 200, Status: "200 OK", Header: http.Header{"Content-Type": {test.contentType}}}
-		if a := httpAnswer(resp, []byte(test.body), time.Now()); a.Verdict != test.verdict || a.Rejected != test.rejected || (a.Err == nil) != (a.Verdict == Accepted) {
+		if a := HTTPAnswer(resp, []byte(test.body), time.Now()); a.Verdict != test.verdict || a.Rejected != test.rejected || (a.Err == nil) != (a.Verdict == Accepted) {
 			t.Errorf("%s: %+v", name, a)
 		}
 	}

@@ -69,7 +69,6 @@ const (
 type Client struct {
 	official sdkmetric.Exporter
 	http     *http.Client // nil with gRPC
-	timeout  time.Duration
 	caller   caller
 	target   string // for logs; without secrets
 	deciding func(hint string) string
@@ -95,7 +94,7 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 		return nil, errors.New("make OTLP exporter: it has no endpoint; set OTEL_EXPORTER_OTLP_ENDPOINT")
 	}
 	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
-	c := &Client{timeout: cfg.Timeout, deciding: cfg.Deciding}
+	c := &Client{deciding: cfg.Deciding}
 	var err error
 	switch cmp.Or(cfg.Protocol, DefaultProtocol) {
 	case "grpc":
@@ -151,9 +150,6 @@ func (c *Client) Target() string { return c.target }
 
 // Hint is the next step after an answer, for a person who reads the log.
 func (c *Client) Hint(a Answer) string { return c.deciding(a.Hint()) }
-
-// Timeout is that of one call.
-func (c *Client) Timeout() time.Duration { return c.timeout }
 
 // Aggregation is that of the official exporter: it follows
 // OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION.

@@ -105,7 +105,7 @@ func (c *grpcCaller) send(ctx context.Context, request []byte) Answer {
 	var trailer metadata.MD
 	err := c.conn.Invoke(ctx, c.method, request, &reply, grpc.ForceCodecV2(rawCodec{}), grpc.Trailer(&trailer))
 	if err != nil {
-		a := grpcAnswer(status.Convert(err))
+		a := GRPCAnswer(status.Convert(err))
 		// What came with a trailer is the server's own answer. The state alone does
 		// not tell: gRPC may set it to ready after the first call has come back.
 		if a.Verdict == Transient && len(trailer) == 0 && c.conn.GetState() != connectivity.Ready {
@@ -188,11 +188,11 @@ func (t trackedCredentials) Clone() credentials.TransportCredentials {
 	return trackedCredentials{t.TransportCredentials.Clone(), t.open}
 }
 
-// grpcAnswer sorts the status codes. InvalidArgument alone can blame the data. All
+// GRPCAnswer sorts the status codes. InvalidArgument alone can blame the data. All
 // other codes also come from what stands before the receiver, and from a receiver
 // whose backend has a hiccup (Internal), or that knows no such token
 // (Unauthenticated). grpc-go makes Unknown of a proxy's answer in HTML.
-func grpcAnswer(s *status.Status) Answer {
+func GRPCAnswer(s *status.Status) Answer {
 	a := Answer{Kind: s.Code().String(), Err: s.Err(), Verdict: Misconfigured}
 	for _, detail := range s.Details() {
 		if info, ok := detail.(*errdetails.RetryInfo); ok {

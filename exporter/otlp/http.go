@@ -146,7 +146,7 @@ func (c *httpCaller) send(ctx context.Context, request []byte) Answer {
 	// The status line has decided. A body that breaks off only costs its text.
 	const maxBody = 4 << 20
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxBody))
-	return httpAnswer(resp, text, time.Now())
+	return HTTPAnswer(resp, text, time.Now())
 }
 
 // reconnect implements caller.
@@ -161,10 +161,10 @@ type StatusError struct {
 // Error implements error.
 func (e *StatusError) Error() string { return e.text }
 
-// httpAnswer sorts the status codes of a response whose body is text. Only 400 and
+// HTTPAnswer sorts the status codes of a response whose body is text. Only 400 and
 // 422 can blame the data, and not when a proxy says so in HTML: all other codes
 // come from what stands before the receiver, or from a receiver in trouble.
-func httpAnswer(resp *http.Response, text []byte, now time.Time) Answer {
+func HTTPAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	isProto := mediaType == "application/x-protobuf"
 	isPage := mediaType == "text/html" || bytes.HasPrefix(bytes.TrimSpace(text), []byte("<"))

@@ -273,6 +273,11 @@ func (o *outbox) decode(db *database, row outboxRow) ([]byte, error) {
 // leaves them alone from now on. A request that is damaged on disk is put into
 // quarantine and the next one is returned.
 func (s *Store) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
+	return s.NextAfter(ctx, 0, maxBytes)
+}
+
+// NextAfter is Next for the requests after an id.
+func (s *Store) NextAfter(ctx context.Context, after int64, maxBytes int) ([]Entry, error) {
 	const op = "read outbox"
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -282,7 +287,7 @@ func (s *Store) Next(ctx context.Context, maxBytes int) ([]Entry, error) {
 	var out []Entry
 	for total := 0; ; {
 		from, to := s.outbox.visible()
-		if len(out) > 0 {
+		if from = max(from, after+1); len(out) > 0 {
 			from = out[len(out)-1].ID + 1
 		}
 		row, err := s.outbox.first(s.db, from, to)

@@ -6,8 +6,8 @@ _unitmeter() {
 	case $COMP_CWORD,${COMP_WORDS[1]} in
 	1,*) words='run once top units enable disable meter doctor history version help' ;;
 	2,help) words='run once top units enable disable meter doctor history version help environment' ;;
-	*,once) words='--interval --json' units=1 ;;
-	*,top) words='--bytes --interval --once' units=1 ;;
+	*,once) words='--interval --json --source' units=1 ;;
+	*,top) words='--bytes --interval --once --source' units=1 ;;
 	*,units) words='--json' units=1 ;;
 	*,enable) words='--all --default --dry-run --ebpf --lost --runtime' units=1 ;;
 	*,disable) words='--all --default --dry-run --ebpf --runtime' units=1 ;;

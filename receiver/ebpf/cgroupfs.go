@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -30,6 +31,26 @@ func findRoot(dir string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("%s: %w; boot with systemd.unified_cgroup_hierarchy=1", strings.Join(dirs, " and "), ErrNotCgroup2)
+}
+
+// OwnCgroup returns the id of the cgroup of this process.
+func OwnCgroup() (uint64, error) {
+	root, err := findRoot("")
+	if err != nil {
+		return 0, err
+	}
+	text, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return 0, fmt.Errorf("find the cgroup of this process: %w", err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			if id := cgroupID(filepath.Join(root, path)); id != 0 {
+				return id, nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("find the cgroup of this process below %s: it is not there", root)
 }
 
 // cgroupID returns the id of the cgroup with a directory, 0 if there is none.

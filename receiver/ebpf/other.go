@@ -16,6 +16,12 @@ func unsupported() error {
 // Load fails on this system.
 func Load(context.Context, LoadConfig) (Loaded, error) { return Loaded{}, unsupported() }
 
+// Pinned finds nothing on this system.
+func Pinned(string) (current bool, others []string, err error) { return false, nil, nil }
+
+// OwnCgroup fails on this system.
+func OwnCgroup() (uint64, error) { return 0, unsupported() }
+
 // Unload fails on this system.
 func Unload(string) error { return unsupported() }
 
@@ -30,6 +36,9 @@ func Attach(context.Context, Config) (*Reader, error) { return nil, unsupported(
 
 // Read fails on this system.
 func (*Reader) Read() (Sweep, error) { return Sweep{}, unsupported() }
+
+// Idle fails on this system.
+func (*Reader) Idle(func(*Identity)) error { return unsupported() }
 
 // Naming returns nil on this system.
 func (*Reader) Naming() error { return nil }

@@ -70,15 +70,25 @@ func lockDir(ctx context.Context, dir string) (unlock func(), err error) {
 	}
 }
 
+// requireBPFFS mounts a BPF file system where systemd does it on a host, and not in
+// containers.
 func requireBPFFS(dir string) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return explain(fmt.Errorf("find the BPF file system %s: %w", dir, err))
 	}
-	if st.Type != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("%s: %w; mount one with: mount -t bpf -o mode=700 bpf /sys/fs/bpf", dir, ErrNoBPFFS)
+	if st.Type == unix.BPF_FS_MAGIC {
+		return nil
 	}
-	return nil
+	err := ErrNoBPFFS
+	if dir == filepath.Dir(DefaultDir) {
+		mountErr := unix.Mount("bpf", dir, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=700")
+		if mountErr == nil {
+			return nil
+		}
+		err = fmt.Errorf("%w: mount: %w", ErrNoBPFFS, mountErr)
+	}
+	return fmt.Errorf("%s: %w; as root of the host, run: mount -t bpf -o mode=700 bpf /sys/fs/bpf", dir, err)
 }
 
 // otherLayouts returns the directories that other versions have left in dir.
@@ -94,6 +104,17 @@ func otherLayouts(dir string) ([]string, error) {
 		}
 	}
 	return others, nil
+}
+
+// Pinned reports whether this version's program is pinned in dir, "" being DefaultDir,
+// and returns the directories that other versions have left there.
+func Pinned(dir string) (current bool, others []string, err error) {
+	dir = cmp.Or(dir, DefaultDir)
+	if others, err = otherLayouts(dir); errors.Is(err, fs.ErrNotExist) {
+		return false, nil, nil
+	}
+	_, statErr := os.Stat(filepath.Join(dir, layout, meterMapMeters))
+	return statErr == nil, others, err
 }
 
 // openMaps opens the maps that are pinned in dir, without scratch: those of the

@@ -20,6 +20,8 @@ const (
 	// batchSize is the number of entries in one system call. A batch has to hold the
 	// longest chain of a hash bucket.
 	batchSize = 4096
+	// namesSize is the same for names, of which one takes half a kilobyte.
+	namesSize = 512
 )
 
 // Reader reads the counters. It is not for several goroutines at once.
@@ -203,6 +205,55 @@ func (r *Reader) read() (Sweep, error) {
 	}, nil
 }
 
+// Idle calls f for each cgroup that exists and had no traffic until the last Read.
+func (r *Reader) Idle(f func(*Identity)) error {
+	now, err := bootTime()
+	if err == nil {
+		err = r.idle(f, time.Now().Round(0).Add(-time.Duration(now)))
+	}
+	if err != nil {
+		return fmt.Errorf("list the cgroups of the meter: %w", err)
+	}
+	return nil
+}
+
+func (r *Reader) idle(f func(*Identity), booted time.Time) error {
+	if r.info.Naming == 0 {
+		return walkCgroups(context.Background(), r.root, func(id uint64, path string) error {
+			if r.identities.known[id] == nil {
+				f(&Identity{ID: id, Named: true, Path: path, Cgroup: ParseCgroup(path)})
+			}
+			return nil
+		})
+	}
+	size := min(namesSize, int(r.maps.Names.MaxEntries()))
+	keys, names := make([]uint64, size), make([]meterName, size)
+	var cursor ebpf.MapBatchCursor
+	for more := true; more; {
+		n, err := r.maps.Names.BatchLookup(&cursor, keys, names, nil)
+		more = !errors.Is(err, ebpf.ErrKeyNotExist) // the normal end, with the last names
+		if err != nil && more {
+			return explain(fmt.Errorf("look the names up: %w", err))
+		}
+		for i, id := range keys[:n] {
+			if r.identities.known[id] == nil { // a name without an entry is deleted with its cgroup
+				f(r.named(id, &names[i], booted))
+			}
+		}
+	}
+	return nil
+}
+
+// named is who a cgroup with a name is.
+func (r *Reader) named(id uint64, n *meterName, booted time.Time) *Identity {
+	path := cmp.Or(strings.TrimPrefix(n.path(), r.prefix), "/")
+	identity := &Identity{ID: id, Named: true, Path: path, Cgroup: ParseCgroup(path)}
+	if n.Made != 0 {
+		identity.Made = booted.Add(time.Duration(n.Made))
+	}
+	return identity
+}
+
 // walk finds the paths of all cgroups, where the kernel does not name them.
 func (r *Reader) walk() (map[uint64]string, error) {
 	paths := map[uint64]string{}
@@ -223,25 +274,16 @@ func (r *Reader) identify(id uint64, e *meterEntry, paths map[uint64]string, boo
 		return rec
 	}
 	identity := &Identity{ID: id}
-	rec.identity = identity
-	path, ok := paths[id]
 	var n meterName
-	if !ok && r.maps.Names.Lookup(id, &n) == nil {
-		path, ok = strings.CutPrefix(n.path(), r.prefix)
-		if path == "" {
-			path = "/"
-		}
-		if n.Made != 0 {
-			identity.Made = booted.Add(time.Duration(n.Made))
-		}
+	if path, ok := paths[id]; ok {
+		identity = &Identity{ID: id, Named: true, Path: path, Cgroup: ParseCgroup(path)}
+	} else if r.maps.Names.Lookup(id, &n) == nil && strings.HasPrefix(n.path(), r.prefix) {
+		identity = r.named(id, &n, booted)
 	}
-	if !ok {
-		return rec
+	if identity.Named && e.Gone == 0 {
+		identity.Invocation = invocation(r.root, id, identity.Path, identity.Cgroup)
 	}
-	identity.Named, identity.Path, identity.Cgroup = true, path, ParseCgroup(path)
-	if e.Gone == 0 {
-		identity.Invocation = invocation(r.root, id, path, identity.Cgroup)
-	}
+	rec.identity = identity
 	return rec
 }
 

@@ -248,8 +248,8 @@ func (l *Ledger) Size() int {
 // Resets returns how often counters fell within one run, since New.
 func (l *Ledger) Resets() int64 { return l.resets }
 
-// Missed returns how many runs ended without a last reading and without a stop
-// record, since New.
+// Missed returns how many runs ended without a last reading and without a
+// record of their end, since New: they may have had traffic that is in no total.
 func (l *Ledger) Missed() int64 { return l.missed }
 
 // runOf returns the run of an epoch, and makes it where it is new.
@@ -285,8 +285,8 @@ func (l *Ledger) Mark(epoch string, reading bool) {
 	}
 }
 
-// Place says which slice a unit is in before its first reading: the stop record
-// of a short-lived run does not have it.
+// Place says that a run is counted, and which slice it is in, before its first
+// reading: the stop record of a short-lived run does not have that.
 func (l *Ledger) Place(unit, epoch, slice string) {
 	l.runOf(unit, epoch).slice = slice
 }
@@ -407,6 +407,9 @@ func (s *series) grow(start time.Time, delta Counters, at time.Time) {
 // remembered no more. now is the present time.
 func (l *Ledger) Take(record Record, now time.Time) bool {
 	if record.Counters == (Counters{}) || !l.cfg.Metered(record.Unit) {
+		if r, ok := l.runs[record.Epoch]; ok {
+			r.final = true // nothing is missing of it
+		}
 		return true
 	}
 	at := record.Time
@@ -624,7 +627,7 @@ func (l *Ledger) close(now time.Time, listed bool) {
 		over := listed && !r.closed.IsZero() && now.Sub(r.closed) > keep
 		// No list shows what the settings leave out, and they may change again.
 		over = over && (!r.restored || r.boot != "" || TopSlice(r.unit) || l.cfg.Metered(r.unit))
-		if over && !r.final && !r.time.IsZero() && r.boot == "" {
+		if over && !r.final && r.boot == "" {
 			l.missed++
 		}
 		if over && r.closed.After(l.forgotten) {

@@ -3,6 +3,7 @@ package ledger
 import (
 	"cmp"
 	"iter"
+	"strings"
 	"time"
 	"unique"
 )
@@ -103,11 +104,11 @@ func (id ID) Text() string {
 	if l.User != "" {
 		text = l.User + "/" + text
 	}
-	container := cmp.Or(l.ContainerName, l.ContainerID, l.Runtime)
+	container := cmp.Or(l.ContainerName, l.ContainerID)
 	if l.Pod != "" {
 		container = l.Namespace + "/" + l.Pod + "/" + container
 	}
-	if container != "" {
+	if !strings.Contains(id.Name, container) {
 		text += " " + container
 	}
 	return text

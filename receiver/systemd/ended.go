@@ -5,9 +5,11 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
-// maxAsked is how many questions for a slice may wait for an answer. With
+// maxAsked is how many units may wait for the answers to two questions each. With
 // maxInFlight that stays below dbus-daemon's limit of 128; and the answers fit into
 // their channel, so that they never hold up the goroutine that reads the
 // connection, for which the follower itself may wait.
@@ -20,20 +22,47 @@ const finalRead = time.Second
 // loaded, until ctx ends. It has a goroutine of its own, so that signals are
 // answered meanwhile; under a burst of ends it reads many in one go. Where a unit
 // is unloaded already, the journal has its last counters.
-func (s *Source) readEnded(ctx context.Context, b *bus, ended <-chan []*unit) {
+//
+// What units have left behind is read often: the next start resets the counters, and
+// nothing can be read between its signal and that for sure.
+func (s *Source) readEnded(ctx context.Context, b *bus.Conn, ended <-chan []*unit) {
 	for {
+		left := s.left()
+		pause := lookForLeft
+		if len(left) > 0 {
+			pause = max(leftPause, time.Duration(len(left))*leftPause/10)
+		}
 		select {
 		case units := <-ended:
 			s.readFinal(ctx, b, units)
+		case <-time.After(pause):
+			s.readFinal(ctx, b, left)
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
+const (
+	leftPause   = 100 * time.Millisecond // between readings of ten units or less
+	lookForLeft = 10 * time.Second
+)
+
+// left returns the units that have ended and whose processes go on.
+func (s *Source) left() (units []*unit) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range s.units {
+		if u.run != nil && u.run.left && !u.run.ended.IsZero() {
+			units = append(units, u)
+		}
+	}
+	return units
+}
+
 // readFinal reads units that have ended. What it does not reach, the next sweep
 // reads.
-func (s *Source) readFinal(ctx context.Context, b *bus, units []*unit) {
+func (s *Source) readFinal(ctx context.Context, b *bus.Conn, units []*unit) {
 	ctx, cancel := context.WithTimeout(ctx, finalRead)
 	defer cancel()
 	now := time.Now()
@@ -46,19 +75,27 @@ func (s *Source) readFinal(ctx context.Context, b *bus, units []*unit) {
 	_ = s.collect(ctx, b, targets)
 }
 
-// placing is the asking for the slices of units.
+// placing is the asking of what a stop record does not say of a run that no sweep
+// has seen: its slice, and whether it has IP accounting, without which it has none.
 type placing struct {
 	places  chan *dbus.Call // answers
 	unasked []*unit         // units that wait for their turn
-	asked   map[dbus.ObjectPath]*run
+	asked   map[dbus.ObjectPath]*place
+}
+
+// place is what is known of a run.
+type place struct {
+	run       *run
+	slice     string
+	accounted bool
+	waiting   int // for how many answers
 }
 
 func newPlacing() placing {
-	return placing{places: make(chan *dbus.Call, maxAsked), asked: map[dbus.ObjectPath]*run{}}
+	return placing{places: make(chan *dbus.Call, 2*maxAsked), asked: map[dbus.ObjectPath]*place{}}
 }
 
-// place asks for the slice of a unit while there is still time: a stop record
-// of a run that no sweep has seen does not have it.
+// place asks about the run of a unit while there is still time.
 func (f *follower) place(u *unit) {
 	f.unasked = append(f.unasked, u)
 	f.askPlaces()
@@ -70,33 +107,57 @@ func (f *follower) askPlaces() {
 		u := f.unasked[0]
 		f.unasked = f.unasked[1:]
 		f.mu.Lock()
-		r := u.run
+		p := &place{run: u.run, slice: u.slice, accounted: u.state == accountingOn}
 		f.mu.Unlock()
-		path := dbus.ObjectPath(r.path)
+		path := dbus.ObjectPath(p.run.path)
 		if _, ok := f.asked[path]; ok {
 			continue
 		}
-		f.asked[path] = r
-		f.bus.client.Object(systemdName, path).
-			Go(propertiesInterface+".Get", dbus.FlagNoAutoStart, f.places, u.iface, "Slice")
+		ask := func(property string) {
+			p.waiting++
+			f.bus.Object(path).Go(bus.PropertiesInterface+".Get", dbus.FlagNoAutoStart, f.places, u.iface, property)
+		}
+		if p.slice == "" {
+			ask("Slice")
+		}
+		if !p.accounted {
+			ask("IPAccounting")
+		}
+		if p.waiting == 0 {
+			f.settle(p)
+			continue
+		}
+		f.asked[path] = p
 	}
 }
 
-// placed takes the answer. A unit that has gone meanwhile has none.
+// placed takes an answer. A unit that has gone meanwhile has none.
 func (f *follower) placed(call *dbus.Call) {
-	r := f.asked[call.Path]
-	delete(f.asked, call.Path)
-	defer f.askPlaces()
+	p := f.asked[call.Path]
 	var v dbus.Variant
-	if call.Err != nil || call.Store(&v) != nil {
-		return
+	if call.Err == nil && call.Store(&v) == nil {
+		if on, ok := v.Value().(bool); ok {
+			p.accounted = on
+		} else {
+			p.slice, _ = kept(v.Value())
+		}
 	}
-	name, _ := kept(v.Value())
+	if p.waiting--; p.waiting == 0 {
+		delete(f.asked, call.Path)
+		f.settle(p)
+		f.askPlaces()
+	}
+}
+
+// settle hands on what is known.
+func (f *follower) settle(p *place) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	r.slice = name
-	f.cfg.Sink.Place(r.unit, r.epoch, name)
-	if u, ok := f.units[r.unit]; ok {
-		u.slice = name
+	p.run.slice = p.slice
+	if p.accounted {
+		f.cfg.Sink.Place(p.run.unit, p.run.epoch, p.slice)
+	}
+	if u, ok := f.units[p.run.unit]; ok {
+		u.slice = p.slice
 	}
 }

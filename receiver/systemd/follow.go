@@ -2,19 +2,22 @@ package systemd
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 const (
 	relistEvery          = 5 * time.Minute
 	reloadTimeout        = 10 * time.Second // Reloading(false) never came (systemd#43200)
 	newUnitPause         = 250 * time.Millisecond
-	propertiesChangedSig = propertiesInterface + ".PropertiesChanged"
+	propertiesChangedSig = bus.PropertiesInterface + ".PropertiesChanged"
 	nameOwnerChangedSig  = "org.freedesktop.DBus.NameOwnerChanged"
 )
 
@@ -28,16 +31,17 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	defer func() {
 		s.mu.Lock()
 		s.bus = nil
-		s.health.Refused += b.conn.refused.Load()
+		s.health.Refused += b.Refused()
 		s.mu.Unlock()
-		_ = b.client.Close() // the reason is in err already
+		_ = b.Close() // the reason is in err already
 	}()
-	stop := context.AfterFunc(ctx, func() { _ = b.client.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = b.Close() })
 	defer stop()
 
 	if err := s.relist(ctx, b, true); err != nil {
 		return false, err
 	}
+	s.since(ctx, b)
 	s.mu.Lock()
 	s.bus, s.listed, s.reloadBegan = b, true, time.Now()
 	recovered := s.broken != nil
@@ -68,12 +72,12 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 			more = nil
 		}
 		select {
-		case signal, ok := <-b.signals:
+		case signal, ok := <-b.Signals():
 			if !ok {
-				if f.reloading && b.private { // which does not survive a reexec
+				if f.reloading && b.Private() { // which does not survive a reexec
 					f.reloaded(func(h *Health) { h.Reexecs++ })
 				}
-				return true, b.conn.failure()
+				return true, b.Err()
 			}
 			err = f.handle(ctx, signal)
 		case more <- f.ended:
@@ -87,8 +91,12 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 				_, err = s.refresh(ctx, b, names)
 			}
 		case <-f.thaw:
-			f.reloaded(func(h *Health) { h.Reloads++ })
-			err = s.relist(ctx, b, true)
+			// Its generators may take minutes, in which systemd does not answer.
+			if err = s.relist(ctx, b, true); errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+				f.thaw, err = time.After(reloadTimeout), nil
+			} else {
+				f.reloaded(func(h *Health) { h.Reloads++ })
+			}
 		case <-relist.C:
 			if f.thaw == nil {
 				err = s.relist(ctx, b, false)
@@ -103,7 +111,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 // follower is the state of following the signals of one connection.
 type follower struct {
 	*Source
-	bus *bus
+	bus *bus.Conn
 	// fresh are the units of UnitNew signals that no PropertiesChanged has
 	// followed yet.
 	fresh      map[string]bool
@@ -111,7 +119,8 @@ type follower struct {
 	// thaw is not nil during a reload or reexec: UnitRemoved arrives for each
 	// unit then, and means nothing. It fires when the end is overdue.
 	thaw      <-chan time.Time
-	reloading bool // Reloading(true) came, and what it leads to is not known yet
+	reloading bool      // Reloading(true) came, and what it leads to is not known yet
+	began     time.Time // when it came; zero if what it led to is known
 	// ended are units that have ended and wait for their last reading.
 	ended []*unit
 	placing
@@ -129,20 +138,21 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 			delete(f.fresh, name)
 			return f.changed(ctx, name, properties)
 		}
-	case managerInterface + ".UnitNew":
+	case bus.ManagerInterface + ".UnitNew":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil && f.follows(name) {
 			f.noteFresh(name)
 		}
-	case managerInterface + ".UnitRemoved":
+	case bus.ManagerInterface + ".UnitRemoved":
 		if name, ok := argument[string](signal, 0); ok && f.thaw == nil {
 			delete(f.fresh, name)
 			f.removed(name)
 		}
-	case managerInterface + ".Reloading":
+	case bus.ManagerInterface + ".Reloading":
 		if began, ok := argument[bool](signal, 0); ok && began {
 			f.thaw, f.reloading = time.After(reloadTimeout), true
+			f.began = time.Now()
 			f.mu.Lock()
-			f.reloadBegan = time.Now()
+			f.reloadBegan = f.began
 			f.mu.Unlock()
 		} else if ok {
 			f.reloaded(func(h *Health) { h.Reloads++ })
@@ -156,7 +166,7 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 			f.reloaded(func(h *Health) { h.Reexecs++ })
 			// Before systemd 258, one that has lost the bus forgets its
 			// subscribers; one that has not answers with an error.
-			f.bus.client.Object(systemdName, managerPath).Go(managerInterface+".Subscribe", dbus.FlagNoReplyExpected, nil)
+			f.bus.Manager().Go(bus.ManagerInterface+".Subscribe", dbus.FlagNoReplyExpected, nil)
 			return f.relist(ctx, f.bus, true)
 		}
 	}
@@ -179,6 +189,10 @@ func (f *follower) reloaded(count func(*Health)) {
 		f.reloading = false
 		f.count(count)
 	}
+	if !f.began.IsZero() {
+		f.count(func(h *Health) { h.Reloading += time.Since(f.began) })
+		f.began = time.Time{}
+	}
 }
 
 // wellFormed reports whether the argument that handle takes has its type.
@@ -186,7 +200,7 @@ func wellFormed(signal *dbus.Signal) (ok bool) {
 	switch signal.Name {
 	case propertiesChangedSig:
 		_, ok = argument[map[string]dbus.Variant](signal, 1)
-	case managerInterface + ".Reloading":
+	case bus.ManagerInterface + ".Reloading":
 		_, ok = argument[bool](signal, 0)
 	case nameOwnerChangedSig:
 		_, ok = argument[string](signal, 2)
@@ -230,16 +244,20 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	s.update(name, next)
 	u := s.units[name]
 	unbegun := u != nil && u.run.unbegun
-	unplaced := u != nil && u.slice == ""
+	unplaced := u != nil && !u.unmetered && next.invocation != "" && !u.run.placed
 	exited := s.version >= 256 && next.sub == "exited" // see run.parted
 	s.mu.Unlock()
+	if u != nil && next.over() {
+		s.ends.Add(1)
+	}
 	switch {
 	case u == nil:
 	case !next.running() || next.restarting() || exited:
 		if !unbegun {
 			f.ended = append(f.ended, u)
 		}
-	case unplaced && next.invocation != "":
+	case unplaced:
+		u.run.placed = true // only this goroutine uses it
 		f.place(u)
 	}
 	return nil

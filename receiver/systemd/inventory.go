@@ -8,10 +8,14 @@ import (
 	"math"
 	"strings"
 	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 const (
-	lateTraffic = 2 * time.Minute // reads after the end of a run
+	lateTraffic = 2 * time.Minute // reads after the end of a run, or its last growth
 	// recheckEvery is after how many sweeps a unit without accounting is asked
 	// again: systemd tells nobody of a set-property IPAccounting=yes.
 	recheckEvery = 6
@@ -27,6 +31,8 @@ type unit struct {
 	// young units came up after the first list, so that nothing of them was
 	// counted before.
 	young bool
+	// since is when accounting was switched on at the earliest; zero if not known.
+	since time.Time
 	run   *run   // the run that systemd counts now; nil before the first
 	slice string // "" before the first reading
 	state accounting
@@ -70,6 +76,10 @@ type run struct {
 	// last full reading: then its bytes need no reading until that moves.
 	quiet [2]bool
 	ended time.Time // when the unit was seen to be inactive; zero while it runs
+	// grew is when a reading after the end last had more, and left says that the
+	// cgroup has outlived the end, with the processes in it (KillMode=process).
+	grew time.Time
+	left bool
 	// parted says that the last reading is of a service that has exited and goes on
 	// without a cgroup (RemainAfterExit=). From systemd 256 on the next one of the
 	// same run, for ExecStop= or ExecReload=, counts from 0.
@@ -77,12 +87,13 @@ type run struct {
 	// unbegun says that systemd has named the run and announced nothing else of
 	// it: its counters may still be those of the run before.
 	unbegun bool
+	placed  bool // the slice and the accounting have been asked for
 }
 
-// beingRead reports whether sweeps read a run: it goes on, or has ended not long
-// ago, so that its sockets may still be at work.
+// beingRead reports whether sweeps read a run: it goes on, has left processes
+// behind, or has ended or grown not long ago, so that its sockets may still be at work.
 func (r *run) beingRead(now time.Time) bool {
-	return r.ended.IsZero() || now.Sub(r.ended) <= lateTraffic
+	return r.ended.IsZero() || r.left || now.Sub(r.ended) <= lateTraffic || now.Sub(r.grew) <= lateTraffic
 }
 
 // read reports whether any reading of the run is in the totals.
@@ -132,18 +143,21 @@ func (s *Source) metered(name string) bool {
 // relist brings the inventory in line with what systemd has loaded. Without all, it
 // is for what signals may have missed: units that are in the same state as before are
 // not asked. If one was restarted, its run shows to be over where it is read.
-func (s *Source) relist(ctx context.Context, b *bus, all bool) error {
+func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	patterns := make([]string, len(s.cfg.Types))
 	for i, t := range s.cfg.Types {
 		patterns[i] = "*." + t
 	}
 	patterns = append(patterns, "*.slice")
-	rows, err := b.list(ctx, patterns)
+	if all && s.cfg.Named != nil {
+		s.cfg.Named(ownNames(ctx, b, s.cfg.Names))
+	}
+	rows, err := list(ctx, b, running, patterns)
 	if err != nil {
 		return err
 	}
 	here := make(map[string]listed, len(rows))
-	version, err := b.version(ctx)
+	version, err := versionOf(ctx, b)
 	if err != nil {
 		return err
 	}
@@ -153,6 +167,10 @@ func (s *Source) relist(ctx context.Context, b *bus, all bool) error {
 		if name := unitOfPath(string(row.Path)); s.follows(name) {
 			here[name] = row
 		}
+	}
+	left, err := s.leftOver(ctx, b, patterns)
+	if err != nil {
+		return err
 	}
 	s.mu.Lock()
 	s.version = cmp.Or(version, s.version)
@@ -176,14 +194,59 @@ func (s *Source) relist(ctx context.Context, b *bus, all bool) error {
 		}
 	}
 	s.mu.Unlock()
-	return s.learn(ctx, b, names)
+	return s.learn(ctx, b, append(names, left...))
+}
+
+// leftOver lists the units that have ended, and whose processes go on
+// (KillMode=process). Those that the inventory has are left out.
+func (s *Source) leftOver(ctx context.Context, b *bus.Conn, patterns []string) (left []string, err error) {
+	rows, err := list(ctx, b, []string{"inactive", "failed"}, patterns)
+	if err != nil {
+		return nil, err
+	}
+	var ended []string
+	s.mu.Lock()
+	for _, row := range rows {
+		name := unitOfPath(string(row.Path))
+		if u := s.units[name]; row.Load == "loaded" && (u == nil || u.run == nil) && s.cfg.Metered(name) {
+			ended = append(ended, name)
+		}
+	}
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, bus.CallTimeout)
+	defer cancel()
+	err = b.Gets(ctx, len(ended), func(i int) bus.Property {
+		return bus.Property{Path: unitPath(ended[i]), Interface: CounterInterface(TypeOf(ended[i])), Name: propertyName(controlGroup)}
+	}, func(i int, reply bus.Reply) {
+		if cgroup, err := reply.Text(); err == nil && cgroup != "" {
+			left = append(left, ended[i])
+		}
+	})
+	return left, err
+}
+
+// ownNames returns the units' own names of those names that are second ones
+// (Alias=). systemd lists units by their own. To ask loads a unit for a moment.
+func ownNames(ctx context.Context, b *bus.Conn, names []string) map[string]string {
+	own := map[string]string{}
+	for _, name := range names {
+		var path dbus.ObjectPath
+		call := b.Manager().CallWithContext(ctx, bus.ManagerInterface+".LoadUnit", 0, name)
+		if call.Store(&path) != nil {
+			continue // a name that no unit can have: nothing has it
+		}
+		if id := unitOfPath(string(path)); id != "" && id != name {
+			own[name] = id
+		}
+	}
+	return own
 }
 
 // refresh asks systemd for the state of some units, without loading those that
 // have gone: to read a unit by its name loads it, and announces that as new. It
 // returns the names of those that are there and not inactive.
-func (s *Source) refresh(ctx context.Context, b *bus, names []string) (loaded []string, err error) {
-	rows, err := b.list(ctx, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
+func (s *Source) refresh(ctx context.Context, b *bus.Conn, names []string) (loaded []string, err error) {
+	rows, err := list(ctx, b, running, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
 	if err != nil {
 		return nil, err
 	}
@@ -196,7 +259,7 @@ func (s *Source) refresh(ctx context.Context, b *bus, names []string) (loaded []
 }
 
 // learn reads the state of units that have just been listed.
-func (s *Source) learn(ctx context.Context, b *bus, names []string) error {
+func (s *Source) learn(ctx context.Context, b *bus.Conn, names []string) error {
 	properties := []string{"InvocationID", "ActiveState", "SubState", "InactiveExitTimestamp", "ActiveEnterTimestamp", "ActiveExitTimestamp", "InactiveEnterTimestamp"}
 	n := len(properties)
 	found := make([]status, len(names))
@@ -205,11 +268,11 @@ func (s *Source) learn(ctx context.Context, b *bus, names []string) error {
 	for i, name := range names {
 		paths[i] = unitPath(name)
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, bus.CallTimeout)
 	defer cancel()
-	err := b.conn.gets(ctx, n*len(names), func(i int) property {
-		return property{paths[i/n], unitInterface, properties[i%n]}
-	}, func(i int, reply reply) {
+	err := b.Gets(ctx, n*len(names), func(i int) bus.Property {
+		return bus.Property{Path: paths[i/n], Interface: bus.UnitInterface, Name: properties[i%n]}
+	}, func(i int, reply bus.Reply) {
 		if err := found[i/n].set(properties[i%n], reply); err != nil {
 			failed[i/n] = err
 		}
@@ -231,20 +294,20 @@ func (s *Source) learn(ctx context.Context, b *bus, names []string) error {
 }
 
 // set takes one property from a reply.
-func (s *status) set(name string, reply reply) (err error) {
+func (s *status) set(name string, reply bus.Reply) (err error) {
 	var usec uint64
 	switch name {
 	case "ActiveState":
-		s.active, err = reply.string()
+		s.active, err = reply.Text()
 	case "SubState":
-		s.sub, err = reply.string()
+		s.sub, err = reply.Text()
 	case "InvocationID":
 		var id []byte
-		if id, err = reply.bytes(); err == nil {
+		if id, err = reply.Bytes(); err == nil {
 			err = s.setInvocation(id)
 		}
 	default:
-		if usec, err = reply.uint64(); err == nil {
+		if usec, err = reply.Uint64(); err == nil {
 			s.setTime(name, usec)
 		}
 	}

@@ -24,6 +24,13 @@ const (
 	// stopRecord is the MESSAGE_ID of what PID 1 logs of the resources that a
 	// unit used when it stops (sd-messages.h, SD_MESSAGE_UNIT_RESOURCES).
 	stopRecord = "ae8f7b866b0347b9af31fe1c80b127c0"
+	// successRecord is the MESSAGE_ID of what PID 1 logs, on the same level, before
+	// that and of each unit that ends well (SD_MESSAGE_UNIT_SUCCESS). Without traffic
+	// there is no stop record: then it shows that the journal is not silent.
+	successRecord = "7ad2d189f7e94e70a38c781354912448"
+	// While units end and journalctl prints nothing for journalProbe, another one
+	// looks whether there is something to print.
+	journalProbe = 30 * time.Second
 	// A journalctl that ends is started again after journalPause, and once it has
 	// kept ending for journalPatience, after journalRetry and where the journal
 	// then ends. The sum is less than two minutes, for which
@@ -41,7 +48,8 @@ type Position struct {
 	Boot   string // of that record, else of who looked, as the journal writes it; empty if nobody did
 }
 
-// Record is a stop record: what a run had counted at its end.
+// Record is a stop record: what a run had counted at its end. Counters that are all
+// zero are of the end of a run that had no traffic, or of which another record comes.
 type Record struct {
 	Unit  string
 	Epoch string // the invocation id
@@ -64,6 +72,10 @@ type JournalConfig struct {
 	Take func(Position, *Record)
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
+	// Ends returns how many units have ended so far. Nil: nobody knows.
+	Ends func() int64
+	// Probe is how long journalctl may print nothing while units end. Default: 30 s.
+	Probe time.Duration
 	// Command is journalctl and its first arguments. Default: journalctl.
 	Command []string
 }
@@ -76,12 +88,17 @@ type Journal struct {
 	at      Position      // used by Run only
 	located chan struct{} // closed when the position is known, or will not be soon
 	bad     atomic.Int64
+	cursor  atomic.Pointer[string] // that of at, for the probe
 }
 
 // NewJournal returns a Journal that does not read yet.
 func NewJournal(cfg JournalConfig) *Journal {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	cfg.Probe = cmp.Or(cfg.Probe, journalProbe)
+	if cfg.Ends == nil {
+		cfg.Ends = func() int64 { return 0 }
 	}
 	if cfg.Command == nil {
 		cfg.Command = []string{"journalctl"}
@@ -159,6 +176,7 @@ func (j *Journal) Run(ctx context.Context) {
 // move takes the position to another place, with the record that ends there.
 func (j *Journal) move(to Position, record *Record) {
 	j.at = to
+	j.cursor.Store(&to.Cursor)
 	j.cfg.Take(to, record)
 }
 
@@ -188,8 +206,39 @@ func (j *Journal) read(ctx context.Context, located func()) error {
 	if at := j.at; at.Boot == j.boot() {
 		follow = append(follow, at.after()...)
 	}
+	ctx, silent := context.WithCancelCause(ctx)
+	var probing sync.WaitGroup
+	defer probing.Wait()
+	defer silent(nil)
+	probing.Go(func() { j.probe(ctx, silent) })
 	err := j.records(ctx, j.take, follow...)
-	return cmp.Or(err, errors.New("follow the journal: journalctl ended"))
+	return cmp.Or(context.Cause(ctx), err, errors.New("follow the journal: journalctl ended"))
+}
+
+var errSilent = errors.New("follow the journal: journalctl prints nothing, and there are records")
+
+// probe ends a journalctl that is alive and silent, until ctx ends.
+func (j *Journal) probe(ctx context.Context, silent func(error)) {
+	ends, cursor := j.cfg.Ends(), j.cursor.Load()
+	for {
+		select {
+		case <-time.After(j.cfg.Probe):
+		case <-ctx.Done():
+			return
+		}
+		nowEnds, nowCursor := j.cfg.Ends(), j.cursor.Load()
+		if nowEnds != ends && nowCursor == cursor {
+			last := ""
+			// One that cannot read either is found by the other's end.
+			err := j.records(ctx, func(rec record) { last = rec.Cursor }, "--lines=1")
+			if err == nil && last != "" && (cursor == nil || last != *cursor) && j.cursor.Load() == cursor {
+				j.log.Warn("journalctl printed nothing while units ended; it is started again")
+				silent(errSilent)
+				return
+			}
+		}
+		ends, cursor = nowEnds, nowCursor
+	}
 }
 
 // boot is the boot id as the journal writes it.
@@ -210,7 +259,7 @@ func (p Position) after() []string {
 func (j *Journal) records(ctx context.Context, take func(record), args ...string) error {
 	ctx, end := context.WithCancel(ctx)
 	defer end()
-	command := slices.Concat(j.cfg.Command, []string{"--system", "--quiet", "--output=json"}, args, []string{"MESSAGE_ID=" + stopRecord, "_PID=1"})
+	command := slices.Concat(j.cfg.Command, []string{"--system", "--quiet", "--output=json"}, args, []string{"MESSAGE_ID=" + stopRecord, "MESSAGE_ID=" + successRecord, "_PID=1"})
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	// A group of its own: what interrupts the agent leaves it the last records.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -264,6 +313,10 @@ func (j *Journal) take(rec record) {
 		return // the one that the reading began with
 	}
 	to := Position{rec.Cursor, rec.Boot}
+	if rec.Invocation == "" {
+		j.move(to, nil) // the end of a unit without runs
+		return
+	}
 	counters, at, err := rec.counters()
 	if err != nil || !ValidUnitName(rec.Unit) {
 		j.bad.Add(1)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -26,7 +27,7 @@ func TestRelist(t *testing.T) {
 	fake.SetUnit(accounted("new.service", 5, 50))
 	var asked atomic.Int64
 	fake.OnGet(func(_ dbus.ObjectPath, iface, _ string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
-		if iface == unitInterface {
+		if iface == bus.UnitInterface {
 			asked.Add(1)
 		}
 		return dbus.Variant{}, nil, 0, false
@@ -61,7 +62,7 @@ func TestStubIsNoRun(t *testing.T) {
 	fake.SetUnit(accounted("a.service", 2, 30))
 	read(t, s) // before the signals of that run are here
 	fake.EmitPropertiesChanged("a.service")
-	eventually(t, "the run is known", func() bool {
+	systemdtest.Eventually(t, "the run is known", func() bool {
 		units := s.Units()
 		return len(units) == 1 && units[0].Invocation == fmt.Sprintf("%032x", 2)
 	})

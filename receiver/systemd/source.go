@@ -9,7 +9,10 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // Config says where systemd is and which units to read.
@@ -29,6 +32,11 @@ type Config struct {
 	// Balanced reports whether a unit is a slice that is read beside the units in
 	// it, metered or not. Under the same conditions as Metered.
 	Balanced func(unit string) bool
+	// Names are names of units in settings, which may be second ones (Alias=). Named
+	// takes the units' own names of those that are, by alias, before each complete
+	// list. It must not call the Source. Nil: nobody asks.
+	Names []string
+	Named func(own map[string]string)
 	// Known reports whether an earlier Source has read a run. Nil: none.
 	Known func(epoch string) bool
 	// BootID is the id of this boot. It names the runs of units that have no
@@ -49,7 +57,8 @@ type Sink interface {
 	// Restart says that the counters of a run begin again at 0, though they may
 	// not be seen to fall.
 	Restart(epoch string, at time.Time)
-	// Place says which slice a unit is in that has not been read so far.
+	// Place says that a run has IP accounting, and which slice it is in, empty where
+	// nobody knows. It comes once for each run whose start was seen.
 	Place(unit, epoch, slice string)
 }
 
@@ -114,7 +123,10 @@ type Health struct {
 	Reconnects int64
 	Reloads    int64
 	Reexecs    int64
-	BadNames   int64 // units skipped for an impossible name
+	// Reloading is how long reloads and re-executions took, as far as their begin
+	// was seen. systemd counts nothing meanwhile.
+	Reloading time.Duration
+	BadNames  int64 // units skipped for an impossible name
 }
 
 // Source reads the IP accounting of systemd's units over D-Bus. Run keeps it
@@ -124,11 +136,12 @@ type Source struct {
 	cfg   Config
 	log   *slog.Logger
 	ready chan struct{} // closed when the units have been listed once
+	ends  atomic.Int64  // see Ends
 
 	// mu guards what follows. It is held for as long as a message takes to be
 	// worked into it, and never while systemd is waited for.
 	mu     sync.Mutex
-	bus    *bus // nil while not connected
+	bus    *bus.Conn // nil while not connected
 	broken error
 	listed bool // the units have been listed once
 	// reloadBegan is when systemd last began to reload or re-execute itself, or
@@ -237,6 +250,9 @@ func (s *Source) Units() []Unit {
 	return units
 }
 
+// Ends returns how many signals of units that have ended there were since New.
+func (s *Source) Ends() int64 { return s.ends.Load() }
+
 // States returns the values of Unit.Accounting, and how many units are in each.
 func (s *Source) States() (names []string, counts []int64) {
 	names, counts = accountingNames[:], make([]int64, len(accountingNames))
@@ -265,7 +281,7 @@ func (s *Source) Health() Health {
 	defer s.mu.Unlock()
 	h := s.health
 	if s.bus != nil {
-		h.Refused += s.bus.conn.refused.Load()
+		h.Refused += s.bus.Refused()
 	}
 	return h
 }

@@ -80,7 +80,7 @@ func start(t testing.TB, bus string, units ...string) (*Source, *sums) {
 			t.Errorf("Run returned %v", err)
 		}
 	})
-	ready, stop := context.WithTimeout(t.Context(), patience)
+	ready, stop := context.WithTimeout(t.Context(), systemdtest.Patience)
 	defer stop()
 	if err := s.Ready(ready); err != nil {
 		t.Fatal(err)
@@ -98,17 +98,3 @@ func accounted(name string, invocation int, n uint64) systemdtest.Unit {
 
 // all are counters in which every number is n.
 func all(n uint64) Counters { return Counters{n, n, n, n} }
-
-// patience is how long tests wait for what must come. It is what no machine
-// needs, however loaded: tests are about what comes, and not about when.
-const patience = 2 * time.Minute
-
-// eventually waits until ok. It fails the test when that never comes.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it never came to this: %s", what)
-		}
-	}
-}

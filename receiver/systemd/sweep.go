@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // The properties of a target, in the order in which they are read. Packets
@@ -50,6 +53,7 @@ type target struct {
 	mayBeUnreset bool    // see executedNothing
 	needSlice    bool
 	exited       bool // see run.parted
+	ended        bool // see run.left
 
 	value  [properties]uint64
 	got    [properties]bool
@@ -89,7 +93,7 @@ func (s *Source) Read(ctx context.Context) error {
 // readAll reads and applies the targets in the order that keeps the balances of
 // slices from ever showing too much: a slice is read before the units in it,
 // and, when it is first seen, after them.
-func (s *Source) readAll(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) readAll(ctx context.Context, b *bus.Conn, targets []target) error {
 	var before, after []target
 	units := targets[:0] // in place: they are nearly all
 	for _, t := range targets {
@@ -149,12 +153,13 @@ func (s *Source) target(u *unit, now time.Time) target {
 		quiet: quiet, lost: u.state == accountingLost,
 		mayBeUnreset: !u.run.read() && TypeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
+		ended:        !u.run.ended.IsZero(),
 		exited:       s.version >= 256 && TypeOf(u.name) == "service" && u.status.sub == "exited",
 	}
 }
 
 // read fills in the targets.
-func (s *Source) read(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) read(ctx context.Context, b *bus.Conn, targets []target) error {
 	type call struct{ target, property int }
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
@@ -166,13 +171,13 @@ func (s *Source) read(ctx context.Context, b *bus, targets []target) error {
 		}
 	}
 	get := func() error {
-		return b.conn.gets(ctx, len(calls), func(i int) property {
+		return b.Gets(ctx, len(calls), func(i int) bus.Property {
 			t, name := &targets[calls[i].target], propertyName(calls[i].property)
 			if calls[i].property == subState {
-				return property{t.path, unitInterface, name}
+				return bus.Property{Path: t.path, Interface: bus.UnitInterface, Name: name}
 			}
-			return property{t.path, t.iface, name}
-		}, func(i int, reply reply) {
+			return bus.Property{Path: t.path, Interface: t.iface, Name: name}
+		}, func(i int, reply bus.Reply) {
 			targets[calls[i].target].take(calls[i].property, reply)
 		})
 	}
@@ -200,6 +205,9 @@ func (s *Source) read(ctx context.Context, b *bus, targets []target) error {
 		if t.needSlice && !t.noData {
 			calls = append(calls, call{i, slice})
 		}
+		if t.ended && !t.noData {
+			calls = append(calls, call{i, controlGroup})
+		}
 		if t.exited && !t.noData {
 			calls = append(calls, call{i, controlGroup}, call{i, subState})
 		}
@@ -208,9 +216,9 @@ func (s *Source) read(ctx context.Context, b *bus, targets []target) error {
 }
 
 // take is the handler of one reply.
-func (t *target) take(property int, reply reply) {
+func (t *target) take(property int, reply bus.Reply) {
 	t.time = time.Now()
-	switch string(reply.errorName) {
+	switch string(reply.ErrorName) {
 	case noUnitForInvocation, noSuchUnit, unknownObject:
 		t.gone = true
 		return
@@ -223,17 +231,17 @@ func (t *target) take(property int, reply reply) {
 	switch property {
 	case ipAccounting:
 		var on bool
-		if on, err = reply.bool(); on {
+		if on, err = reply.Bool(); on {
 			v = 1
 		}
 	case slice:
-		t.slice, err = reply.string()
+		t.slice, err = reply.Text()
 	case controlGroup:
-		t.cgroup, err = reply.string()
+		t.cgroup, err = reply.Text()
 	case subState:
-		t.sub, err = reply.string()
+		t.sub, err = reply.Text()
 	default:
-		v, err = reply.uint64()
+		v, err = reply.Uint64()
 	}
 	switch {
 	case err != nil:
@@ -241,7 +249,7 @@ func (t *target) take(property int, reply reply) {
 	case property < ipAccounting && v == noData:
 		t.noData = true
 	case property < ipAccounting && v > math.MaxInt64:
-		t.err = replyError{"an impossible value of " + propertyName(property) + ", " + strconv.FormatUint(v, 10)}
+		t.err = fmt.Errorf("systemd answered an impossible value of %s, %d", propertyName(property), v)
 	default:
 		t.value[property], t.got[property] = v, true
 	}
@@ -281,7 +289,7 @@ func (t *target) assumed(direction int) bool {
 // collect reads targets and puts the readings on the odometers. What fell is read
 // once more: accounting that is switched off and on between the four replies
 // leaves packets of before and bytes of after.
-func (s *Source) collect(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) collect(ctx context.Context, b *bus.Conn, targets []target) error {
 	err := s.read(ctx, b, targets)
 	if fell := s.apply(targets); err == nil && len(fell) > 0 {
 		err = s.read(ctx, b, fell)
@@ -354,6 +362,12 @@ func (s *Source) applyOne(t *target) {
 	if t.needSlice {
 		u.slice, t.run.slice = t.slice, t.slice
 	}
+	if t.ended && t.got[controlGroup] {
+		t.run.left = t.cgroup != ""
+	}
+	if t.ended && raw != t.run.last {
+		t.run.grew = t.time
+	}
 	t.run.parted = t.exited && t.cgroup == ""
 	before := t.run.time
 	t.run.quiet = [2]bool{!before.IsZero() && !t.moved(0), !before.IsZero() && !t.moved(1)}
@@ -370,6 +384,9 @@ func (s *Source) applyOne(t *target) {
 		u.state = accountingOn
 	}
 }
+
+// noData is what systemd answers for a counter that it does not have.
+const noData = math.MaxUint64
 
 // sayAtMost is how many lines with one message a sweep logs. A reload of
 // systemd 257 loses the counters of all units at once.
@@ -410,7 +427,7 @@ func (s *Source) withoutData(u *unit, t *target) {
 		if t.run.slice == "system.slice" && t.run.time.After(s.reloadBegan) {
 			s.restart(t.run)
 		}
-	case t.cgroup != "" && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
+	case t.cgroup != "" && !t.ended && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
 		u.state = accountingLost
 		if was != accountingLost {
 			s.say(slog.LevelWarn, "systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
@@ -441,6 +458,7 @@ func (t *target) startOf() time.Time {
 	if start.IsZero() {
 		start = bootTime()
 	}
+	start = later(start, t.unit.since)
 	if start.After(t.time) {
 		start = t.time
 	}
@@ -473,7 +491,7 @@ func bootTime() time.Time {
 
 // again reads once more the units whose run was over although, as far as the
 // inventory knew, it was going on: they were restarted a moment ago.
-func (s *Source) again(ctx context.Context, b *bus, targets []target) error {
+func (s *Source) again(ctx context.Context, b *bus.Conn, targets []target) error {
 	var names []string
 	s.mu.Lock()
 	for i := range targets {

@@ -398,8 +398,9 @@ func (f *Fake) list(states, patterns []string) answer {
 			continue
 		}
 		matches := func(pattern string) bool {
-			ok, err := path.Match(pattern, name)
-			return ok && err == nil // a bad pattern matches nothing, as in fnmatch
+			// A backslash is itself (FNM_NOESCAPE), and a bad pattern matches nothing.
+			ok, err := path.Match(strings.NewReplacer(`\`, `\\`, "[!", "[^").Replace(pattern), name)
+			return ok && err == nil
 		}
 		if len(patterns) > 0 && !slices.ContainsFunc(patterns, matches) {
 			continue

@@ -16,6 +16,9 @@ var trafficSource []byte
 //go:embed wallclock/main_linux.go
 var wallClockSource []byte
 
+//go:embed kinds/main_linux.go
+var kindsSource []byte
+
 // programs are the compiled helpers by name. Each is compiled once per process,
 // since linking takes as long as a boot, which makes this the one package
 // variable that changes: a program that is there never changes again.
@@ -61,12 +64,25 @@ func build(dir, name string, source []byte) ([]byte, error) {
 // FILE, inside too, has the seconds by which the clock is off.
 func (r *Rig) WallClock(t testing.TB) string {
 	t.Helper()
-	program, err := build(t.TempDir(), "wallclock", wallClockSource)
+	return r.install(t, "wallclock", wallClockSource)
+}
+
+// Kinds installs a program that makes unusual kinds of network traffic (see the kinds
+// directory of this package), and returns its path inside the rig.
+func (r *Rig) Kinds(t testing.TB) string {
+	t.Helper()
+	return r.install(t, "kinds", kindsSource)
+}
+
+func (r *Rig) install(t testing.TB, name string, source []byte) string {
+	t.Helper()
+	path := "/usr/local/bin/" + name
+	program, err := build(t.TempDir(), name, source)
 	if err == nil {
-		err = r.writeFile(wallClockPath, program, 0o755)
+		err = r.writeFile(path, program, 0o755)
 	}
 	if err != nil {
-		t.Fatalf("install wallclock: %v", err)
+		t.Fatalf("install %s: %v", name, err)
 	}
-	return wallClockPath
+	return path
 }

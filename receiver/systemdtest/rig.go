@@ -33,10 +33,9 @@ var bootScript string
 const (
 	// bootTimeout ends a boot that hangs. A boot takes about a second; a loaded
 	// machine may need ten.
-	bootTimeout   = 3 * time.Minute
-	trafficPath   = "/usr/local/bin/traffic"
-	wallClockPath = "/usr/local/bin/wallclock"
-	searchPath    = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	bootTimeout = 3 * time.Minute
+	trafficPath = "/usr/local/bin/traffic"
+	searchPath  = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
 // Config says how to boot a Rig. The zero value boots the machine's own systemd,

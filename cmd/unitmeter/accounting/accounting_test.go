@@ -20,7 +20,7 @@ func TestChoose(t *testing.T) {
 		{[]string{"[ab].service"}, "a.service b.service"},
 		{[]string{`a\x2d*`}, `a\x2db.service`},
 		{[]string{"a", "nope"}, `find unit "nope.service": it is not running, or not among the metered units; see "systemctl status nope.service", UNITMETER_INCLUDE and UNITMETER_UNIT_TYPES`},
-		{[]string{"[a"}, `"[a" is no unit name and no pattern; use a name such as nats.service or a pattern such as nats*`},
+		{[]string{"[a"}, `parse unit pattern "[a": it is not a pattern; use *, ?, [a-z] and [!a-z], as in nginx*.service`},
 	} {
 		var units []Reading
 		for _, name := range []string{"a.service", "b.service", "tmp.mount", `a\x2db.service`} {
@@ -44,18 +44,37 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-func TestSpeed(t *testing.T) {
-	at := time.Unix(1000, 0)
-	before := systemd.Unit{Time: at, Counters: systemd.Counters{IngressBytes: 100, IngressPackets: 10, EgressBytes: 5, EgressPackets: 1}}
-	now := systemd.Unit{Time: at.Add(2 * time.Second), Counters: systemd.Counters{IngressBytes: 300, IngressPackets: 11, EgressBytes: 5, EgressPackets: 1}}
-	if got := speed(before, now); got == nil || *got != [4]float64{100, 0.5, 0, 0} {
-		t.Errorf("speed is %v", got)
+func TestReadings(t *testing.T) {
+	at := func(second int) time.Time { return time.Unix(1000+int64(second), 0) }
+	unit := func(name, state string, start, read int, bytes uint64) systemd.Unit {
+		return systemd.Unit{Name: name, Accounting: state, Start: at(start), Time: at(read), Counters: systemd.Counters{IngressBytes: bytes}}
 	}
-	if speed(now, before) != nil {
-		t.Error("counters that fell have no speed")
+	before := Sweep{Time: at(0), Units: []systemd.Unit{
+		unit("grew", "on", -9, 0, 100), unit("fell", "on", -9, 0, 100), unit("still", "on", -9, 0, 7),
+		unit("gone", "ended", -9, 0, 5), unit("goes", "on", -9, 0, 5), unit("off", "off", 0, 0, 0),
+	}}
+	now := Sweep{Time: at(2), Units: []systemd.Unit{
+		unit("grew", "on", -9, 2, 300), unit("fell", "on", -9, 2, 50), unit("still", "on", -9, 0, 7), unit("gone", "ended", -9, 2, 5),
+		unit("goes", "ended", -9, 2, 9), unit("came", "on", 1, 2, 8), unit("both", "ended", 1, 2, 6), unit("late", "on", -1, 2, 8), unit("off", "off", 0, 0, 0),
+	}}
+	want := map[string]float64{"grew": 100, "fell": -1, "still": -1, "goes": 2, "came": 4, "both": 3, "late": -1, "off": -1} // -1: not known
+	for _, r := range readings(before, now) {
+		speed := -1.0
+		if r.Speed != nil {
+			speed = r.Speed[0]
+		}
+		if wanted, ok := want[r.Name]; !ok || wanted != speed {
+			t.Errorf("the speed of %s is %v, want %v", r.Name, speed, wanted)
+		}
+		delete(want, r.Name)
 	}
-	if speed(before, before) != nil {
-		t.Error("without time there is no speed")
+	if len(want) > 0 {
+		t.Errorf("these are missing: %v", want)
+	}
+	for _, r := range readings(Sweep{}, before) {
+		if r.Name == "gone" || r.Speed != nil {
+			t.Errorf("the first reading has %+v", r)
+		}
 	}
 }
 

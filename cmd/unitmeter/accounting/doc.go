@@ -3,7 +3,7 @@
 // calls that switch it.
 //
 //   - accounting: systemd's setting IPAccounting= of a unit; on, off, or lost where it is on and systemd has no counters.
-//   - pattern: a unit's name with the wildcards of path.Match; a backslash is an ordinary character.
+//   - pattern: a unit's name with wildcards, as systemctl takes it.
 //   - reading: a unit with its counters at one time.
 //   - manager: a connection to systemd (org.freedesktop.systemd1(5)) for a few calls.
 //

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -12,20 +13,13 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/unitmeter/unitmeter/receiver/systemd"
-)
-
-const (
-	// Name is systemd's on the bus.
-	Name             = "org.freedesktop.systemd1"
-	managerPath      = "/org/freedesktop/systemd1"
-	ManagerInterface = "org.freedesktop.systemd1.Manager"
-	UnitInterface    = "org.freedesktop.systemd1.Unit"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // Manager is a connection to systemd for the few calls of a command that a
 // person waits for. What reads counters all the time is the receiver.
 type Manager struct {
-	conn *dbus.Conn
+	conn *bus.Conn
 	// Address is the bus that answered.
 	Address string
 }
@@ -45,7 +39,7 @@ func (e *BusError) Unwrap() error { return e.Err }
 func Connect(ctx context.Context, addresses ...string) (*Manager, error) {
 	var errs []error
 	for _, address := range addresses {
-		conn, err := systemd.Dial(ctx, address)
+		conn, err := bus.Open(ctx, bus.Config{Address: address})
 		if err == nil {
 			return &Manager{conn, address}, nil
 		}
@@ -59,14 +53,14 @@ func (m *Manager) Close() { _ = m.conn.Close() }
 
 // Call calls a method of the manager.
 func (m *Manager) Call(ctx context.Context, method string, args ...any) *dbus.Call {
-	return m.conn.Object(Name, managerPath).CallWithContext(ctx, ManagerInterface+"."+method, 0, args...)
+	return m.conn.Manager().CallWithContext(ctx, bus.ManagerInterface+"."+method, 0, args...)
 }
 
 // Get reads one property.
 func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, property string, to any) error {
 	var v dbus.Variant
-	err := m.conn.Object(Name, object).
-		CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, iface, property).Store(&v)
+	err := m.conn.Object(object).
+		CallWithContext(ctx, bus.PropertiesInterface+".Get", 0, iface, property).Store(&v)
 	if err == nil {
 		err = dbus.Store([]any{v.Value()}, to)
 	}
@@ -78,13 +72,32 @@ func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, proper
 
 // Property reads one property of the manager itself.
 func (m *Manager) Property(ctx context.Context, property string, to any) error {
-	return m.Get(ctx, managerPath, ManagerInterface, property, to)
+	return m.Get(ctx, bus.ManagerPath, bus.ManagerInterface, property, to)
 }
 
 // MachineID asks systemd for the id of the machine that it runs on.
 func (m *Manager) MachineID(ctx context.Context) (id string, err error) {
-	err = m.conn.Object(Name, managerPath).CallWithContext(ctx, "org.freedesktop.DBus.Peer.GetMachineId", 0).Store(&id)
+	err = m.conn.Manager().CallWithContext(ctx, "org.freedesktop.DBus.Peer.GetMachineId", 0).Store(&id)
 	return id, err
+}
+
+// Outside reports whether systemd, or the bus to it, is of another system than this
+// process: in a container that was given the host's bus, files of this process are
+// not systemd's. It compares root directories, and is false where it may not look.
+func (m *Manager) Outside() bool {
+	pid, err := m.conn.Peer()
+	if err != nil {
+		return false
+	}
+	if pid == 0 {
+		return true // not even in this PID namespace
+	}
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/root/", pid))
+	if err != nil {
+		return false
+	}
+	ours, err := os.Stat("/")
+	return err == nil && !os.SameFile(theirs, ours)
 }
 
 // Default reads DefaultIPAccounting. systemd answers since version
@@ -129,23 +142,46 @@ func (m *Manager) Load(ctx context.Context, name string) (p dbus.ObjectPath, sta
 	if err := m.Call(ctx, "LoadUnit", name).Store(&p); err != nil {
 		return "", "", err
 	}
-	err = m.Get(ctx, p, UnitInterface, "LoadState", &state)
+	err = m.Get(ctx, p, bus.UnitInterface, "LoadState", &state)
 	return p, state, err
+}
+
+// row is one of ListUnitsByPatterns.
+type row struct {
+	Name, Description, Load, Active, Sub, Followed string
+	Path                                           dbus.ObjectPath
+	JobID                                          uint32
+	JobType                                        string
+	JobPath                                        dbus.ObjectPath
+}
+
+// rows lists loaded units by their states, of loading too, and a pattern.
+func (m *Manager) rows(ctx context.Context, states []string, pattern string) (rows []row, err error) {
+	if err := m.Call(ctx, "ListUnitsByPatterns", states, []string{pattern}).Store(&rows); err != nil {
+		return nil, fmt.Errorf("list systemd's units: %w", err)
+	}
+	return rows, nil
+}
+
+// own returns the units' own names of those loaded units that names are second ones
+// of (Alias=).
+func (m *Manager) own(ctx context.Context, names []string) map[string]string {
+	own := map[string]string{}
+	for _, name := range names {
+		var p dbus.ObjectPath
+		var id string
+		if !systemd.IsPattern(name) && m.Call(ctx, "GetUnit", name).Store(&p) == nil && m.Get(ctx, p, bus.UnitInterface, "Id", &id) == nil {
+			own[name] = id
+		}
+	}
+	return own
 }
 
 // Loaded lists the loaded units in the given states (none: any) that match.
 func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) ([]Unit, error) {
-	var rows []struct {
-		Name, Description, Load, Active, Sub, Followed string
-		Path                                           dbus.ObjectPath
-		JobID                                          uint32
-		JobType                                        string
-		JobPath                                        dbus.ObjectPath
-	}
-	// fnmatch(3) takes a backslash for an escape, names of units have real ones.
-	patterns := []string{literal(pattern)}
-	if err := m.Call(ctx, "ListUnitsByPatterns", states, patterns).Store(&rows); err != nil {
-		return nil, fmt.Errorf("list systemd's units: %w", err)
+	rows, err := m.rows(ctx, states, pattern)
+	if err != nil {
+		return nil, err
 	}
 	var units []Unit
 	for _, row := range rows {
@@ -165,6 +201,47 @@ func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) (
 	return units, nil
 }
 
+// RearmUnit restores lost counters after each reload of systemd, see "enable --rearm".
+const RearmUnit = "unitmeter-rearm.service"
+
+// Active reports whether a unit is active; false where nobody knows.
+func (m *Manager) Active(ctx context.Context, name string) bool {
+	rows, err := m.rows(ctx, []string{"active"}, name)
+	return err == nil && len(rows) > 0
+}
+
+// StartedSinceLoad reports whether any of the units was started after systemd read
+// its configuration for the last time.
+func (m *Manager) StartedSinceLoad(ctx context.Context, names []string) (bool, error) {
+	var loaded, started uint64 // in microseconds
+	if err := m.Property(ctx, "UnitsLoadTimestampMonotonic", &loaded); err != nil {
+		return false, err
+	}
+	for _, name := range names {
+		var p dbus.ObjectPath
+		if m.Call(ctx, "GetUnit", name).Store(&p) == nil && m.Get(ctx, p, bus.UnitInterface, "InactiveExitTimestampMonotonic", &started) == nil && started > loaded {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// Quiet returns the loaded services with IP accounting whose LogLevelMax= keeps
+// their stop records out of the journal.
+func (m *Manager) Quiet(ctx context.Context) (quiet []string, err error) {
+	rows, err := m.rows(ctx, []string{"loaded"}, "*.service")
+	for _, row := range rows {
+		const info = 6
+		level, on := int32(-1), false
+		iface := counterInterface(row.Name)
+		if m.Get(ctx, row.Path, iface, "LogLevelMax", &level) == nil && level >= 0 && level < info &&
+			m.Get(ctx, row.Path, iface, "IPAccounting", &on) == nil && on {
+			quiet = append(quiet, row.Name)
+		}
+	}
+	return quiet, err
+}
+
 // Unit reads the state of one unit.
 func (m *Manager) Unit(ctx context.Context, name string, p dbus.ObjectPath) (Unit, error) {
 	u := Unit{Name: name, Path: p, iface: counterInterface(name)}
@@ -175,10 +252,10 @@ func (m *Manager) Unit(ctx context.Context, name string, p dbus.ObjectPath) (Uni
 		iface, name string
 		to          any
 	}{
-		{UnitInterface, "Id", &u.Name}, // the name asked for may be an alias
-		{UnitInterface, "ActiveState", &active},
-		{UnitInterface, "Transient", &u.Transient},
-		{UnitInterface, "DropInPaths", &dropIns},
+		{bus.UnitInterface, "Id", &u.Name}, // the name asked for may be an alias
+		{bus.UnitInterface, "ActiveState", &active},
+		{bus.UnitInterface, "Transient", &u.Transient},
+		{bus.UnitInterface, "DropInPaths", &dropIns},
 		{u.iface, "ControlGroup", &cgroup},
 		{u.iface, "IPAccounting", &u.On},
 		{u.iface, "IPEgressBytes", &bytes},
@@ -203,6 +280,17 @@ func (m *Manager) Unit(ctx context.Context, name string, p dbus.ObjectPath) (Uni
 func (m *Manager) EgressBytes(ctx context.Context, u Unit) (n uint64, ok bool, err error) {
 	err = m.Get(ctx, u.Path, u.iface, "IPEgressBytes", &n)
 	return n, n != noData, err
+}
+
+// Filtered reports whether a unit has addresses in IPAddressDeny=.
+func (m *Manager) Filtered(ctx context.Context, u Unit) (bool, error) {
+	var denied []struct {
+		Family  int32
+		Address []byte
+		Prefix  uint32
+	}
+	err := m.Get(ctx, u.Path, u.iface, "IPAddressDeny", &denied)
+	return len(denied) > 0, err
 }
 
 // HasProcesses reports whether there is a process in a unit's cgroup; true where

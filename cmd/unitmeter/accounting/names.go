@@ -5,10 +5,9 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 	"time"
-
-	"github.com/godbus/dbus/v5"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -34,66 +33,45 @@ func CarriesTraffic(unit string) bool {
 	return kind != ".mount" && kind != ".swap"
 }
 
-// FullName completes a name without a type, as systemctl does.
-func FullName(unit string) string {
-	if IsPattern(unit) || strings.ContainsAny(unit, ".(") { // "(overflow)" has no type
-		return unit
-	}
-	return unit + ".service"
-}
-
-// IsPattern reports whether a name has wildcards.
-func IsPattern(name string) bool { return strings.ContainsAny(name, "*?[") }
-
-// literal makes the backslash of a pattern an ordinary character, as it is in the
-// names of units: for path.Match and fnmatch(3) it is an escape.
-func literal(pattern string) string { return strings.ReplaceAll(pattern, `\`, `\\`) }
-
 // Patterns completes names of units and checks patterns of names.
-func Patterns(args []string) ([]string, error) {
-	var patterns []string
-	for _, arg := range args {
-		arg = FullName(arg)
-		if _, err := path.Match(literal(arg), ""); err != nil {
-			return nil, fmt.Errorf("%q is no unit name and no pattern; use a name such as nats.service or a pattern such as nats*", arg)
-		}
-		patterns = append(patterns, arg)
+func Patterns(args []string) (systemd.Patterns, error) {
+	full := make([]string, len(args))
+	for i, arg := range args {
+		full[i] = systemd.FullName(arg)
 	}
-	return patterns, nil
-}
-
-// Match returns the first pattern that matches a unit, or "".
-func Match(patterns []string, unit string) string {
-	for _, p := range patterns {
-		if ok, _ := path.Match(literal(p), unit); ok {
-			return p
-		}
-	}
-	return ""
+	return systemd.ParsePatterns(full)
 }
 
 // Resolve replaces aliases by the names of the units that have them. Patterns and
 // names of units that are not loaded stay.
-func Resolve(ctx context.Context, cfg receiver.Config, names []string) []string {
-	if len(names) == 0 {
-		return nil
+func Resolve(ctx context.Context, cfg receiver.Config, patterns systemd.Patterns) (systemd.Patterns, error) {
+	own, err := ownNames(ctx, cfg, patterns.Texts())
+	return patterns.Named(own), err
+}
+
+// Selection returns what a configuration meters, by the units' own names.
+func Selection(ctx context.Context, cfg receiver.Config) (receiver.Selection, error) {
+	s, err := cfg.Selection()
+	if err != nil {
+		return s, err
+	}
+	own, err := ownNames(ctx, cfg, s.Names())
+	return s.Named(own), err
+}
+
+// ownNames asks systemd for the units' own names.
+func ownNames(ctx context.Context, cfg receiver.Config, names []string) (map[string]string, error) {
+	if !slices.ContainsFunc(names, func(name string) bool { return !systemd.IsPattern(name) }) {
+		return nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	m, err := Connect(ctx, cfg.Addresses()...)
 	if err != nil {
-		return names // the reading of the units reports it
+		return nil, err
 	}
 	defer m.Close()
-	resolved := make([]string, len(names))
-	for i, name := range names {
-		var p dbus.ObjectPath
-		resolved[i] = name
-		if !IsPattern(name) && m.Call(ctx, "GetUnit", name).Store(&p) == nil {
-			_ = m.Get(ctx, p, UnitInterface, "Id", &resolved[i])
-		}
-	}
-	return resolved
+	return m.own(ctx, names), nil
 }
 
 // EnableCommand switches on units that are off. It names a few units and not
@@ -110,16 +88,20 @@ func EnableCommand(off []string) string {
 	return command
 }
 
-// WriteHints writes how to get numbers for units without: how many are off, with
-// the command for them, and how many are lost.
-func WriteHints(w io.Writer, off, lost int, enable string) error {
-	var err error
+// WriteHints writes, below a table, who counted the units, and how to get numbers for
+// units without: how many are off, with the command for them, and how many are lost.
+func WriteHints(w io.Writer, o Origin, off, lost int, enable string) error {
+	text := "\nCounted " + o.String() + "."
+	if hint := o.Hint(); hint != "" {
+		text = "\n" + tty.Wrap(text+" "+strings.ToUpper(hint[:1])+hint[1:], 0, 79)
+	}
 	if off > 0 {
-		_, err = fmt.Fprintf(w, "\nUnits with IP accounting off: %d. To switch it on: %s\n", off, tty.Clean(enable))
+		text += fmt.Sprintf("\nUnits with IP accounting off: %d. To switch it on: %s", off, tty.Clean(enable))
 	}
-	if lost > 0 && err == nil {
-		_, err = fmt.Fprintf(w, "\nUnits whose counters systemd has lost: %d. To count again: unitmeter enable --lost\n", lost)
+	if lost > 0 {
+		text += fmt.Sprintf("\nUnits whose counters systemd has lost: %d. To count again: unitmeter enable --lost", lost)
 	}
+	_, err := fmt.Fprintln(w, text)
 	return err
 }
 

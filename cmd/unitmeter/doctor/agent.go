@@ -14,6 +14,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // agentUnit is the unit that the packages install.
@@ -21,6 +22,9 @@ const agentUnit = "unitmeter.service"
 
 // FailingSince is what stands before the reason in the agent's status line.
 const FailingSince = "; failing since "
+
+// capBPF is the bit of CAP_BPF (capabilities(7)).
+const capBPF = 1 << 39
 
 // agentService is what decides how the agent's unit runs.
 type agentService struct {
@@ -43,6 +47,7 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 	var group string
 	var groups, environment, stateDirectory []string
 	var stateMode uint32
+	var capabilities uint64
 	var files []struct {
 		Path     string
 		Optional bool
@@ -53,12 +58,12 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		Optional            bool
 		Flags               uint64
 	}
-	const service = accounting.Name + ".Service"
+	const service = bus.SystemdName + ".Service"
 	for _, property := range []struct {
 		iface, name string
 		to          any
 	}{
-		{accounting.UnitInterface, "ActiveState", &a.state},
+		{bus.UnitInterface, "ActiveState", &a.state},
 		{service, "StatusText", &a.status},
 		{service, "User", &a.user},
 		{service, "Group", &group},
@@ -69,6 +74,7 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		{service, "StateDirectoryMode", &stateMode},
 		{service, "LoadCredential", &credentials},
 		{service, "BindReadOnlyPaths", &binds},
+		{service, "AmbientCapabilities", &capabilities},
 	} {
 		err := m.Get(ctx, p, property.iface, property.name, property.to)
 		if err != nil && !accounting.ErrorIs(err, "org.freedesktop.DBus.Error.UnknownProperty") { // an older systemd
@@ -110,6 +116,9 @@ func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error
 		}
 		set("BindReadOnlyPaths", path)
 	}
+	if capabilities&capBPF != 0 { // to read the eBPF counters before Linux 5.19
+		set("AmbientCapabilities", "CAP_BPF")
+	}
 	// Whatever the unit has: the proof of own traffic needs it.
 	set("IPAccounting", "yes")
 	return &a, nil
@@ -135,10 +144,27 @@ func examineAsAgent(ctx context.Context, environ []string) (findings []finding, 
 		return nil, nil, ""
 	}
 	findings, err = a.examine(ctx)
+	checkAsRoot(ctx, m, findings)
 	if err != nil {
 		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these checks use the settings of this shell", agentUnit, tty.Line(err))
 	}
 	return findings, a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", agentUnit, a.user)
+}
+
+// checkAsRoot makes the checks for which the agent's user has no right.
+func checkAsRoot(ctx context.Context, m *accounting.Manager, findings []finding) {
+	d := &doctor{m: m}
+	d.cfg.Receiver.Source = receiver.EBPF
+	for i, f := range findings {
+		if f.Name == "ebpf" && f.Status == statusSkip { // it knows the settings
+			d.cfg.Receiver.Source = receiver.DBus
+		}
+		for _, c := range d.rootChecks() {
+			if c.name == f.Name {
+				findings[i] = runCheck(ctx, c)
+			}
+		}
+	}
 }
 
 // next says where settings go and what makes a running agent take them: a fix

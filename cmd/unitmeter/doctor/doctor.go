@@ -102,7 +102,7 @@ type doctor struct {
 
 // checks are all checks, in their order.
 func (d *doctor) checks() []check {
-	return []check{
+	return slices.Concat([]check{
 		{"environment", d.checkEnvironment},
 		{"user", d.checkUser},
 		{"kernel", d.checkKernel},
@@ -112,7 +112,10 @@ func (d *doctor) checks() []check {
 		{"agent", d.withBus(d.checkAgent)},
 		{"machine", d.withBus(d.checkMachine)},
 		{"clock", d.checkClock},
-		{"ebpf", d.checkMeter},
+		{"ebpf", d.ofEBPF(d.checkMeter)},
+	}, d.rootChecks(), []check{
+		{"ebpf-filters", d.ofEBPF(d.withBus(d.checkFilters))},
+		{"ebpf-systemd", d.ofEBPF(d.withBus(d.checkBoth))},
 		{"accounting-default", d.ofSystemd(d.withBus(d.checkDefault))},
 		{"accounting", d.ofSystemd(d.withBus(d.checkAccounting))},
 		{"counters", d.ofSystemd(d.withBus(d.checkCounters))},
@@ -123,8 +126,8 @@ func (d *doctor) checks() []check {
 		{"endpoint-tls", d.withEndpoint(d.checkTLS)},
 		{"collector", d.withEndpoint(d.checkCollector)},
 		{"outbox", d.checkOutbox},
-		{"own-traffic", d.withBus(d.checkOwnTraffic)},
-	}
+		{"own-traffic", d.checkOwnTraffic},
+	})
 }
 
 // withBus skips a check where systemd cannot be reached.
@@ -337,10 +340,10 @@ func ours(kv string) bool {
 func (d *doctor) checkUser(context.Context) finding {
 	uid := os.Geteuid()
 	name := userName(uid)
-	// Between these systemd takes the uids of DynamicUser=yes.
+	// Between these systemd takes the uids of DynamicUser=yes. The check of the bus
+	// knows whether that is a problem: to dbus-broker it is none.
 	if uid >= 61184 && uid <= 65519 {
-		return warning("use a static user: User=unitmeter instead of DynamicUser=yes, with a user from systemd-sysusers",
-			"uid %d (%s) is a dynamic user, which dbus-daemon does not let connect (systemd#22737)", uid, name)
+		return good("uid %d (%s), a dynamic user", uid, name)
 	}
 	if uid == 0 {
 		return good("root; to check the rights of the agent's user, run it as that user")

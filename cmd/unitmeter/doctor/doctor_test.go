@@ -34,6 +34,7 @@ import (
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/ebpf"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -389,9 +390,9 @@ func TestVersionFinding(t *testing.T) {
 		{"249.11", statusOK, ""},
 		{"252.38-1~deb12u1", statusOK, ""},
 		{"255.4-1ubuntu8", statusOK, ""},
-		{"256.2", statusWarn, "upgrade to systemd 258.1"},
-		{"256.9", statusWarn, "upgrade to systemd 258.1"},
-		{"257.13-1~deb13u1", statusWarn, "upgrade to systemd 258.1"},
+		{"256.2", statusWarn, "unitmeter enable --ebpf"},
+		{"256.9", statusOK, ""}, // the check of the counters has the fix
+		{"257.13-1~deb13u1", statusOK, ""},
 		{"258", statusWarn, "upgrade to systemd 258.1"},
 		{"258.1", statusOK, ""},
 		{"262", statusOK, ""},
@@ -429,7 +430,7 @@ func TestBusFailure(t *testing.T) {
 		{"dynamic user", at(systemd.UsualSystemBus, errors.New(`authenticate to D-Bus: the bus answered "REJECTED EXTERNAL"`)), true, "", "", "use a static user"},
 		{"silence", at(systemd.UsualSystemBus, context.DeadlineExceeded), true, "", "", "systemctl restart dbus.service"},
 		{"session bus", at("unix:path=/run/user/1000/bus", dbus.Error{Name: "org.freedesktop.DBus.Error.ServiceUnknown"}), true, "", "", "set DBUS_SYSTEM_BUS_ADDRESS"},
-		{"the last of two counts", errors.Join(&accounting.BusError{Address: systemd.PrivateBus, Err: missing}, &accounting.BusError{Address: systemd.UsualSystemBus, Err: forbidden}), true, "", "", "chmod 0666 /run/dbus"},
+		{"the last of two counts", errors.Join(&accounting.BusError{Address: bus.PrivateSocket, Err: missing}, &accounting.BusError{Address: systemd.UsualSystemBus, Err: forbidden}), true, "", "", "chmod 0666 /run/dbus"},
 		{"anything", at(systemd.UsualSystemBus, io.ErrUnexpectedEOF), true, "", "", "set UNITMETER_BUS=auto"},
 	} {
 		want(t, map[string]finding{test.name: busFailure(test.err, test.booted, test.container, test.aaprof)}, test.name, statusFail, test.fix)
@@ -437,23 +438,51 @@ func TestBusFailure(t *testing.T) {
 }
 
 func TestCountersFinding(t *testing.T) {
+	one, two := []string{"a"}, []string{"a", "b"}
+	v252, v257 := accounting.Version{Major: 252}, accounting.Version{Major: 257, Minor: 13}
 	for _, test := range []struct {
-		name             string
-		on, lost, failed []string
-		virtualization   string
-		version          accounting.Version
-		status, fix      string
+		name        string
+		counters    counters
+		status, fix string
 	}{
-		{"all well", []string{"a"}, nil, nil, "", accounting.Version{Major: 252, Minor: 0}, statusOK, ""},
-		{"nothing on", nil, nil, nil, "", accounting.Version{Major: 252, Minor: 0}, statusSkip, ""},
-		{"one lost", []string{"a"}, []string{"b"}, nil, "", accounting.Version{Major: 252, Minor: 0}, statusWarn, "unitmeter enable --lost"},
-		{"all lost after a reload", nil, []string{"a", "b"}, nil, "", accounting.Version{Major: 257, Minor: 13}, statusWarn, "unitmeter enable --lost"},
-		{"no BPF", nil, []string{"a", "b"}, nil, "", accounting.Version{Major: 252, Minor: 0}, statusFail, "CONFIG_CGROUP_BPF"},
-		{"no BPF in a container", nil, []string{"a"}, nil, "lxc", accounting.Version{Major: 255, Minor: 4}, statusFail, "on the host of this container"},
-		{"nonsense", []string{"a"}, nil, []string{"x.service"}, "", accounting.Version{Major: 252, Minor: 0}, statusWarn, "systemctl show x.service"},
+		{"all well", counters{on: one, version: v252}, statusOK, ""},
+		{"nothing on", counters{version: v252}, statusSkip, ""},
+		{"one lost", counters{on: one, lost: one, version: v252, packaged: true}, statusWarn, "unitmeter enable --lost"},
+		{"all lost after a reload", counters{lost: two, version: v257}, statusWarn, "unitmeter enable --lost"},
+		{"all lost, packaged", counters{lost: two, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
+		{"some lost, packaged", counters{on: one, lost: two, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
+		{"to be lost", counters{on: one, version: v257, packaged: true}, statusWarn, "unitmeter enable --rearm"},
+		{"to be lost, by hand", counters{on: one, version: v257}, statusOK, ""},
+		{"rearmed", counters{on: one, version: v257, packaged: true, rearmed: true}, statusOK, ""},
+		{"no BPF", counters{lost: two, version: v252}, statusFail, "CONFIG_CGROUP_BPF"},
+		{"no BPF on 257", counters{lost: two, version: v257, never: true}, statusFail, "CONFIG_CGROUP_BPF"},
+		{"no BPF in a container", counters{lost: one, virtualization: "lxc", version: accounting.Version{Major: 255, Minor: 4}}, statusFail, "on the host of this container"},
+		{"no BPF in a container of 257", counters{lost: one, virtualization: "lxc", version: v257, never: true, packaged: true}, statusFail, "on the host of this container"},
+		{"nonsense", counters{on: one, failed: []string{"x.service"}, version: v252}, statusWarn, "systemctl show x.service"},
 	} {
-		f := countersFinding(test.on, test.lost, test.failed, test.virtualization, test.version)
-		want(t, map[string]finding{test.name: f}, test.name, test.status, test.fix)
+		want(t, map[string]finding{test.name: countersFinding(test.counters)}, test.name, test.status, test.fix)
+	}
+}
+
+func TestSilenceFinding(t *testing.T) {
+	none := map[string]string{}
+	for _, test := range []struct {
+		name          string
+		level, target string
+		journald      map[string]string
+		quiet         []string
+		status, fix   string
+	}{
+		{"as it comes", "info", "journal-or-kmsg", none, nil, statusOK, ""},
+		{"verbose", "debug", "journal", map[string]string{"MaxLevelStore": "debug", "Storage": "auto"}, nil, statusOK, ""},
+		{"level", "notice", "journal", none, nil, statusWarn, "systemd-analyze log-level info"},
+		{"target", "info", "kmsg", none, nil, statusWarn, "systemd-analyze log-target journal"},
+		{"syslog", "info", "syslog-or-kmsg", none, nil, statusWarn, "systemd-analyze log-target journal"},
+		{"stored level", "info", "auto", map[string]string{"MaxLevelStore": "5"}, nil, statusWarn, "MaxLevelStore=info"},
+		{"no storage", "info", "auto", map[string]string{"Storage": "none"}, nil, statusWarn, "Storage=none"},
+		{"unit", "info", "auto", none, []string{"job.service"}, statusWarn, "systemctl edit job.service"},
+	} {
+		want(t, map[string]finding{test.name: silenceFinding(test.level, test.target, test.journald, test.quiet)}, test.name, test.status, test.fix)
 	}
 }
 
@@ -484,17 +513,88 @@ func TestMeterFinding(t *testing.T) {
 		f            finding
 		status, next string
 	}{
-		"not loaded":          {meterFailure(receiver.EBPF, false, none), statusFail, "unitmeter enable --ebpf"},
-		"not loaded, as root": {meterFailure(receiver.EBPF, true, none), statusWarn, "unitmeter meter load"},
-		"not loaded, auto":    {meterFailure(receiver.Auto, true, none), statusWarn, "unitmeter enable --ebpf"},
-		"refused":             {meterFailure(receiver.EBPF, true, refused), statusFail, "5.19"},
+		"not loaded":          {meterFailure(receiver.EBPF, false, true, none), statusFail, "unitmeter enable --ebpf"},
+		"not loaded, as root": {meterFailure(receiver.EBPF, true, true, none), statusWarn, "unitmeter meter load"},
+		"not loaded, auto":    {meterFailure(receiver.Auto, true, true, none), statusWarn, "unitmeter enable --ebpf"},
+		"refused":             {meterFailure(receiver.EBPF, true, true, refused), statusFail, "unitmeter enable --ebpf"},
+		"refused before 5.19": {meterFailure(receiver.EBPF, true, false, refused), statusFail, "AmbientCapabilities=CAP_BPF"},
 		"well":                {meterFinding(well), statusOK, ""},
 		"detached":            {meterFinding(detached), statusFail, "unitmeter-meter.service"},
 		"nearly full":         {meterFinding(full), statusWarn, "start the agent"},
 		"lost":                {meterFinding(lost), statusWarn, "meter unload"},
-		"no names":            {meterFinding(nameless), statusWarn, "CONFIG_DEBUG_INFO_BTF"},
+		"no names":            {meterFinding(nameless), statusWarn, "ebpf-host"},
 	} {
 		want(t, map[string]finding{name: test.f}, name, test.status, test.next)
+	}
+}
+
+// The first is tried with a real program, in e2e.
+func TestAttachFailure(t *testing.T) {
+	for err, fix := range map[error]string{
+		ebpf.ErrForeignProgram: "BPF_F_ALLOW_MULTI", ebpf.ErrMemlock: "LimitMEMLOCK=infinity", ebpf.ErrPermission: "--cap-add=BPF",
+		ebpf.ErrNotCgroup2: "systemd.unified_cgroup_hierarchy=1", errors.ErrUnsupported: "UNITMETER_SOURCE=dbus", errors.New("EINVAL"): "version 5.8",
+	} {
+		f := attachFailure(receiver.EBPF, fmt.Errorf("attach: %w", err))
+		want(t, map[string]finding{"ebpf-host": f}, "ebpf-host", statusFail, fix)
+	}
+	for err, fix := range map[error]string{ebpf.ErrNoBTF: "CONFIG_DEBUG_INFO_BTF", ebpf.ErrPermission: "CAP_PERFMON", errors.New("EINVAL"): "lockdown"} {
+		f := namingFailure(fmt.Errorf("name cgroups: %w", err))
+		want(t, map[string]finding{"ebpf-host": f}, "ebpf-host", statusWarn, fix)
+	}
+}
+
+func TestNetController(t *testing.T) {
+	used, unused := t.TempDir(), t.TempDir()
+	if err := os.Mkdir(used+"/tenant", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(used+"/tenant/cgroup.procs", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for mounts, want := range map[string]string{
+		"cgroup2 " + used + " cgroup2 rw 0 0\n":                       "",
+		"cgroup " + used + " cgroup rw,cpu,cpuacct 0 0\n":             "",
+		"cgroup " + unused + " cgroup rw,net_cls,net_prio 0 0\n":      "",
+		"x\ncgroup " + used + " cgroup rw,net_cls,net_prio 0 0\n":     "net_cls",
+		"cgroup " + used + " cgroup rw,nosuid,net_prio 0 0\nproc /\n": "net_prio",
+	} {
+		if got := netController(mounts); got != want {
+			t.Errorf("%s: %q is in use, want %q", mounts, got, want)
+		}
+	}
+}
+
+// TestBothFinding: only runs that both sources counted from the start are compared.
+func TestBothFinding(t *testing.T) {
+	made := time.Date(2026, 11, 30, 12, 0, 0, 0, time.UTC)
+	unit := func(start time.Time, bytes uint64) []systemd.Unit {
+		return []systemd.Unit{{Name: "a.service", Accounting: "on", Invocation: "1", Start: start, Counters: systemd.Counters{EgressBytes: bytes}}}
+	}
+	meter := func(path string, made time.Time, bytes uint64) ebpf.Meter {
+		who := &ebpf.Identity{Path: path, Cgroup: ebpf.ParseCgroup(path), Made: made}
+		return ebpf.Meter{Identity: who, Sent: ebpf.Counters{Traffic: ebpf.Traffic{Bytes: bytes}}}
+	}
+	sweep := ebpf.Sweep{Meters: []ebpf.Meter{
+		meter("/system.slice/a.service", made.Add(-time.Hour), 1000), // an earlier run
+		meter("/system.slice/a.service", made, 70), meter("/system.slice/a.service/below", made.Add(time.Hour), 30),
+		meter("/system.slice/b.service", made, 7),
+	}}
+	sweep.Meters[0].Gone = true
+	for name, test := range map[string]struct {
+		before, after []systemd.Unit
+		status, text  string
+	}{
+		"equal":                  {unit(made, 100), unit(made, 100), statusOK, "the 1 units"},
+		"sent meanwhile":         {unit(made, 90), unit(made, 110), statusOK, "the 1 units"},
+		"eBPF has less":          {unit(made, 101), unit(made, 110), statusFail, "less than systemd for a.service"},
+		"systemd has less":       {unit(made, 80), unit(made, 90), statusOK, "systemd has less for a.service"},
+		"switched on later":      {unit(made.Add(time.Minute), 5), unit(made.Add(time.Minute), 5), statusSkip, ""},
+		"began in the meantime":  {nil, unit(made, 100), statusSkip, ""},
+		"older than the program": {unit(made.Add(-2*time.Hour), 100), unit(made.Add(-2*time.Hour), 100), statusSkip, ""},
+	} {
+		if f := bothFinding(test.before, test.after, sweep); f.Status != test.status || !strings.Contains(f.Found, test.text) {
+			t.Errorf("%s: %+v, want %s with %q", name, f, test.status, test.text)
+		}
 	}
 }
 

@@ -90,15 +90,9 @@ func (d *doctor) clockStep(ctx context.Context) (time.Duration, error) {
 
 // checkKernel looks for what systemd's counting needs of the kernel.
 func (d *doctor) checkKernel(context.Context) finding {
-	var name unix.Utsname
-	if err := unix.Uname(&name); err != nil {
-		return skipped("uname: %v", err)
-	}
-	release := unix.ByteSliceToString(name.Release[:])
-	var major, minor int
-	// Distributions append what they like to the two numbers.
-	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
-		return skipped("the release %q is not understood", release)
+	release, major, minor, err := kernelRelease()
+	if err != nil {
+		return skipped("%v", err)
 	}
 	// cgroup v2 has programs for ingress and egress since 4.10, and several on one
 	// cgroup, which systemd's delegated units need, since 4.15.
@@ -120,6 +114,20 @@ func (d *doctor) checkKernel(context.Context) finding {
 		}
 	}
 	return good("%s", found)
+}
+
+// kernelRelease is the release of the running kernel, and its first two numbers.
+func kernelRelease() (release string, major, minor int, err error) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return "", 0, 0, fmt.Errorf("uname: %w", err)
+	}
+	release = unix.ByteSliceToString(name.Release[:])
+	// Distributions append what they like to the two numbers.
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return release, 0, 0, fmt.Errorf("the release %q is not understood", release)
+	}
+	return release, major, minor, nil
 }
 
 // kernelOption reads one setting of the kernel's build, where it is stored.

@@ -20,14 +20,21 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // checkBus connects to systemd as the agent would.
 func (d *doctor) checkBus(ctx context.Context) finding {
 	m, err := accounting.Connect(ctx, d.cfg.Receiver.Addresses()...)
 	if err == nil {
-		// A bus without systemd on it is no use.
+		// A bus without systemd on it is no use, and a user's systemd counts nothing.
 		var version string
+		var paths []string
+		_ = m.Property(ctx, "UnitPath", &paths) // a hint only
+		if len(paths) > 0 && !slices.Contains(paths, "/etc/systemd/system") {
+			m.Close()
+			return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS", "the systemd at %s is that of a user, which has no IP accounting", m.Address)
+		}
 		if err = m.Property(ctx, "Version", &version); err != nil {
 			err = &accounting.BusError{Address: m.Address, Err: fmt.Errorf("use systemd at %s: %w", m.Address, err)}
 			m.Close()
@@ -40,7 +47,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 		return busFailure(err, booted(), container(), apparmor())
 	}
 	d.m = m
-	if m.Address == systemd.PrivateBus {
+	if m.Address == bus.PrivateSocket {
 		return good("PID 1's own socket answers (%s), which costs half of the system bus", m.Address)
 	}
 	return good("systemd answers at %s", m.Address)
@@ -75,7 +82,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 		mount = "mount the host's socket into the pod: a hostPath volume of " + socket
 	}
 	switch {
-	case address != systemd.UsualSystemBus && address != systemd.PrivateBus && errors.Is(err, fs.ErrNotExist):
+	case address != systemd.UsualSystemBus && address != bus.PrivateSocket && errors.Is(err, fs.ErrNotExist):
 		return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS, or name a socket that exists", "%s", found)
 	// Containers first: the fix for a host does nothing in them.
 	case errors.Is(err, fs.ErrNotExist) && container != "" && !booted:
@@ -87,7 +94,7 @@ func busFailure(err error, booted bool, container, profile string) finding {
 	// dbus-daemon says so in the text of its refusal.
 	case accounting.Denied(err) && strings.Contains(err.Error(), "AppArmor"):
 		return failure("run the container with --security-opt apparmor=unconfined", "%s (profile %s)", found, profile)
-	case address == systemd.PrivateBus && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
+	case address == bus.PrivateSocket && os.Geteuid() != 0: // systemd 247 takes the connection, and cuts it
 		return failure("set UNITMETER_BUS=system, or run it as root", "%s", found)
 	// A profile refuses with the same error as the mode of the socket.
 	case errors.Is(err, fs.ErrPermission) && profile != "":
@@ -126,7 +133,6 @@ func (d *doctor) checkVersion(ctx context.Context) finding {
 // versionFinding has the bugs that make numbers wrong or missing. Those that the
 // receiver works around without a loss are left out.
 func versionFinding(v accounting.Version) finding {
-	const upgrade = "upgrade to systemd 258.1 or later"
 	switch {
 	case v.Before(235, 0):
 		return failure("upgrade to systemd 249 or later", "systemd %s has no IP accounting; 235 was the first version with it", v)
@@ -135,13 +141,12 @@ func versionFinding(v accounting.Version) finding {
 	case v.Before(256, 0):
 		return good("systemd %s", v)
 	case v.Before(256, 3):
-		return warning(upgrade,
+		return warning("unitmeter enable --ebpf",
 			"systemd %s drops the counters of a unit when it stops (systemd#33149) and of all running units at a daemon-reload (systemd#38112)", v)
-	case v.Before(258, 0):
-		return warning(upgrade,
-			"systemd %s loses the counters of running units at each daemon-reload (systemd#38112), until \"unitmeter enable --lost\"; unitmeter reports such units as lost", v)
+	case v.Before(258, 0): // the check of the counters has the fix
+		return good("systemd %s, which loses the counters of running units at each daemon-reload (systemd#38112)", v)
 	case v.Before(258, 1):
-		return warning(upgrade, "systemd %s starts to count from 0 at each daemon-reload (systemd#39130)", v)
+		return warning("upgrade to systemd 258.1 or later", "systemd %s starts to count from 0 at each daemon-reload (systemd#39130)", v)
 	}
 	return good("systemd %s", v)
 }
@@ -174,11 +179,12 @@ func (d *doctor) checkMachine(ctx context.Context) finding {
 	return good("%s; the machine id is the one of systemd's host", where)
 }
 
-// inState returns the names of the units in a state.
+// inState returns the names of the units in a state. Masked ones are left out where
+// they could have counters: nothing can be done about them.
 func (d *doctor) inState(state string) []string {
 	var names []string
 	for _, u := range d.units {
-		if u.Accounting == state {
+		if u.Accounting == state && !(u.Masked && (state == "off" || state == "lost")) {
 			names = append(names, u.Name)
 		}
 	}
@@ -200,10 +206,11 @@ func (d *doctor) checkDefault(ctx context.Context) finding {
 func (d *doctor) checkAccounting(ctx context.Context) finding {
 	cfg := d.cfg.Receiver
 	cfg.SweepTimeout = 0 // ctx is shorter
-	var err error
-	if d.units, err = accounting.Read(ctx, cfg, nil, 0); err != nil {
-		return failure("unitmeter once", "%s", err)
+	readings, err := accounting.Read(ctx, cfg, receiver.DBus, systemd.Patterns{}, 0)
+	if err != nil {
+		return failure("unitmeter once --source dbus", "%s", err)
 	}
+	d.units = readings.Units
 	// They are off on most hosts, and have nothing to count.
 	off := slices.DeleteFunc(d.inState("off"), func(name string) bool { return !accounting.CarriesTraffic(name) })
 	on := len(d.inState("on"))
@@ -224,30 +231,52 @@ func (d *doctor) checkCounters(ctx context.Context) finding {
 	if d.units == nil {
 		return skipped("the units could not be read")
 	}
-	var virtualization string
-	_ = d.m.Property(ctx, "Virtualization", &virtualization) // a hint only
-	return countersFinding(d.inState("on"), d.inState("lost"), d.inState("failed"), virtualization, d.version)
+	c := counters{on: d.inState("on"), lost: d.inState("lost"), failed: d.inState("failed"), version: d.version, packaged: d.agent != nil}
+	// Hints only: without them the counters count as lost.
+	_ = d.m.Property(ctx, "Virtualization", &c.virtualization)
+	c.never, _ = d.m.StartedSinceLoad(ctx, c.lost)
+	c.rearmed = c.packaged && d.m.Active(ctx, accounting.RearmUnit)
+	return countersFinding(c)
+}
+
+// counters is what the judgement on the counters needs.
+type counters struct {
+	on, lost, failed []string
+	virtualization   string
+	version          accounting.Version
+	// never says that a lost unit began after the last reload: no reload took its
+	// counters, so it had none.
+	never             bool
+	packaged, rearmed bool // the agent's units are installed, and that which re-arms runs
 }
 
 // countersFinding decides between one lost unit, the reload bug, and no BPF at
 // all: without BPF no unit has counters, whatever the version.
-func countersFinding(on, lost, failed []string, virtualization string, v accounting.Version) finding {
-	// With the bug all units are lost after a reload, whether or not BPF works.
-	switch {
-	case len(failed) > 0:
-		return warning("report a bug with the output of: systemctl show "+tty.ShellWord(failed[0]), "the counters of %s are not valid", list(failed))
-	case len(lost) > 0 && (len(on) > 0 || v.LosesAtReload()):
-		return warning("unitmeter enable --lost", "systemd has lost the counters of %s", list(lost))
-	case len(lost) > 0 && slices.Contains([]string{"docker", "lxc", "lxc-libvirt", "podman", "container-other", "systemd-nspawn", "openvz"}, virtualization):
-		return failure("run unitmeter on the host of this container, and meter the container's unit there",
-			"IP accounting is on and no unit has counters: systemd runs in a container (%s) that may not use BPF", virtualization)
-	case len(lost) > 0:
-		return failure("boot a kernel with CONFIG_CGROUP_BPF=y and without a lockdown of BPF; why systemd cannot: journalctl -b _PID=1 -g BPF",
-			"IP accounting is on and no unit has counters: systemd cannot use BPF for %s", list(lost))
-	case len(on) == 0:
-		return skipped("no running unit has IP accounting on, so there are no counters to check")
+func countersFinding(c counters) finding {
+	rearm := "unitmeter enable --lost"
+	loses := c.version.LosesAtReload() && !c.rearmed
+	if loses && c.packaged {
+		rearm = "unitmeter enable --rearm"
 	}
-	return good("systemd has counters for %d units", len(on))
+	const other = "; with \"unitmeter enable --ebpf\", unitmeter counts without systemd"
+	switch {
+	case len(c.failed) > 0:
+		return warning("report a bug with the output of: systemctl show "+tty.ShellWord(c.failed[0]), "the counters of %s are not valid", list(c.failed))
+	// With the bug all units are lost after a reload, whether or not BPF works.
+	case len(c.lost) > 0 && (len(c.on) > 0 || c.version.LosesAtReload() && !c.never):
+		return warning(rearm, "systemd has lost the counters of %s%s", list(c.lost), other)
+	case len(c.lost) > 0 && slices.Contains([]string{"docker", "lxc", "lxc-libvirt", "podman", "container-other", "systemd-nspawn", "openvz"}, c.virtualization):
+		return failure("run unitmeter on the host of this container, and meter the container's unit there",
+			"IP accounting is on and no unit has counters: systemd runs in a container (%s) that may not use BPF", c.virtualization)
+	case len(c.lost) > 0:
+		return failure("boot a kernel with CONFIG_CGROUP_BPF=y and without a lockdown of BPF; why systemd cannot: journalctl -b _PID=1 -g BPF",
+			"IP accounting is on and no unit has counters: systemd cannot use BPF for %s", list(c.lost))
+	case len(c.on) == 0:
+		return skipped("no running unit has IP accounting on, so there are no counters to check")
+	case loses && c.packaged:
+		return warning(rearm, "systemd has counters for %d units, and loses them at the next daemon-reload (systemd#38112)%s", len(c.on), other)
+	}
+	return good("systemd has counters for %d units", len(c.on))
 }
 
 // list names some units.
@@ -266,7 +295,50 @@ func (d *doctor) checkStopRecords(ctx context.Context) finding {
 	if mode == "off" {
 		return warning("unset UNITMETER_STOP_RECORDS", "UNITMETER_STOP_RECORDS=off: traffic between the last sweep and the end of a unit is missed")
 	}
-	return stopRecordsFinding(mode, tryJournal(ctx))
+	f := stopRecordsFinding(mode, tryJournal(ctx))
+	if f.Status != statusOK || d.m == nil {
+		return f
+	}
+	var level, target string
+	err := errors.Join(d.m.Property(ctx, "LogLevel", &level), d.m.Property(ctx, "LogTarget", &target))
+	quiet, err2 := d.m.Quiet(ctx)
+	if err := errors.Join(err, err2); err != nil {
+		return failure("systemctl show -p LogLevel -p LogTarget", "%v", err)
+	}
+	return silenceFinding(level, target, journaldSettings(ctx), quiet)
+}
+
+// journaldSettings returns journald's configuration, as far as it can be read: its
+// comments are the defaults.
+func journaldSettings(ctx context.Context) map[string]string {
+	text, _ := exec.CommandContext(ctx, "systemd-analyze", "cat-config", "systemd/journald.conf").Output()
+	settings := map[string]string{}
+	for line := range strings.Lines(string(text)) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
+			settings[strings.TrimSpace(name)] = strings.TrimSpace(value)
+		}
+	}
+	return settings
+}
+
+// silenceFinding says what keeps stop records, which are of the level info, out of
+// the journal. quiet are units whose own setting does.
+func silenceFinding(level, target string, journald map[string]string, quiet []string) finding {
+	const why = "systemd's stop records are not in the journal, so the traffic of short-lived units is missed: "
+	heard := []string{"", "info", "debug", "6", "7"}
+	switch {
+	case !slices.Contains(heard, level):
+		return warning("systemd-analyze log-level info, and set LogLevel=info in /etc/systemd/system.conf", why+"LogLevel=%s", level)
+	case !slices.Contains([]string{"", "journal", "journal-or-kmsg", "auto"}, target):
+		return warning("systemd-analyze log-target journal, and set LogTarget=journal-or-kmsg in /etc/systemd/system.conf", why+"LogTarget=%s", target)
+	case journald["Storage"] == "none":
+		return warning("remove Storage=none from /etc/systemd/journald.conf, and: systemctl restart systemd-journald", why+"journald stores nothing (Storage=none)")
+	case !slices.Contains(heard, journald["MaxLevelStore"]):
+		return warning("set MaxLevelStore=info in /etc/systemd/journald.conf, and: systemctl restart systemd-journald", why+"journald has MaxLevelStore=%s", journald["MaxLevelStore"])
+	case len(quiet) > 0:
+		return warning("systemctl edit "+tty.ShellWord(quiet[0])+", and remove LogLevelMax= or set it to info", why+"LogLevelMax= of %s", list(quiet))
+	}
+	return good("the journal with systemd's stop records can be read")
 }
 
 // stopRecordsFinding judges why the journal cannot be read: an error only where the
@@ -303,16 +375,22 @@ func tryJournal(ctx context.Context) error {
 	return err
 }
 
-// checkOwnTraffic is the proof from end to end: it sends a request, and systemd
+// checkOwnTraffic is the proof from end to end: it sends a request, and the source
 // must have counted it.
 func (d *doctor) checkOwnTraffic(ctx context.Context) finding {
+	switch {
+	case d.cfg.Receiver.Source == receiver.EBPF:
+		return d.checkOwnMeter(ctx)
+	case d.m == nil:
+		return skipped("systemd cannot be reached")
+	}
 	const fix = "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here"
 	var p dbus.ObjectPath
 	// 0 is the caller, whatever its number is in systemd's namespace.
 	err := d.m.Call(ctx, "GetUnitByPID", uint32(0)).Store(&p)
 	var name string
 	if err == nil {
-		err = d.m.Get(ctx, p, accounting.UnitInterface, "Id", &name)
+		err = d.m.Get(ctx, p, bus.UnitInterface, "Id", &name)
 	}
 	if err != nil {
 		return skippedUntil(fix, "this process belongs to no unit, so systemd has no counters for it")

@@ -49,7 +49,7 @@ const (
 	statesOnly  = "unit states only"
 )
 
-// ourContenders are the agent on either socket.
+// ourContenders are the agent on either socket, and with the meter of its own.
 func ourContenders(b *testing.B, interval time.Duration) []contender {
 	own := func(name, against, user, variable, value string) contender {
 		binary, err := agentBinary()
@@ -66,9 +66,12 @@ func ourContenders(b *testing.B, interval time.Duration) []contender {
 			interval: interval, metric: `^systemd\.unit\.network\.packet\.count$`, label: "systemd.unit.name",
 		}
 	}
+	meter := own("eBPF", peerBus, "nobody", "UNITMETER_SOURCE", "ebpf")
+	meter.reads = "the maps of its own program, all units at once; commits to disk"
 	return []contender{
 		own("system bus", peerBus, "nobody", "UNITMETER_BUS", "system"),
 		own("private socket", peerPrivate, "root", "UNITMETER_BUS", "private"),
+		meter,
 	}
 }
 

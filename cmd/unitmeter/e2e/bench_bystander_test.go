@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
-	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
 // BenchmarkBystander measures how long another client of systemd waits for an
@@ -17,12 +17,12 @@ import (
 func BenchmarkBystander(b *testing.B) {
 	rig := startLoad(b, 1000, 100)
 	measureCalls := func(b *testing.B) {
-		conn, err := systemd.Dial(b.Context(), rig.SystemBus())
+		conn, err := bus.Open(b.Context(), bus.Config{Address: rig.SystemBus()})
 		if err != nil {
 			b.Fatal(err)
 		}
 		defer conn.Close()
-		manager := conn.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
+		manager := conn.Manager()
 		var waits []time.Duration
 		for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(3 * time.Millisecond) {
 			asked := time.Now()

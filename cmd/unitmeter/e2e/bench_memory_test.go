@@ -28,7 +28,7 @@ func BenchmarkGC(b *testing.B) {
 			if setting.limit != "" {
 				a.env["GOMEMLIMIT"] = setting.limit
 			}
-			b.Run(agent.env["UNITMETER_BUS"]+"/"+setting.name, func(b *testing.B) {
+			b.Run(agent.slug()+"/"+setting.name, func(b *testing.B) {
 				measure(b, rig, a, units, *collections)
 			})
 		}

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unitmeter/unitmeter/receiver/ebpf"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -92,7 +93,14 @@ func BenchmarkIdle(b *testing.B) {
 // half second, without a new process each time.
 func startLoad(b *testing.B, units, active int) *systemdtest.Rig {
 	rig := systemdtest.Start(b)
-	rig.WriteFile(b, "/usr/local/bin/load", "#!/bin/bash\n"+
+	// It counts from the beginning, for the agent that reads it: each unit has sent.
+	bpffs := rig.Path("/sys/fs/bpf")
+	rig.Run(b, "sh", "-euc", "mkdir -p /sys/fs/bpf; mount -t bpf -o mode=755 bpf /sys/fs/bpf")
+	if loaded, err := ebpf.Load(b.Context(), ebpf.LoadConfig{Dir: bpffs + "/unitmeter", Root: rig.Path("/sys/fs/cgroup")}); err != nil || loaded.Naming != nil {
+		b.Fatal(err, loaded.Naming)
+	}
+	rig.Run(b, "chgrp", "-R", "nogroup", "/sys/fs/bpf/unitmeter")
+	rig.WriteFile(b, "/usr/local/bin/load", "#!/bin/bash\necho x >/dev/udp/127.0.0.1/9\n"+
 		"[ $1 -lt "+strconv.Itoa(units*active/100)+" ] || exec sleep infinity\n"+
 		"mkfifo /run/load.$1; exec 3<>/run/load.$1 4>/dev/udp/127.0.0.1/9\nwhile :; do read -t .5 -u 3; echo x >&4; done 2>/dev/null\n")
 	// PID 1 keeps four open files for each accounted unit, and would keep one more

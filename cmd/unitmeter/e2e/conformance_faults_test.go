@@ -5,10 +5,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
@@ -25,6 +27,10 @@ func underLoad(id, title string, n int, disturb string) scenario {
 			unit := s.id + ".service"
 			s.in("systemctl start {id}")
 			s.disturbed(n, disturb)
+			if s.source == receiver.EBPF {
+				s.exact(s.datagrams(rate * seconds))
+				return
+			}
 			if n := s.version(); n == 256 || n == 257 {
 				if _, ok := s.lab.counted(unit); !ok {
 					s.skip(fmt.Sprintf("systemd %d has lost the counters of the unit (systemd#38112): there is no truth to compare with", n))
@@ -61,11 +67,12 @@ func killed(id, title string) scenario {
 		id: id, title: title,
 		units: map[string]string{
 			id + ".service":        commanded,
-			id + "-steady.service": unitHead + "ExecStart={send} 100000000 -rate 1000\n",
+			id + "-steady.service": unitHead + "ExecStart=/bin/sh -c 'read -r n </run/{id}.steady; {send} $$n -rate 1000; touch /run/{id}.done; exec sleep infinity'\n",
 		},
 		run: func(s *scene) {
 			n := times(20, 100)
-			s.in("systemctl start {id}-steady")
+			steady := 450 * n
+			s.in("mkfifo /run/{id}.steady; systemctl start {id}-steady; echo $1 >/run/{id}.steady", strconv.Itoa(steady))
 			stop, done := make(chan struct{}), make(chan int)
 			go func() { // short services; ends with stop
 				short := 0
@@ -87,10 +94,21 @@ func killed(id, title string) scenario {
 			}
 			close(stop)
 			short := <-done
-			s.in("systemctl stop {id}-steady")
+			s.in("until [ -e /run/{id}.done ]; do sleep .05; done")
 			eventually(s.t, "all short services have ended", func() bool { return s.pending(s.id+"-short*") == 0 })
-			s.sent("1,000 datagrams a second, and %d short services", short)
-			s.exact(systemd.Counters{})
+			// At random: how many short ones there are differs.
+			known := systemd.Counters{EgressPackets: uint64(steady + 9*short), EgressBytes: uint64(steady+9*short) * packetBytes}
+			s.sent("%d × 128 B, 1,000 a second, and 9 × 128 B of each of %d short services", steady, short)
+			if s.source == receiver.DBus { // systemd can leave out a run in the slice, see wholly
+				known = systemd.Counters{}
+			}
+			s.exact(known)
+			have := s.names(s.mine)
+			for i := range short {
+				if name := fmt.Sprintf("%s-short-%d.service", s.id, i); !slices.Contains(have, name) {
+					s.t.Errorf("%s is missing; the journal has of it:\n%s", name, s.in("journalctl -o short-precise --no-pager --output-fields=MESSAGE,INVOCATION_ID,IP_METRIC_EGRESS_BYTES,__CURSOR -o verbose -u $1", name))
+				}
+			}
 			restarts, err := strconv.Atoi(strings.TrimSpace(s.in("systemctl show -p NRestarts --value unitmeter")))
 			if err != nil || restarts < n*3/4 {
 				s.t.Errorf("the agent was killed %d times of %d (%v)", restarts, n, err)
@@ -112,7 +130,7 @@ var rebooted = scenario{
 		before := s.began("boot.service")
 		s.in("systemctl kill -s KILL unitmeter; systemctl stop unitmeter")
 
-		next := newLab(s.t, s.recorder)
+		next := newLab(s.t, s.recorder, s.source)
 		next.Run(s.t, "mkdir", "-p", "/var/lib/unitmeter", "-m", "0700")
 		files, err := filepath.Glob(s.Path("/var/lib/unitmeter") + "/*")
 		if err != nil || len(files) == 0 {
@@ -136,9 +154,12 @@ var rebooted = scenario{
 		after := *s
 		after.lab = next
 		next.WriteFile(s.t, "/run/boot_id", "11111111-2222-4333-8444-555555555555\n")
-		next.WriteFile(s.t, "/etc/systemd/system/boot.slice", "[Slice]\nIPAccounting=yes\n")
+		next.WriteFile(s.t, "/etc/systemd/system/boot.slice", s.expand("[Slice]\nIPAccounting=yes\n"))
 		next.WriteFile(s.t, "/etc/systemd/system/boot.service", s.expand(s.units["boot.service"]))
 		next.Run(s.t, "systemctl", "daemon-reload")
+		if s.source == receiver.EBPF {
+			next.loadMeter(0)
+		}
 		after.in("systemctl start {id}")
 		after.say(70)
 		next.startAgent(agent{env: s.agent.env, properties: []string{"BindReadOnlyPaths=/run/boot_id:/proc/sys/kernel/random/boot_id"}})
@@ -158,11 +179,7 @@ var overflow = scenario{
 	run: func(s *scene) {
 		s.in(`for i in $(seq 40); do systemctl start over@$i; until [ -e /run/over.$i ]; do sleep .01; done; done`)
 		all := func() systemd.Counters { return s.sum(func(unit string) bool { return unit == "" || s.mine(unit) }) }
-		known := s.datagrams(40 * 41 / 2)
-		if accounted := s.sliceCounted(); accounted != known {
-			s.t.Errorf("systemd accounted %s, sent were %s", show(accounted), show(known))
-		}
-		s.equal(known, all)
+		s.equal(s.truth(s.datagrams(40*41/2)), all)
 		rest := s.sum(func(unit string) bool { return unit == "" })
 		if n := len(s.names(s.mine)); n > 10 || rest.EgressPackets == 0 {
 			s.t.Errorf("there are %d series and %s in the overflow", n, show(rest))
@@ -191,11 +208,12 @@ var distinct = scenario{
 			}
 		}
 		eventually(s.t, "all of them have ended", func() bool { return s.pending(s.id+"-*") == 0 })
+		known := s.datagrams(3 * n)
 		s.sent("%d × 3 × 128 B", n)
 		// A series that made room for another has sent its last point: the sum
 		// over all series that there ever were is what the receiver has.
 		all := func() systemd.Counters { return s.sum(func(unit string) bool { return unit == "" || s.mine(unit) }) }
-		s.equal(s.sliceCounted(), all)
+		s.equal(s.truth(known), all)
 		early, late := memory[0], s.memory()
 		if late > early+early/2+8<<10 {
 			s.t.Errorf("the agent had %d KiB after %d units, and %d KiB after %d", early, fifth, late, n)
@@ -237,10 +255,6 @@ var unnamed = scenario{
 	id: "unnamed", title: "100 × `systemd-run` without a name, folded by default, 7 datagrams each",
 	run: func(s *scene) {
 		s.in(`for i in $(seq 100); do systemd-run --quiet --collect --slice={slice} -p IPAccounting=yes {send} 7; done; until [ -z "$(systemctl list-units --no-legend --state=active,activating,deactivating 'run-*.service')" ]; do sleep .05; done`)
-		known := s.datagrams(700)
-		if accounted := s.sliceCounted(); accounted != known {
-			s.t.Errorf("systemd accounted %s, sent were %s", show(accounted), show(known))
-		}
-		s.equal(known, func() systemd.Counters { return s.sum(func(unit string) bool { return unit == "run-*.service" }) })
+		s.equal(s.truth(s.datagrams(700)), func() systemd.Counters { return s.sum(func(unit string) bool { return unit == "run-*.service" }) })
 	},
 }

@@ -11,6 +11,8 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ebpf"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
@@ -27,15 +29,16 @@ const (
 type lab struct {
 	*systemdtest.Rig
 	*recorder
-	t     *testing.T
-	conn  *dbus.Conn    // to the rig's system bus
-	agent agent         // as it was started last
-	clock time.Duration // by how much the agent's wall clock is off
+	t      *testing.T
+	source string
+	conn   *dbus.Conn    // to the rig's system bus
+	agent  agent         // as it was started last
+	clock  time.Duration // by how much the agent's wall clock is off
 }
 
 // newLab boots a rig, from UNITMETER_TEST_ROOT or the host's own systemd, and
 // starts all of it but the agent. An OTLP receiver is made if none is given.
-func newLab(t *testing.T, r *recorder) *lab {
+func newLab(t *testing.T, r *recorder, source string) *lab {
 	t.Helper()
 	binary, err := agentBinary()
 	if err != nil {
@@ -44,7 +47,7 @@ func newLab(t *testing.T, r *recorder) *lab {
 	if r == nil {
 		r = newRecorder()
 	}
-	l := &lab{Rig: systemdtest.Start(t), recorder: r, t: t}
+	l := &lab{Rig: systemdtest.Start(t), recorder: r, t: t, source: source}
 	otlp, err := l.Listen(t.Context(), "tcp", otlpAddress)
 	if err != nil {
 		t.Fatal(err)
@@ -62,6 +65,25 @@ func newLab(t *testing.T, r *recorder) *lab {
 	sink("tcp-sink", "tcp-sink", tcpSink)
 	sink("slow-sink", "tcp-sink", slowSink, "-rate", "2000000")
 	return l
+}
+
+// meterGroup may read the maps of the eBPF meter: nogroup.
+const meterGroup = "65534"
+
+// loadMeter loads the eBPF meter with room for so many cgroups; 0 is the default.
+func (l *lab) loadMeter(room uint32) {
+	l.t.Helper()
+	l.Run(l.t, "sh", "-euc", "mkdir -p /sys/fs/bpf; mount -t bpf -o mode=700 bpf /sys/fs/bpf")
+	if room > 0 { // the command has no such setting
+		cfg := ebpf.LoadConfig{Dir: l.Path(ebpf.DefaultDir), Root: l.Path("/sys/fs/cgroup"), MaxEntries: room}
+		if loaded, err := ebpf.Load(l.t.Context(), cfg); err != nil || loaded.Naming != nil {
+			l.t.Fatal(err, loaded.Naming)
+		}
+		return
+	}
+	if out := l.Run(l.t, "setpriv", "--regid", meterGroup, "--clear-groups", "/usr/local/bin/unitmeter", "meter", "load"); !strings.HasPrefix(out, "counting ") {
+		l.t.Fatalf("the loader says %q", out)
+	}
 }
 
 // agent is how to start the agent.
@@ -82,7 +104,7 @@ func (l *lab) startAgent(a agent) {
 	args := []string{"--quiet", "--collect", "--unit=unitmeter", "-p", "StateDirectory=unitmeter", "-p", "StateDirectoryMode=0700",
 		"-p", "Restart=always", "-p", "RestartSec=5ms", "-p", "StartLimitIntervalSec=0"}
 	for _, e := range append([]string{
-		"OTEL_EXPORTER_OTLP_ENDPOINT=http://" + otlpAddress, "OTEL_METRIC_EXPORT_INTERVAL=300", "OTEL_METRIC_EXPORT_TIMEOUT=20000",
+		"UNITMETER_SOURCE=" + l.source, "OTEL_EXPORTER_OTLP_ENDPOINT=http://" + otlpAddress, "OTEL_METRIC_EXPORT_INTERVAL=300", "OTEL_METRIC_EXPORT_TIMEOUT=20000",
 	}, a.env...) {
 		args = append(args, "--setenv="+e)
 	}
@@ -165,7 +187,7 @@ func (l *lab) version() int {
 	return n
 }
 
-// transient starts a transient service with accounting, as systemd-run does, but
+// transient starts a transient service, with accounting where systemd counts, as systemd-run does, but
 // without a process of its own for each.
 func (l *lab) transient(unit, slice string, command ...string) error {
 	type property struct {
@@ -185,7 +207,7 @@ func (l *lab) transient(unit, slice string, command ...string) error {
 	defer cancel()
 	return l.conn.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1").CallWithContext(ctx,
 		"org.freedesktop.systemd1.Manager.StartTransientUnit", 0, unit, "fail", []property{
-			{"IPAccounting", dbus.MakeVariant(true)},
+			{"IPAccounting", dbus.MakeVariant(l.source == receiver.DBus)},
 			{"Slice", dbus.MakeVariant(slice)},
 			{"CollectMode", dbus.MakeVariant("inactive-or-failed")},
 			{"ExecStart", dbus.MakeVariant([]execute{{command[0], command, false}})},

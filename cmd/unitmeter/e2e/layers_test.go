@@ -17,25 +17,26 @@ import (
 var layers = map[string][]string{
 	"cmd/unitmeter": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/doctor", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
-		"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd",
+		"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
 	"cmd/unitmeter/doctor": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "config",
-		"exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd",
+		"exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
 	"cmd/unitmeter/top":        {"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "receiver", "receiver/systemd"},
-	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd"},
+	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd", "receiver/systemd/bus"},
 	"cmd/unitmeter/tty":        {},
 
-	"config":         {"exporter", "exporter/otlp", "exporter/store", "receiver"},
+	"config":         {"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/systemd"},
 	"exporter":       {"exporter/otlp", "exporter/store", "receiver", "receiver/ledger"},
 	"exporter/otlp":  {},
 	"exporter/store": {},
 
-	"receiver":         {"receiver/ebpf", "receiver/ledger", "receiver/systemd"},
-	"receiver/ebpf":    {},
-	"receiver/ledger":  {},
-	"receiver/systemd": {},
+	"receiver":             {"receiver/ebpf", "receiver/ledger", "receiver/systemd"},
+	"receiver/ebpf":        {},
+	"receiver/ledger":      {},
+	"receiver/systemd":     {"receiver/systemd/bus"},
+	"receiver/systemd/bus": {},
 
 	// Not part of the product: support of tests, generators, the demo.
 	"cmd/unitmeter/e2e":              {},
@@ -45,6 +46,7 @@ var layers = map[string][]string{
 	"packaging":                      {},
 	"packaging/generate":             {"config"},
 	"receiver/systemdtest":           {},
+	"receiver/systemdtest/kinds":     {},
 	"receiver/systemdtest/traffic":   {},
 	"receiver/systemdtest/wallclock": {},
 }

@@ -12,8 +12,8 @@ func TestTopOnce(t *testing.T) {
 	t.Parallel()
 	w := newWard(t)
 	w.sh("systemd-run --quiet --unit=quiet -p IPAccounting=yes sleep infinity")
-	out := w.sh("unitmeter top --once --interval 300ms quiet")
-	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 2 || !strings.HasSuffix(lines[1], " quiet.service") || !strings.Contains(lines[1], "0 B/s") {
+	out := w.sh("unitmeter top --once --interval 300ms --source dbus quiet")
+	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 4 || lines[3] != "Counted by systemd." || !strings.HasSuffix(lines[1], " quiet.service") || !strings.Contains(lines[1], "0 B/s") {
 		t.Errorf("top --once:\n%s", out)
 	}
 	cmd := w.Command(t.Context(), "unitmeter", "top", "--once", "--interval", "300ms", "nosuch")

@@ -102,19 +102,21 @@ func (r *topRow) mean(n int) (m speeds) {
 // board has what was read of all units since top began. It is not safe for
 // concurrent use.
 type board struct {
-	wanted   []string // patterns; none: all units
+	wanted   systemd.Patterns // none: all units
 	interval time.Duration
 	began    time.Time
 	last     time.Time
 	rows     map[string]*topRow
+	// known has the last reading of each unit, shown or not.
+	known map[string]systemd.Unit
 	// others counts the units without numbers, by what is the matter.
 	others map[string]int
 }
 
 // newBoard makes an empty board. wanted are patterns of unit names, as the
 // receiver takes them.
-func newBoard(wanted []string, interval time.Duration) *board {
-	return &board{wanted: wanted, interval: interval, rows: map[string]*topRow{}, others: map[string]int{}}
+func newBoard(wanted systemd.Patterns, interval time.Duration) *board {
+	return &board{wanted: wanted, interval: interval, rows: map[string]*topRow{}, known: map[string]systemd.Unit{}, others: map[string]int{}}
 }
 
 // intervals is how many readings make up a span of time.
@@ -129,14 +131,20 @@ func (b *board) take(at time.Time, units []systemd.Unit) {
 	// none of them any more.
 	clear(b.others)
 	here := make(map[string]bool, len(units))
+	known := make(map[string]systemd.Unit, len(units))
 	for _, u := range units {
-		if len(b.wanted) > 0 && accounting.Match(b.wanted, u.Name) == "" {
+		if b.wanted.Len() > 0 && b.wanted.Index(u.Name) < 0 {
+			continue
+		}
+		growth, from, ok := accounting.Growth(b.known[u.Name], u, b.last)
+		known[u.Name] = u
+		if !accounting.Shown(u, growth) {
 			continue
 		}
 		r := b.rows[u.Name]
 		// A unit without numbers has no row, unless it had numbers before: then a
 		// row that vanished would look like the end of the unit.
-		if u.Accounting != "on" {
+		if !accounting.Counted(u) {
 			if u.Accounting != "off" || accounting.CarriesTraffic(u.Name) {
 				b.others[u.Accounting]++
 			}
@@ -150,7 +158,18 @@ func (b *board) take(at time.Time, units []systemd.Unit) {
 		}
 		here[u.Name] = true
 		r.ended = time.Time{}
-		r.advance(u, b.last, b.intervals(keepHistory))
+		// The time of the unit's own reading, not that of the sweep: a sweep over
+		// thousands of units takes a noticeable part of an interval.
+		var now speeds
+		if seconds := u.Time.Sub(from).Seconds(); ok && seconds > 0 {
+			now.known = true
+			for i, n := range growth {
+				now.of[i] = float64(n) / seconds
+			}
+			r.session.add(growth)
+		}
+		r.unit, r.total = u, accounting.Values(u.Counters)
+		r.add(now, b.intervals(keepHistory))
 	}
 	for name, r := range b.rows {
 		if here[name] {
@@ -165,39 +184,11 @@ func (b *board) take(at time.Time, units []systemd.Unit) {
 			continue
 		}
 		r.add(speeds{known: true}, b.intervals(keepHistory)) // what has ended sends nothing
-	}
-	b.last = at
-}
-
-// advance takes a unit's next reading. since is the time of the reading before.
-func (r *topRow) advance(u systemd.Unit, since time.Time, keep int) {
-	old := r.unit
-	var growth [kinds]uint64
-	from := time.Time{}
-	switch {
-	case u.Accounting != "on":
-	// The usual case: the same run as before. Where a counter fell, systemd has
-	// lost it or the accounting was switched, and the interval is left open.
-	case old.Accounting == "on" && old.Invocation == u.Invocation:
-		if g, ok := accounting.Growth(old.Counters, u.Counters); ok {
-			growth, from = g, old.Time
+		if _, listed := known[name]; !listed {
+			known[name] = r.unit
 		}
-	case !since.IsZero() && !u.Start.Before(since):
-		// A new run: all of it came in this interval.
-		growth, from = accounting.Values(u.Counters), since
 	}
-	var now speeds
-	// The time of the unit's own reading, not that of the sweep: a sweep over
-	// thousands of units takes a noticeable part of an interval.
-	if seconds := u.Time.Sub(from).Seconds(); !from.IsZero() && seconds > 0 {
-		for i, n := range growth {
-			now.of[i] = float64(n) / seconds
-		}
-		now.known = true
-		r.session.add(growth)
-	}
-	r.unit, r.total = u, accounting.Values(u.Counters)
-	r.add(now, keep)
+	b.last, b.known = at, known
 }
 
 // add appends to the history.

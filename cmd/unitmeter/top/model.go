@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	tea "charm.land/bubbletea/v2"
+
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 )
 
 // screenKind is what top shows.
@@ -21,6 +23,7 @@ const (
 // time.
 type topModel struct {
 	board         *board
+	origin        accounting.Origin // of the readings
 	exact         bool
 	width, height int
 
@@ -42,8 +45,8 @@ type topModel struct {
 // newTopModel begins with the units, the busiest of the last minute first: a sort
 // by the present speed would jump with each reading. The size is that of the
 // smallest terminal until the real one is known.
-func newTopModel(b *board, exact bool) *topModel {
-	return &topModel{board: b, exact: exact, width: 80, height: 24, sort: byRecent, notice: "reading all units ..."}
+func newTopModel(b *board, origin accounting.Origin, exact bool) *topModel {
+	return &topModel{board: b, origin: origin, exact: exact, width: 80, height: 24, sort: byRecent, notice: "reading all units ..."}
 }
 
 // Init implements tea.Model.
@@ -54,17 +57,17 @@ func (m *topModel) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 	switch msg := msg.(type) {
 	case tea.WindowSizeMsg:
 		m.width, m.height = msg.Width, msg.Height
-	case sweepMsg:
+	case accounting.Sweep:
 		// What is read while the screen is stopped is left out: the next interval
 		// then spans the pause, so that no byte is missing.
 		if m.paused {
 			return m, nil
 		}
 		m.notice = ""
-		if msg.partial {
-			m.notice = "systemd does not answer for all units; the speeds of the others are left open"
+		if msg.Partial {
+			m.notice = "not all units could be read; the speeds of the others are left open"
 		}
-		m.board.take(msg.at, msg.units)
+		m.board.take(msg.Time, msg.Units)
 	case tea.KeyPressMsg:
 		if quit := m.press(msg); quit {
 			return m, tea.Quit

@@ -26,30 +26,26 @@ func TestTopSpeed(t *testing.T) {
 	sh := func(command string) string { return rig.Run(t, "sh", "-euc", command) }
 	sh("systemd-run --quiet --unit=natsd -p IPAccounting=yes " + tool(t, "nats-server") + " -a 127.0.0.1")
 	sh("i=0; until bash -c 'exec 3<>/dev/tcp/127.0.0.1/4222'; do i=$((i+1)); [ $i -lt 1800 ]; sleep 0.1; done 2>/dev/null")
-	rcv, err := receiver.New(receiver.Config{Bus: rig.SystemBus(), StopRecords: "off"})
+	source, err := accounting.Open(t.Context(), receiver.Config{Bus: rig.SystemBus()}, receiver.DBus)
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer source.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
-	running.Go(func() { _ = rcv.Run(ctx) })
 	defer running.Wait()
 	defer cancel()
-	if err := rcv.Ready(ctx); err != nil {
-		t.Fatal(err)
-	}
 
 	const interval, messages, size = 250 * time.Millisecond, 4000, 16384
-	readings := make(chan sweepMsg, 10_000)
-	running.Go(func() { feed(ctx, rcv, interval, func(m tea.Msg) { readings <- m.(sweepMsg) }) })
-	b := newBoard([]string{"natsd"}, interval)
-	b.wanted, _ = accounting.Patterns(b.wanted)
+	readings := make(chan accounting.Sweep, 10_000)
+	running.Go(func() { feed(ctx, source, interval, func(m tea.Msg) { readings <- m.(accounting.Sweep) }) })
+	b := newBoard(only(t, "natsd"), interval)
 	bytes := 0.0 // the area under the shown speeds
 	take := func() {
 		m, before := <-readings, b.last
-		b.take(m.at, m.units)
+		b.take(m.Time, m.Units)
 		if r := b.rows["natsd.service"]; r != nil && !before.IsZero() {
-			bytes += r.history[len(r.history)-1].of[bytesIn] * m.at.Sub(before).Seconds()
+			bytes += r.history[len(r.history)-1].of[bytesIn] * m.Time.Sub(before).Seconds()
 		}
 	}
 	take()

@@ -33,10 +33,11 @@ const ShortestInterval = 200 * time.Millisecond
 // Config is what Run needs. All fields but Patterns, Exact and Once are required.
 type Config struct {
 	Receiver receiver.Config
-	Patterns []string      // for the names of units, as accounting.Patterns makes them; none: all units
-	Interval time.Duration // between two readings
-	Exact    bool          // exact numbers: bytes per second instead of kB/s and MB/s
-	Once     bool          // read twice, write one table, and end
+	Source   string           // one of accounting.Sources
+	Patterns systemd.Patterns // for the names of units, as accounting.Patterns makes them; none: all units
+	Interval time.Duration    // between two readings
+	Exact    bool             // exact numbers: bytes per second instead of kB/s and MB/s
+	Once     bool             // read twice, write one table, and end
 	// Out is where the table is written, or the terminal with the screen.
 	Out     io.Writer
 	Environ []string // of the terminal: TERM, NO_COLOR
@@ -46,24 +47,28 @@ type Config struct {
 // read from, and without any unit that Patterns match, it returns an error.
 func Run(ctx context.Context, cfg Config) error {
 	// Before the screen is taken over: an error can still be read there.
-	rcv, stop, err := accounting.Open(ctx, cfg.Receiver)
+	source, err := accounting.Open(ctx, cfg.Receiver, cfg.Source)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
-	defer stop()
+	defer source.Close()
 	// Deferred calls run from the last: feed gets its end before it is waited for.
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer cancel()
-	b := newBoard(accounting.Resolve(ctx, cfg.Receiver, cfg.Patterns), cfg.Interval)
+	wanted, err := accounting.Resolve(ctx, cfg.Receiver, cfg.Patterns)
+	if err != nil && source.Source != receiver.EBPF { // which needs no systemd
+		return err
+	}
+	b := newBoard(wanted, cfg.Interval)
 	if cfg.Once {
-		return once(ctx, cfg, rcv, b)
+		return once(ctx, cfg, source, b)
 	}
 	// Signals end ctx in main already; a second handler would race with that.
-	program := tea.NewProgram(newTopModel(b, cfg.Exact), tea.WithContext(ctx), tea.WithOutput(cfg.Out),
+	program := tea.NewProgram(newTopModel(b, source.Origin, cfg.Exact), tea.WithContext(ctx), tea.WithOutput(cfg.Out),
 		tea.WithEnvironment(cfg.Environ), tea.WithoutSignalHandler())
-	running.Go(func() { feed(ctx, rcv, cfg.Interval, program.Send) })
+	running.Go(func() { feed(ctx, source, cfg.Interval, program.Send) })
 	_, err = program.Run()
 	if errors.Is(err, tea.ErrProgramKilled) && ctx.Err() != nil {
 		return nil // a signal is a way to end it
@@ -73,7 +78,7 @@ func Run(ctx context.Context, cfg Config) error {
 
 // once prints the speeds over one interval. It is an error if there is nothing
 // to show of the units that were asked for, so that scripts notice.
-func once(ctx context.Context, cfg Config, rcv *receiver.Receiver, b *board) error {
+func once(ctx context.Context, cfg Config, source *accounting.Source, b *board) error {
 	// A speed needs two readings: nobody knows over which time systemd counted
 	// what was there at the first.
 	for i := range 2 {
@@ -84,38 +89,31 @@ func once(ctx context.Context, cfg Config, rcv *receiver.Receiver, b *board) err
 				return ctx.Err()
 			}
 		}
-		s := rcv.Sweep(ctx)
+		sweep := source.Read(ctx)
 		// A table that is read by a program must be whole, or not be at all.
-		if s.Partial {
-			return errors.New("read all units: systemd did not answer for all of them in time; raise UNITMETER_SWEEP_TIMEOUT, or try again")
+		if err := sweep.Err(); err != nil {
+			return err
 		}
-		b.take(s.Time, rcv.Units())
+		b.take(sweep.Time, sweep.Units)
 	}
-	if len(b.wanted) > 0 && len(b.rows) == 0 {
-		return fmt.Errorf("find unit %q: it is not running, or not among the metered units; see \"unitmeter units\"", strings.Join(b.wanted, " "))
+	if b.wanted.Len() > 0 && len(b.rows) == 0 {
+		return fmt.Errorf("find unit %q: it is not running, or not among the metered units; see \"unitmeter units\"", strings.Join(b.wanted.Texts(), " "))
 	}
-	return printTop(cfg.Out, b, cfg.Exact)
-}
-
-// sweepMsg is sent to the screen after each sweep.
-type sweepMsg struct {
-	at      time.Time
-	units   []systemd.Unit
-	partial bool
+	return printTop(cfg.Out, b, source.Origin, cfg.Exact)
 }
 
 // feed reads all units at each tick until ctx ends.
-func feed(ctx context.Context, rcv *receiver.Receiver, interval time.Duration, send func(tea.Msg)) {
+func feed(ctx context.Context, source *accounting.Source, interval time.Duration, send func(tea.Msg)) {
 	// A ticker drops ticks that nobody waits for, so that slow sweeps do not
 	// queue up behind each other.
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
-		s := rcv.Sweep(ctx)
+		sweep := source.Read(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		send(sweepMsg{s.Time, rcv.Units(), s.Partial})
+		send(sweep)
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():

@@ -13,8 +13,14 @@ import (
 
 	tea "charm.land/bubbletea/v2"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/receiver"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
+
+func byDBus() accounting.Origin {
+	return accounting.Origin{Counting: receiver.Counting{Source: receiver.DBus}}
+}
 
 // at is the time of reading n of the tests, one second apart.
 func at(n int) time.Time {
@@ -71,7 +77,7 @@ func TestBoardSpeeds(t *testing.T) {
 		}, 10},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			b := newBoard(nil, time.Second)
+			b := newBoard(systemd.Patterns{}, time.Second)
 			for i, s := range test.steps {
 				b.take(at(i), []systemd.Unit{s.unit})
 				if got := b.rows["a.service"].now; got != s.want {
@@ -86,7 +92,7 @@ func TestBoardSpeeds(t *testing.T) {
 }
 
 func TestBoardUnits(t *testing.T) {
-	b := newBoard([]string{"a*.service"}, time.Second)
+	b := newBoard(only(t, "a*.service"), time.Second)
 	b.take(at(0), []systemd.Unit{counted("a.service", "1", -9, 0, 100, 0), counted("b.service", "2", -9, 0, 100, 0), {Name: "aoff.service", Accounting: "off"}})
 	// A unit that came up since the last reading: all of it is of this interval.
 	b.take(at(1), []systemd.Unit{counted("a.service", "1", -9, 1, 150, 0), counted("a2.service", "3", 0, 1, 30, 0)})
@@ -115,7 +121,7 @@ func TestBoardUnits(t *testing.T) {
 }
 
 func TestBoardKeepsBounded(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	for i := range 700 {
 		b.take(at(i), []systemd.Unit{counted("a.service", "1", -9, i, uint64(i)*100, 0)})
 	}
@@ -147,7 +153,7 @@ func TestSlicesAbove(t *testing.T) {
 }
 
 func TestBoardBySlice(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	in := func(u systemd.Unit, slice string) systemd.Unit { u.Slice = slice; return u }
 	for i := range 3 {
 		n := uint64(i)
@@ -183,7 +189,7 @@ func TestBoardBySlice(t *testing.T) {
 }
 
 func TestBoardSorted(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	rows := []*topRow{
 		{name: "c", now: speeds{of: [kinds]float64{1, 5, 9, 1}}, total: totals{3, 0, 0, 0}, history: []speeds{{of: [kinds]float64{1}, known: true}}},
 		{name: "a", now: speeds{of: [kinds]float64{2, 5, 8, 3}}, total: totals{0, 0, 9, 0}, history: []speeds{{of: [kinds]float64{1}, known: true}, {of: [kinds]float64{3}, known: true}}},
@@ -250,10 +256,10 @@ func shown(m *topModel) string {
 // demoModel is a screen with a few units after some seconds.
 func demoModel(t testing.TB) *topModel {
 	t.Helper()
-	m := newTopModel(newBoard(nil, time.Second), false)
+	m := newTopModel(newBoard(systemd.Patterns{}, time.Second), byDBus(), false)
 	for i := range 30 {
 		n := uint64(i)
-		m.Update(sweepMsg{at: at(i), units: []systemd.Unit{
+		m.Update(accounting.Sweep{Time: at(i), Units: []systemd.Unit{
 			counted("nats.service", "1", -100, i, 5_000_000*n, 2_000_000*n),
 			counted("postgresql.service", "2", -100, i, 10_000*n, 90_000*n),
 			counted("a-unit-with-a-very-long-name-that-does-not-fit-on-any-screen-of-a-usual-width@instance.service", "3", -100, i, 10*n, 10*n),
@@ -293,7 +299,7 @@ func TestTopScreen(t *testing.T) {
 	}
 	for i, want := range map[int]string{
 		0: "unitmeter top   in 5.01 MB/s   out 2.09 MB/s                            12:00:29",
-		1: "3 units; 1 with accounting off (unitmeter enable --all); 1 lost (unitmeter enab…",
+		1: "3 units by systemd; 1 with accounting off (unitmeter enable --all)              ",
 		2: "UNIT                               IN/s       OUT/s       TOTAL LAST MINUTE▼    ",
 		3: "nats.service                  5.00 MB/s   2.00 MB/s      203 MB         ████████",
 		4: "postgresql.service            10.0 kB/s   90.0 kB/s     2.90 MB         ████████",
@@ -381,7 +387,7 @@ func TestTopCursorStays(t *testing.T) {
 	}
 	// It becomes the busiest and moves up; the cursor goes with it.
 	for i := 30; i < 90; i++ {
-		m.Update(sweepMsg{at: at(i), units: []systemd.Unit{
+		m.Update(accounting.Sweep{Time: at(i), Units: []systemd.Unit{
 			counted("nats.service", "1", -100, i, 150_000_000, 60_000_000),
 			counted("postgresql.service", "2", -100, i, 1e9*uint64(i), 1e9*uint64(i)),
 		}})
@@ -390,8 +396,8 @@ func TestTopCursorStays(t *testing.T) {
 		t.Errorf("rows %s first, cursor on %q", m.rows[0].name, m.cursor)
 	}
 	// The unit under the cursor goes: the cursor is on the first row again.
-	m.Update(sweepMsg{at: at(90)})
-	m.Update(sweepMsg{at: at(200), units: []systemd.Unit{counted("nats.service", "1", -100, 200, 150_000_000, 60_000_000)}})
+	m.Update(accounting.Sweep{Time: at(90)})
+	m.Update(accounting.Sweep{Time: at(200), Units: []systemd.Unit{counted("nats.service", "1", -100, 200, 150_000_000, 60_000_000)}})
 	if r := m.selected(); r == nil || r.name != "nats.service" {
 		t.Errorf("cursor on %+v", r)
 	}
@@ -401,25 +407,25 @@ func TestTopPausedAndPartial(t *testing.T) {
 	m := demoModel(t)
 	press(m, "p")
 	before := shown(m)
-	m.Update(sweepMsg{at: at(31)})
+	m.Update(accounting.Sweep{Time: at(31)})
 	if shown(m) != before {
 		t.Error("a stopped screen moved")
 	}
 	press(m, "p")
-	m.Update(sweepMsg{at: at(32), partial: true})
-	if !strings.Contains(shown(m), "systemd does not answer") {
+	m.Update(accounting.Sweep{Time: at(32), Partial: true})
+	if !strings.Contains(shown(m), "not all units could be read") {
 		t.Errorf("a partial sweep is not told:\n%s", shown(m))
 	}
 }
 
 // TestTopNoData shows what there is before the first reading and without units.
 func TestTopNoData(t *testing.T) {
-	m := newTopModel(newBoard([]string{"nats.service"}, time.Second), false)
+	m := newTopModel(newBoard(only(t, "nats.service"), time.Second), byDBus(), false)
 	if !strings.Contains(shown(m), "reading all units") {
 		t.Errorf("before the first reading:\n%s", shown(m))
 	}
 	press(m, "enter", "down", "up", "end", "s", "enter", "esc", "s")
-	m.Update(sweepMsg{at: at(0)})
+	m.Update(accounting.Sweep{Time: at(0)})
 	if !strings.Contains(shown(m), "no metered unit matches nats.service yet") {
 		t.Errorf("without units:\n%s", shown(m))
 	}
@@ -451,8 +457,40 @@ func FuzzTop(f *testing.F) {
 	})
 }
 
+// TestBoardEnded: a program of ours has counters of units without a cgroup too. Those
+// that grow have a row.
+func TestBoardEnded(t *testing.T) {
+	b := newBoard(systemd.Patterns{}, time.Second)
+	take := func(second int, bytes uint64, accounting string) *topRow {
+		u := counted("job.service", "", -9, second, bytes, 0)
+		u.Accounting = accounting
+		b.take(at(second), []systemd.Unit{u})
+		return b.rows["job.service"]
+	}
+	if r := take(0, 500, "ended"); r != nil {
+		t.Errorf("a unit that had ended before has the row %+v", r)
+	}
+	for second := 1; second < 300; second += 100 {
+		r := take(second, 500+uint64(second), "ended") // it came and went
+		if r == nil || !r.ended.IsZero() || r.now.of[bytesIn] == 0 || r.session[bytesIn] != r.total[bytesIn]-500 && second == 1 {
+			t.Fatalf("second %d: a unit that came and went has the row %+v", second, r)
+		}
+		if r = take(second+1, 500+uint64(second), "ended"); r == nil || r.ended.IsZero() || r.now.of[bytesIn] != 0 {
+			t.Errorf("second %d: then it has the row %+v", second, r)
+		}
+		if r = take(second+98, 500+uint64(second), "ended"); r != nil {
+			t.Errorf("second %d: it keeps the row %+v", second, r)
+		}
+	}
+	// The interval begins at the last reading, not at that of the last row.
+	take(399, 1000, "ended")
+	if r := take(400, 1700, "on"); r == nil || r.now.of[bytesIn] != 700 {
+		t.Errorf("a unit that is back has the row %+v", r)
+	}
+}
+
 func TestPrintTop(t *testing.T) {
-	b := newBoard(nil, time.Second)
+	b := newBoard(systemd.Patterns{}, time.Second)
 	for i := range 2 {
 		n := uint64(i)
 		b.take(at(i), []systemd.Unit{
@@ -465,7 +503,7 @@ func TestPrintTop(t *testing.T) {
 		true:  {"busy.service", "1,234 B/s", "5,000,000 B/s", "idle.service"},
 	} {
 		var out bytes.Buffer
-		if err := printTop(&out, b, exact); err != nil {
+		if err := printTop(&out, b, byDBus(), exact); err != nil {
 			t.Fatal(err)
 		}
 		for _, w := range want {
@@ -501,4 +539,14 @@ func TestColumnsByWidth(t *testing.T) {
 			t.Errorf("%d wide: the row is %q", width, line)
 		}
 	}
+}
+
+// only are patterns for a board.
+func only(t *testing.T, patterns ...string) systemd.Patterns {
+	t.Helper()
+	p, err := accounting.Patterns(patterns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

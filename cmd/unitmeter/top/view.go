@@ -12,6 +12,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
+	"github.com/unitmeter/unitmeter/receiver"
 )
 
 // Styles. Bubble Tea takes the colours out for NO_COLOR and for terminals
@@ -147,19 +148,33 @@ func (m *topModel) status() string {
 	case m.notice != "":
 		return styleNotice + tty.Fit(m.notice, m.width, false) + styleEnd
 	}
-	text := fmt.Sprintf("%d units", len(m.board.rows))
+	parts := []string{fmt.Sprintf("%d units %s", len(m.board.rows), m.origin)}
 	if m.filter != "" {
-		text = fmt.Sprintf("%d of %d with %q (esc: all)", len(m.rows), len(m.board.rows), m.filter)
+		parts[0] = fmt.Sprintf("%d of %d with %q (esc: all)", len(m.rows), len(m.board.rows), m.filter)
+	}
+	if hint := m.origin.Hint(); hint != "" {
+		parts = append(parts, hint)
 	}
 	// What is missing is said with the command that fixes it, or it would be
 	// taken for silence.
 	if n := m.board.others["off"]; n > 0 {
-		text += fmt.Sprintf("; %d with accounting off (unitmeter enable --all)", n)
+		parts = append(parts, fmt.Sprintf("%d with accounting off (unitmeter enable --all)", n))
 	}
 	if n := m.board.others["lost"]; n > 0 {
-		text += fmt.Sprintf("; %d lost (unitmeter enable --lost)", n)
+		parts = append(parts, fmt.Sprintf("%d lost (unitmeter enable --lost)", n))
 	}
-	return tty.Fit(text, m.width, false)
+	return tty.Fit(joinFitting(parts, "; ", m.width), m.width, false)
+}
+
+// joinFitting joins the parts that fit: half of a command is of no use.
+func joinFitting(parts []string, separator string, width int) string {
+	text := parts[0]
+	for _, part := range parts[1:] {
+		if longer := text + separator + part; utf8.RuneCountInString(longer) <= width {
+			text = longer
+		}
+	}
+	return text
 }
 
 // emptiness says why there are no rows.
@@ -169,8 +184,11 @@ func (m *topModel) emptiness() string {
 		return ""
 	case m.filter != "":
 		return tty.Fit("no unit has "+m.filter+" in its name; esc shows all", m.width, false)
-	case len(m.board.wanted) > 0:
-		return tty.Fit("no metered unit matches "+strings.Join(m.board.wanted, " ")+" yet", m.width, false)
+	case m.board.wanted.Len() > 0:
+		return tty.Fit("no metered unit matches "+strings.Join(m.board.wanted.Texts(), " ")+" yet", m.width, false)
+	}
+	if m.origin.Source == receiver.EBPF {
+		return tty.Fit("there is no unit that the settings leave in", m.width, false)
 	}
 	return tty.Fit("no unit has IP accounting on: unitmeter enable --all", m.width, false)
 }
@@ -232,8 +250,10 @@ func (m *topModel) detail() []string {
 		field("units", strconv.Itoa(r.units))
 	} else {
 		field("slice", r.unit.Slice)
-		field("run", r.unit.Invocation)
-		if r.unit.Accounting == "on" {
+		if r.unit.Invocation != "" {
+			field("run", r.unit.Invocation)
+		}
+		if accounting.Counted(r.unit) {
 			since := m.board.last.Sub(r.unit.Start).Round(time.Second)
 			field("counts", "since "+r.unit.Start.Local().Format("2006-01-02 15:04:05")+" ("+since.String()+")")
 		}
@@ -312,14 +332,14 @@ func (m *topModel) help() []string {
 
 // footer names the keys that do something on this screen.
 func (m *topModel) footer() string {
-	text := "q end  enter one unit  / filter  < > sort  r reverse  s slices  b bytes  ? help"
+	keys := []string{"q end", "? help", "enter one unit", "/ filter", "< > sort", "r reverse", "s slices", "b bytes"}
 	switch {
 	case m.typing:
-		text = "enter keep  esc all"
+		keys = []string{"enter keep", "esc all"}
 	case m.screen == detailScreen, m.screen == helpScreen:
-		text = "esc back  b bytes  space stop"
+		keys = []string{"esc back", "b bytes", "space stop"}
 	}
-	return styleFaint + tty.Fit(text, m.width, false) + styleEnd
+	return styleFaint + tty.Fit(joinFitting(keys, "  ", m.width), m.width, false) + styleEnd
 }
 
 // rate writes a speed of bytes.
@@ -416,8 +436,9 @@ func chart(values []float64, most float64, high int) []string {
 }
 
 // printTop prints the table of --once, the busiest unit first.
-func printTop(w io.Writer, b *board, exact bool) error {
+func printTop(w io.Writer, b *board, origin accounting.Origin, exact bool) error {
 	tab := tty.NewTable(w, true, "IN/s", "OUT/s", "IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT", "UNIT")
+	tab.Drop("IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT")
 	for _, r := range b.sorted(b.all(), byRecent, false) {
 		packets := func(kind int) string {
 			if !r.now.known {
@@ -431,5 +452,5 @@ func printTop(w io.Writer, b *board, exact bool) error {
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	return accounting.WriteHints(w, b.others["off"], b.others["lost"], "unitmeter enable --all")
+	return accounting.WriteHints(w, origin, b.others["off"], b.others["lost"], "unitmeter enable --all")
 }

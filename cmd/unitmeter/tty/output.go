@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,37 +44,76 @@ func WriteJSON(w io.Writer, v any) error {
 
 // Table writes rows of cells in columns.
 type Table struct {
-	tab   *tabwriter.Writer
+	w     io.Writer
 	right bool
+	width int // of the terminal, 0 if it is none
+	rows  [][]string
+	drop  []string
 }
 
 // NewTable begins a table with a header. With right, the cells are aligned to the
 // right, except for those of the last column.
 func NewTable(w io.Writer, right bool, header ...string) *Table {
-	t := &Table{right: right}
-	flags := uint(0)
-	if right {
-		flags = tabwriter.AlignRight
+	t := &Table{w: w, right: right, rows: [][]string{header}}
+	if f, ok := w.(*os.File); ok {
+		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
+			t.width = int(size.Col)
+		}
 	}
-	t.tab = tabwriter.NewWriter(w, 0, 8, 2, ' ', flags)
-	t.Row(header...)
 	return t
 }
 
-// Row adds a row. Each cell is cleaned.
+// Drop names the columns to leave out, in this order, where the terminal is too narrow.
+// A file or a pipe gets them all.
+func (t *Table) Drop(columns ...string) { t.drop = columns }
+
+// Row adds a row with a cell for each column. Each cell is cleaned.
 func (t *Table) Row(cells ...string) {
+	row := make([]string, len(cells))
 	for i, cell := range cells {
-		switch {
-		case i == 0:
-		case i == len(cells)-1 && t.right:
-			_, _ = io.WriteString(t.tab, "\t ") // the last cell is outside of the columns: no padding but this
-		default:
-			_, _ = io.WriteString(t.tab, "\t")
-		}
-		_, _ = io.WriteString(t.tab, Clean(cell))
+		row[i] = Clean(cell)
 	}
-	_, _ = io.WriteString(t.tab, "\n")
+	t.rows = append(t.rows, row)
 }
 
 // Flush writes the table. Its error is that of all writes.
-func (t *Table) Flush() error { return t.tab.Flush() }
+func (t *Table) Flush() error {
+	for _, column := range t.drop {
+		if i := slices.Index(t.rows[0], column); i >= 0 && t.width > 0 && t.needs() > t.width {
+			for j, row := range t.rows {
+				t.rows[j] = slices.Concat(row[:i], row[i+1:])
+			}
+		}
+	}
+	var flags uint
+	if t.right {
+		flags = tabwriter.AlignRight
+	}
+	tab := tabwriter.NewWriter(t.w, 0, 8, 2, ' ', flags)
+	for _, row := range t.rows {
+		last := len(row) - 1
+		text := strings.Join(row, "\t")
+		if t.right && last > 0 {
+			text = strings.Join(row[:last], "\t") + "\t " + row[last] // outside of the columns: no padding but this
+		}
+		_, _ = io.WriteString(tab, text+"\n")
+	}
+	return tab.Flush()
+}
+
+// needs is how wide the table is.
+func (t *Table) needs() int {
+	last := len(t.rows[0]) - 1
+	sum := 2 * last
+	if t.right && last > 0 {
+		sum++
+	}
+	for i := range t.rows[0] {
+		widest := 0
+		for _, row := range t.rows {
+			widest = max(widest, utf8.RuneCountInString(row[i]))
+		}
+		sum += widest
+	}
+	return sum
+}

@@ -55,6 +55,25 @@ func TestWriteJSON(t *testing.T) {
 	}
 }
 
+func TestTable(t *testing.T) {
+	for width, want := range map[int]string{
+		0:  "  IN B/S   SINCE UNIT\n    1200  12\\n00 a.service\n       -         b.service\n",
+		26: "  IN B/S   SINCE UNIT\n    1200  12\\n00 a.service\n       -         b.service\n",
+		25: "  IN B/S UNIT\n    1200 a.service\n       - b.service\n",
+		17: "UNIT\na.service\nb.service\n",
+	} {
+		var out bytes.Buffer
+		tab := NewTable(&out, true, "IN B/S", "SINCE", "UNIT")
+		tab.width = width
+		tab.Drop("SINCE", "IN B/S")
+		tab.Row("1200", "12\n00", "a.service")
+		tab.Row("-", "", "b.service")
+		if err := tab.Flush(); err != nil || out.String() != want {
+			t.Errorf("%d wide: got %v\n%s\nwant\n%s", width, err, &out, want)
+		}
+	}
+}
+
 func TestWrap(t *testing.T) {
 	if got, want := Wrap("aa bb  cc https://a.very/long/one d", 2, 8), "aa bb\n  cc\n  https://a.very/long/one\n  d"; got != want {
 		t.Errorf("got %q, want %q", got, want)

@@ -1,4 +1,4 @@
-package systemd
+package bus
 
 import (
 	"encoding/binary"
@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
 // TestLargeSignals: what is longer than a signal of systemd's is skipped without
@@ -16,7 +18,7 @@ func TestLargeSignals(t *testing.T) {
 		m := encode(t, binary.LittleEndian, &dbus.Message{
 			Type: kind, Body: []any{strings.Repeat("x", n)},
 			Headers: map[dbus.HeaderField]dbus.Variant{
-				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath(managerPath)), dbus.FieldInterface: dbus.MakeVariant(managerInterface),
+				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath(ManagerPath)), dbus.FieldInterface: dbus.MakeVariant(ManagerInterface),
 				dbus.FieldMember: dbus.MakeVariant("UnitNew"),
 			},
 		})
@@ -36,7 +38,7 @@ func TestLargeSignals(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- w.gets(t.Context(), 1, numbered, a.done) }()
 	var calls []peerCall
-	eventually(t, "a call arrives", func() bool { calls = append(calls, p.take()...); return len(calls) == 1 })
+	systemdtest.Eventually(t, "a call arrives", func() bool { calls = append(calls, p.take()...); return len(calls) == 1 })
 	p.send(getReply(t, binary.LittleEndian, calls[0].serial, uint64(5)))
 	if err := <-done; err != nil {
 		t.Fatal(err)
@@ -56,10 +58,10 @@ func TestOwnerAnnouncedFirst(t *testing.T) {
 	announce := func(owner string) {
 		t.Helper()
 		h, err := parse(encode(t, binary.BigEndian, &dbus.Message{
-			Type: dbus.TypeSignal, Body: []any{systemdName, ":1.1", owner},
+			Type: dbus.TypeSignal, Body: []any{SystemdName, ":1.1", owner},
 			Headers: map[dbus.HeaderField]dbus.Variant{
-				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath("/org/freedesktop/DBus")), dbus.FieldInterface: dbus.MakeVariant(busInterface),
-				dbus.FieldMember: dbus.MakeVariant("NameOwnerChanged"), dbus.FieldSender: dbus.MakeVariant(busInterface),
+				dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath("/org/freedesktop/DBus")), dbus.FieldInterface: dbus.MakeVariant(BusInterface),
+				dbus.FieldMember: dbus.MakeVariant("NameOwnerChanged"), dbus.FieldSender: dbus.MakeVariant(BusInterface),
 			},
 		}))
 		if err != nil || !w.genuine(h) {
@@ -67,7 +69,7 @@ func TestOwnerAnnouncedFirst(t *testing.T) {
 		}
 	}
 	from := func(sender string) bool {
-		return w.genuine(header{iface: []byte(managerInterface), member: []byte("UnitRemoved"), sender: []byte(sender)})
+		return w.genuine(header{iface: []byte(ManagerInterface), member: []byte("UnitRemoved"), sender: []byte(sender)})
 	}
 	if from("") || from(":1.1") {
 		t.Error("somebody is believed before systemd is known")

@@ -1,4 +1,4 @@
-package systemd
+package bus
 
 import (
 	"bufio"
@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
 // peer is the other end of a wire. It reads calls as fast as they come and
@@ -35,7 +37,7 @@ type peer struct {
 
 type peerCall struct {
 	serial uint32
-	property
+	Property
 }
 
 // promised is how many calls a sweep has in flight at most, whatever the code
@@ -93,8 +95,8 @@ func readCall(r io.Reader) (peerCall, error) {
 		return peerCall{}, err
 	}
 	path, _ := m.Headers[dbus.FieldPath].Value().(dbus.ObjectPath)
-	call := peerCall{serial: m.Serial(), property: property{path: string(path)}}
-	return call, dbus.Store(m.Body, &call.iface, &call.name)
+	call := peerCall{serial: m.Serial(), Property: Property{Path: string(path)}}
+	return call, dbus.Store(m.Body, &call.Interface, &call.Name)
 }
 
 // take returns the calls that wait for an answer, and forgets them.
@@ -114,13 +116,13 @@ func (p *peer) send(message []byte) {
 }
 
 // numbered is a list of n properties that can be told apart.
-func numbered(i int) property {
-	return property{"/n/" + strconv.Itoa(i), "a.b", "C"}
+func numbered(i int) Property {
+	return Property{"/n/" + strconv.Itoa(i), "a.b", "C"}
 }
 
 // number undoes numbered.
 func (c peerCall) number() uint64 {
-	n, _ := strconv.ParseUint(strings.TrimPrefix(c.path, "/n/"), 10, 64)
+	n, _ := strconv.ParseUint(strings.TrimPrefix(c.Path, "/n/"), 10, 64)
 	return n
 }
 
@@ -136,7 +138,7 @@ func newAnswers(t *testing.T) *answers {
 	return &answers{t: t, values: map[int]uint64{}, errors: map[int]string{}}
 }
 
-func (a *answers) done(i int, r reply) {
+func (a *answers) done(i int, r Reply) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	_, value := a.values[i]
@@ -144,7 +146,7 @@ func (a *answers) done(i int, r reply) {
 	if value || fault {
 		a.t.Errorf("call %d was answered twice", i)
 	}
-	if v, err := r.uint64(); err != nil {
+	if v, err := r.Uint64(); err != nil {
 		a.errors[i] = err.Error()
 	} else {
 		a.values[i] = v
@@ -224,7 +226,7 @@ func TestGetsErrorReplies(t *testing.T) {
 			for i, call := range p.take() {
 				switch i {
 				case 0:
-					p.send(errorReply(t, binary.LittleEndian, call.serial, noSuchUnit))
+					p.send(errorReply(t, binary.LittleEndian, call.serial, noUnit))
 				case 1:
 					p.send(getReply(t, binary.LittleEndian, call.serial, "not a number"))
 				case 2:
@@ -241,7 +243,7 @@ func TestGetsErrorReplies(t *testing.T) {
 			t.Fatal(err)
 		}
 		a.check(1, func(i int) uint64 { return uint64(i) })
-		for i, want := range []string{noSuchUnit, `type "s"`, `type ""`} {
+		for i, want := range []string{noUnit, `type "s"`, `type ""`} {
 			if !strings.Contains(a.errors[i], want) {
 				t.Errorf("call %d: error %q, want one with %q", i, a.errors[i], want)
 			}
@@ -507,14 +509,14 @@ func TestWireIsShared(t *testing.T) {
 			switch member, _ := m.Headers[dbus.FieldMember].Value().(string); member {
 			case "Get":
 				path, _ := m.Headers[dbus.FieldPath].Value().(dbus.ObjectPath)
-				send(getReply(t, byteOrders[m.Serial()%2], m.Serial(), peerCall{property: property{path: string(path)}}.number()))
+				send(getReply(t, byteOrders[m.Serial()%2], m.Serial(), peerCall{Property: Property{Path: string(path)}}.number()))
 			case "Echo":
 				for _, signal := range []struct {
 					iface, member string
 					body          []any
 				}{
-					{managerInterface, "UnitNew", m.Body},
-					{managerInterface, "JobNew", m.Body},      // of no use to anybody
+					{ManagerInterface, "UnitNew", m.Body},
+					{ManagerInterface, "JobNew", m.Body},      // of no use to anybody
 					{"org.freedesktop.DBus", "NameLost", nil}, // godbus would panic
 				} {
 					send(encode(t, binary.LittleEndian, &dbus.Message{
@@ -540,6 +542,7 @@ func TestWireIsShared(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	w.wanted = func(s Signal) bool { return string(s.Member) == "UnitNew" }
 	conn, err := dbus.NewConn(w, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
 	if err != nil {
 		t.Fatal(err)
@@ -584,10 +587,10 @@ func TestWireIsShared(t *testing.T) {
 	for range 4 * (echoes - echoes/10) {
 		select {
 		case s := <-signals:
-			if s.Name != managerInterface+".UnitNew" {
+			if s.Name != ManagerInterface+".UnitNew" {
 				t.Errorf("signal %s", s.Name)
 			}
-		case <-time.After(patience):
+		case <-time.After(systemdtest.Patience):
 			t.Fatal("signals are missing")
 		}
 	}

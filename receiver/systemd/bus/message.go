@@ -1,12 +1,10 @@
-package systemd
+package bus
 
 import (
 	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
-	"strings"
 
 	"github.com/godbus/dbus/v5"
 )
@@ -21,14 +19,6 @@ const (
 	fieldDestination = 6
 	fieldSender      = 7
 	fieldSignature   = 8
-)
-
-const (
-	systemdName         = "org.freedesktop.systemd1"
-	managerInterface    = "org.freedesktop.systemd1.Manager"
-	unitInterface       = "org.freedesktop.systemd1.Unit"
-	propertiesInterface = "org.freedesktop.DBus.Properties"
-	busInterface        = "org.freedesktop.DBus"
 )
 
 var errMalformed = errors.New("malformed message")
@@ -135,36 +125,14 @@ func parseHeader(message []byte) (header, error) {
 	return h, d.err
 }
 
-// wanted reports whether the inventory has a use for a signal. PID 1 sends two
-// PropertiesChanged for each change of any unit, devices and targets included,
-// and on its own socket the signals of jobs too; most are not for us.
-func wanted(h header) bool {
-	d := decoder{order: h.order, data: h.body}
-	switch string(h.iface) {
-	case propertiesInterface:
-		return string(d.string()) == unitInterface && meteredPath(string(h.path))
-	case managerInterface:
-		switch string(h.member) {
-		case "UnitNew", "UnitRemoved":
-			return CounterInterface(TypeOf(string(d.string()))) != ""
-		case "Reloading":
-			return true
-		}
-	case busInterface:
-		// godbus looks at NameAcquired and NameLost too, and panics at one without a body.
-		return string(h.member) == "NameOwnerChanged"
+// signal returns what Wanted sees of a signal.
+func (h header) signal() Signal {
+	s := Signal{Path: h.path, Interface: h.iface, Member: h.member}
+	if len(h.signature) > 0 && h.signature[0] == 's' {
+		d := decoder{order: h.order, data: h.body}
+		s.Text = d.string()
 	}
-	return false
-}
-
-// meteredPath reports whether an object path is one of a unit of a type that
-// has IP counters, or one that names a unit by its invocation id.
-func meteredPath(path string) bool {
-	i := strings.LastIndex(path, "_2e")
-	if i < 0 {
-		return true
-	}
-	return CounterInterface(path[i+len("_2e"):]) != ""
+	return s
 }
 
 // decoder reads D-Bus values from the start of a message or body. The first
@@ -226,26 +194,26 @@ func (d *decoder) terminated(n int) []byte {
 func (d *decoder) bytes() []byte { return d.take(int(d.uint32())) }
 
 // appendGet appends a Properties.Get call to buf.
-func appendGet(buf []byte, serial uint32, p property) []byte {
+func appendGet(buf []byte, serial uint32, p Property) []byte {
 	const noAutoStart = 2
 	start := len(buf)
 	buf = append(buf, 'l', byte(dbus.TypeMethodCall), noAutoStart, 1)
-	body := 4 + len(p.iface) + 1
-	body += -body&3 + 4 + len(p.name) + 1
+	body := 4 + len(p.Interface) + 1
+	body += -body&3 + 4 + len(p.Name) + 1
 	buf = binary.LittleEndian.AppendUint32(buf, uint32(body))
 	buf = binary.LittleEndian.AppendUint32(buf, serial)
 	buf = binary.LittleEndian.AppendUint32(buf, 0) // length of the fields, set below
-	buf = appendField(buf, start, fieldPath, 'o', p.path)
-	buf = appendField(buf, start, fieldDestination, 's', systemdName)
-	buf = appendField(buf, start, fieldInterface, 's', propertiesInterface)
+	buf = appendField(buf, start, fieldPath, 'o', p.Path)
+	buf = appendField(buf, start, fieldDestination, 's', SystemdName)
+	buf = appendField(buf, start, fieldInterface, 's', PropertiesInterface)
 	buf = appendField(buf, start, fieldMember, 's', "Get")
 	buf = appendPadding(buf, start, 8)
 	buf = append(buf, fieldSignature, 1, 'g', 0, 2, 's', 's', 0)
 	binary.LittleEndian.PutUint32(buf[start+12:], uint32(len(buf)-start-16))
 	buf = appendPadding(buf, start, 8)
-	buf = appendString(buf, p.iface)
+	buf = appendString(buf, p.Interface)
 	buf = appendPadding(buf, start, 4)
-	return appendString(buf, p.name)
+	return appendString(buf, p.Name)
 }
 
 func appendField(buf []byte, start int, code, kind byte, value string) []byte {
@@ -267,17 +235,14 @@ func appendPadding(buf []byte, start, alignment int) []byte {
 	return buf
 }
 
-// reply is the answer to one Properties.Get call. Its slices are only valid
+// Reply is the answer to one Properties.Get call. Its slices are only valid
 // until the handler that got it returns.
-type reply struct {
+type Reply struct {
+	ErrorName []byte // D-Bus error name, empty for a value
 	order     binary.ByteOrder
-	errorName []byte // D-Bus error name, empty for a value
 	signature []byte // of the message body
 	body      []byte
 }
-
-// noData is what systemd answers for a counter that it does not have.
-const noData = math.MaxUint64
 
 // replyError is an error reply, or a reply of another type than the property
 // has.
@@ -286,9 +251,9 @@ type replyError struct{ name string }
 func (e replyError) Error() string { return "systemd answered " + e.name }
 
 // value opens the variant of a Get reply, which must be of the given type.
-func (r reply) value(signature string) (decoder, error) {
-	if len(r.errorName) > 0 {
-		return decoder{}, replyError{string(r.errorName)}
+func (r Reply) value(signature string) (decoder, error) {
+	if len(r.ErrorName) > 0 {
+		return decoder{}, replyError{string(r.ErrorName)}
 	}
 	d := decoder{order: r.order, data: r.body}
 	if got := d.signature(); string(r.signature) != "v" || string(got) != signature {
@@ -297,7 +262,8 @@ func (r reply) value(signature string) (decoder, error) {
 	return d, nil
 }
 
-func (r reply) uint64() (uint64, error) {
+// Uint64 returns a value of the type t.
+func (r Reply) Uint64() (uint64, error) {
 	d, err := r.value("t")
 	if err != nil {
 		return 0, err
@@ -306,7 +272,8 @@ func (r reply) uint64() (uint64, error) {
 	return v, d.err
 }
 
-func (r reply) bool() (bool, error) {
+// Bool returns a value of the type b.
+func (r Reply) Bool() (bool, error) {
 	d, err := r.value("b")
 	if err != nil {
 		return false, err
@@ -315,7 +282,8 @@ func (r reply) bool() (bool, error) {
 	return v != 0, d.err
 }
 
-func (r reply) string() (string, error) {
+// Text returns a value of the type s.
+func (r Reply) Text() (string, error) {
 	d, err := r.value("s")
 	if err != nil {
 		return "", err
@@ -324,7 +292,8 @@ func (r reply) string() (string, error) {
 	return v, d.err
 }
 
-func (r reply) bytes() ([]byte, error) {
+// Bytes returns a copy of a value of the type ay.
+func (r Reply) Bytes() ([]byte, error) {
 	d, err := r.value("ay")
 	if err != nil {
 		return nil, err

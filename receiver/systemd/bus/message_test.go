@@ -1,4 +1,4 @@
-package systemd
+package bus
 
 import (
 	"bytes"
@@ -68,23 +68,25 @@ func parse(message []byte) (header, error) {
 	return parseHeader(message[:size:size])
 }
 
+const noUnit = "org.freedesktop.systemd1.NoSuchUnit"
+
 var byteOrders = []binary.ByteOrder{binary.LittleEndian, binary.BigEndian}
 
 func TestAppendGetIsWhatGodbusReads(t *testing.T) {
 	long := strings.Repeat("x", 255)
 	var buf []byte
-	var want []property
+	var want []Property
 	// Each length of each string, so that every padding occurs, one after the
 	// other in one buffer as in a batch.
 	for n := 1; n <= 9; n++ {
 		want = append(want,
-			property{"/" + long[:n], unitInterface, "Id"},
-			property{"/a", "a.b" + long[:n], "Id"},
-			property{"/a", "a.b", "I" + long[:n]})
+			Property{"/" + long[:n], UnitInterface, "Id"},
+			Property{"/a", "a.b" + long[:n], "Id"},
+			Property{"/a", "a.b", "I" + long[:n]})
 	}
 	want = append(want,
-		property{unitPath(long[:247] + ".service"), "org.freedesktop.systemd1.Service", "IPIngressBytes"},
-		property{unitPath(strings.Repeat("-", 247) + ".service"), "org.freedesktop.systemd1.Service", "IPIngressBytes"})
+		Property{"/org/freedesktop/systemd1/unit/" + long[:247] + "_2eservice", "org.freedesktop.systemd1.Service", "IPIngressBytes"},
+		Property{"/org/freedesktop/systemd1/unit/" + strings.Repeat("_2d", 247) + "_2eservice", "org.freedesktop.systemd1.Service", "IPIngressBytes"})
 	for i, p := range want {
 		buf = appendGet(buf, firstOwnSerial+uint32(i), p)
 	}
@@ -101,9 +103,9 @@ func TestAppendGetIsWhatGodbusReads(t *testing.T) {
 			t.Errorf("call %d is of type %v, flags %v, serial %d", i, m.Type, m.Flags, m.Serial())
 		}
 		for field, want := range map[dbus.HeaderField]any{
-			dbus.FieldPath:        dbus.ObjectPath(p.path),
-			dbus.FieldDestination: systemdName,
-			dbus.FieldInterface:   propertiesInterface,
+			dbus.FieldPath:        dbus.ObjectPath(p.Path),
+			dbus.FieldDestination: SystemdName,
+			dbus.FieldInterface:   PropertiesInterface,
 			dbus.FieldMember:      "Get",
 			dbus.FieldSignature:   dbus.SignatureOf("", ""),
 		} {
@@ -112,8 +114,8 @@ func TestAppendGetIsWhatGodbusReads(t *testing.T) {
 			}
 		}
 		var iface, name string
-		if err := dbus.Store(m.Body, &iface, &name); err != nil || iface != p.iface || name != p.name {
-			t.Errorf("call %d asks for %q of %q (%v), want %q of %q", i, name, iface, err, p.name, p.iface)
+		if err := dbus.Store(m.Body, &iface, &name); err != nil || iface != p.Interface || name != p.Name {
+			t.Errorf("call %d asks for %q of %q (%v), want %q of %q", i, name, iface, err, p.Name, p.Interface)
 		}
 	}
 	if in.Len() != 0 {
@@ -121,7 +123,7 @@ func TestAppendGetIsWhatGodbusReads(t *testing.T) {
 	}
 	// And our own parser agrees with our own encoder.
 	h, err := parse(appendGet(nil, 7, want[0]))
-	if err != nil || h.kind != dbus.TypeMethodCall || string(h.path) != want[0].path || string(h.member) != "Get" || h.isReply() {
+	if err != nil || h.kind != dbus.TypeMethodCall || string(h.path) != want[0].Path || string(h.member) != "Get" || h.isReply() {
 		t.Errorf("parsed as %+v, %v", h, err)
 	}
 }
@@ -133,22 +135,22 @@ func TestParseHeader(t *testing.T) {
 			if err != nil || !reply.isReply() || reply.replySerial != 0x81020304 || string(reply.signature) != "v" || reply.errorName != nil {
 				t.Errorf("reply parsed as %+v, %v", reply, err)
 			}
-			fault, err := parse(errorReply(t, order, 9, noUnitForInvocation))
-			if err != nil || !fault.isReply() || fault.replySerial != 9 || string(fault.errorName) != noUnitForInvocation {
+			fault, err := parse(errorReply(t, order, 9, noUnit))
+			if err != nil || !fault.isReply() || fault.replySerial != 9 || string(fault.errorName) != noUnit {
 				t.Errorf("error parsed as %+v, %v", fault, err)
 			}
 			signal, err := parse(encode(t, order, &dbus.Message{
 				Type: dbus.TypeSignal,
 				Headers: map[dbus.HeaderField]dbus.Variant{
 					dbus.FieldPath:      dbus.MakeVariant(dbus.ObjectPath("/org/freedesktop/systemd1")),
-					dbus.FieldInterface: dbus.MakeVariant(managerInterface),
+					dbus.FieldInterface: dbus.MakeVariant(ManagerInterface),
 					dbus.FieldMember:    dbus.MakeVariant("UnitNew"),
 					dbus.FieldUnixFDs:   dbus.MakeVariant(uint32(0)),
 				},
 				Body: []any{"a.service", dbus.ObjectPath("/a")},
 			}))
 			if err != nil || signal.isReply() || string(signal.path) != "/org/freedesktop/systemd1" ||
-				string(signal.iface) != managerInterface || string(signal.member) != "UnitNew" || string(signal.signature) != "so" {
+				string(signal.iface) != ManagerInterface || string(signal.member) != "UnitNew" || string(signal.signature) != "so" {
 				t.Errorf("signal parsed as %+v, %v", signal, err)
 			}
 			if d := (decoder{order: order, data: signal.body}); string(d.string()) != "a.service" || d.err != nil {
@@ -189,83 +191,33 @@ func TestParseHeaderRefuses(t *testing.T) {
 	}
 }
 
-// TestWanted: only what the inventory has a use for is shown to godbus, which is
-// slower, and panics at a NameLost without a body.
-func TestWanted(t *testing.T) {
-	const systemd, bus = "/org/freedesktop/systemd1", "org.freedesktop.DBus"
-	service := unitPath("a.service")
-	for _, test := range []struct {
-		path, iface, member string
-		body                []any
-		want                bool
-	}{
-		{systemd, managerInterface, "UnitNew", []any{"a.service", dbus.ObjectPath(service)}, true},
-		{systemd, managerInterface, "UnitNew", []any{"a.device", dbus.ObjectPath("/a")}, false},
-		{systemd, managerInterface, "UnitNew", []any{uint64(1)}, false},
-		{systemd, managerInterface, "UnitNew", nil, false},
-		{systemd, managerInterface, "UnitRemoved", []any{"a.scope", dbus.ObjectPath("/a")}, true},
-		{systemd, managerInterface, "UnitRemoved", []any{"a.timer", dbus.ObjectPath("/a")}, false},
-		{systemd, managerInterface, "Reloading", []any{true}, true},
-		{systemd, managerInterface, "JobNew", []any{uint32(1), dbus.ObjectPath("/a"), "a.service"}, false},
-		{systemd, managerInterface, "StartupFinished", []any{uint64(1)}, false},
-		{service, propertiesInterface, "PropertiesChanged", []any{unitInterface, map[string]dbus.Variant{}, []string{}}, true},
-		{service, propertiesInterface, "PropertiesChanged", []any{systemdName + ".Service", map[string]dbus.Variant{}, []string{}}, false},
-		{unitPath("a.device"), propertiesInterface, "PropertiesChanged", []any{unitInterface, map[string]dbus.Variant{}, []string{}}, false},
-		{service, propertiesInterface, "PropertiesChanged", []any{uint32(1)}, false},
-		{service, propertiesInterface, "PropertiesChanged", nil, false},
-		{"/" + strings.ReplaceAll(bus, ".", "/"), bus, "NameOwnerChanged", []any{systemdName, ":1.1", ""}, true},
-		{"/" + strings.ReplaceAll(bus, ".", "/"), bus, "NameAcquired", []any{":1.1"}, false},
-		{"/" + strings.ReplaceAll(bus, ".", "/"), bus, "NameLost", nil, false},
-		{"/a", "a.b", "C", []any{"a.service"}, false},
-	} {
-		for _, order := range byteOrders {
-			h, err := parse(encode(t, order, &dbus.Message{
-				Type: dbus.TypeSignal,
-				Headers: map[dbus.HeaderField]dbus.Variant{
-					dbus.FieldPath:      dbus.MakeVariant(dbus.ObjectPath(test.path)),
-					dbus.FieldInterface: dbus.MakeVariant(test.iface),
-					dbus.FieldMember:    dbus.MakeVariant(test.member),
-					dbus.FieldSender:    dbus.MakeVariant(bus),
-				},
-				Body: test.body,
-			}))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got := wanted(h); got != test.want {
-				t.Errorf("%s.%s of %s with %v is wanted: %v", test.iface, test.member, test.path, test.body, got)
-			}
-		}
-	}
-}
-
 func TestReplyValues(t *testing.T) {
 	id := []byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
 	for _, order := range byteOrders {
-		open := func(value any) reply {
+		open := func(value any) Reply {
 			h, err := parse(getReply(t, order, 1, value))
 			if err != nil {
 				t.Fatal(err)
 			}
-			return reply{order: h.order, errorName: h.errorName, signature: h.signature, body: h.body}
+			return Reply{order: h.order, ErrorName: h.errorName, signature: h.signature, body: h.body}
 		}
 		for _, v := range []uint64{0, 1, 1 << 32, math.MaxInt64, math.MaxInt64 + 1, math.MaxUint64} {
-			if got, err := open(v).uint64(); got != v || err != nil {
+			if got, err := open(v).Uint64(); got != v || err != nil {
 				t.Errorf("%v: %d read as %d, %v", order, v, got, err)
 			}
 		}
 		for _, v := range []bool{true, false} {
-			if got, err := open(v).bool(); got != v || err != nil {
+			if got, err := open(v).Bool(); got != v || err != nil {
 				t.Errorf("%v: %v read as %v, %v", order, v, got, err)
 			}
 		}
 		for _, v := range []string{"", "active", strings.Repeat("é", 5000)} {
-			if got, err := open(v).string(); got != v || err != nil {
+			if got, err := open(v).Text(); got != v || err != nil {
 				t.Errorf("%v: %q read as %q, %v", order, v, got, err)
 			}
 		}
 		for _, v := range [][]byte{{}, {7}, id} {
-			if got, err := open(v).bytes(); !bytes.Equal(got, v) || err != nil {
+			if got, err := open(v).Bytes(); !bytes.Equal(got, v) || err != nil {
 				t.Errorf("%v: %x read as %x, %v", order, v, got, err)
 			}
 		}
@@ -277,11 +229,11 @@ func TestReplyValues(t *testing.T) {
 			"o": dbus.ObjectPath("/a"), "g": dbus.SignatureOf(""), "as": []string{"1"}, "v": dbus.MakeVariant(uint64(1)),
 			"(tt)": struct{ A, B uint64 }{1, 2}, "a{sv}": map[string]dbus.Variant{"a": dbus.MakeVariant(uint64(1))},
 		}
-		readers := map[string]func(reply) error{
-			"t":  func(r reply) error { _, err := r.uint64(); return err },
-			"b":  func(r reply) error { _, err := r.bool(); return err },
-			"s":  func(r reply) error { _, err := r.string(); return err },
-			"ay": func(r reply) error { _, err := r.bytes(); return err },
+		readers := map[string]func(Reply) error{
+			"t":  func(r Reply) error { _, err := r.Uint64(); return err },
+			"b":  func(r Reply) error { _, err := r.Bool(); return err },
+			"s":  func(r Reply) error { _, err := r.Text(); return err },
+			"ay": func(r Reply) error { _, err := r.Bytes(); return err },
 		}
 		for kind, value := range values {
 			r := open(value)
@@ -309,22 +261,22 @@ func TestReplyRefuses(t *testing.T) {
 	}
 	le := binary.LittleEndian
 	for name, test := range map[string]struct {
-		reply reply
+		reply Reply
 		want  string
 	}{
-		"error reply":           {reply{order: le, errorName: []byte(noSuchUnit)}, noSuchUnit},
-		"empty body":            {reply{order: le, signature: []byte("v")}, "type"},
-		"no signature":          {reply{order: le, body: variant("t", 1, 0, 0, 0, 0, 0, 0, 0)}, "type"},
-		"plain uint64":          {reply{order: le, signature: []byte("t"), body: []byte{1, 0, 0, 0, 0, 0, 0, 0}}, "type"},
-		"two values":            {reply{order: le, signature: []byte("vv"), body: variant("t", 1, 0, 0, 0, 0, 0, 0, 0)}, "type"},
-		"cut off value":         {reply{order: le, signature: []byte("v"), body: variant("t", 1, 0, 0, 0, 0, 0, 0)}, "malformed"},
-		"cut off padding":       {reply{order: le, signature: []byte("v"), body: []byte{1, 't', 0, 0}}, "malformed"},
-		"cut off signature":     {reply{order: le, signature: []byte("v"), body: []byte{9, 't', 0}}, "type"},
-		"signature without end": {reply{order: le, signature: []byte("v"), body: []byte{1, 't', 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0}}, ""},
-		"not UTF-8 signature":   {reply{order: le, signature: []byte("v"), body: variant("\xff\xfe", 1, 0, 0, 0, 0, 0, 0, 0)}, "type"},
+		"error reply":           {Reply{order: le, ErrorName: []byte(noUnit)}, noUnit},
+		"empty body":            {Reply{order: le, signature: []byte("v")}, "type"},
+		"no signature":          {Reply{order: le, body: variant("t", 1, 0, 0, 0, 0, 0, 0, 0)}, "type"},
+		"plain uint64":          {Reply{order: le, signature: []byte("t"), body: []byte{1, 0, 0, 0, 0, 0, 0, 0}}, "type"},
+		"two values":            {Reply{order: le, signature: []byte("vv"), body: variant("t", 1, 0, 0, 0, 0, 0, 0, 0)}, "type"},
+		"cut off value":         {Reply{order: le, signature: []byte("v"), body: variant("t", 1, 0, 0, 0, 0, 0, 0)}, "malformed"},
+		"cut off padding":       {Reply{order: le, signature: []byte("v"), body: []byte{1, 't', 0, 0}}, "malformed"},
+		"cut off signature":     {Reply{order: le, signature: []byte("v"), body: []byte{9, 't', 0}}, "type"},
+		"signature without end": {Reply{order: le, signature: []byte("v"), body: []byte{1, 't', 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0}}, ""},
+		"not UTF-8 signature":   {Reply{order: le, signature: []byte("v"), body: variant("\xff\xfe", 1, 0, 0, 0, 0, 0, 0, 0)}, "type"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if v, err := test.reply.uint64(); err == nil || !strings.Contains(err.Error(), test.want) {
+			if v, err := test.reply.Uint64(); err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("read as %d, error %v; want an error with %q", v, err, test.want)
 			}
 		})
@@ -335,13 +287,13 @@ func TestReplyRefuses(t *testing.T) {
 	} {
 		// The value of an s begins at 4, not at 8.
 		body = append(body[:4:4], body[8:]...)
-		r := reply{order: le, signature: []byte("v"), body: body}
-		if v, err := r.string(); err == nil {
+		r := Reply{order: le, signature: []byte("v"), body: body}
+		if v, err := r.Text(); err == nil {
 			t.Errorf("%s: read as %q", name, v)
 		}
 	}
-	r := reply{order: le, signature: []byte("v"), body: []byte{2, 'a', 'y', 0, 255, 255, 255, 255, 1}}
-	if v, err := r.bytes(); err == nil {
+	r := Reply{order: le, signature: []byte("v"), body: []byte{2, 'a', 'y', 0, 255, 255, 255, 255, 1}}
+	if v, err := r.Bytes(); err == nil {
 		t.Errorf("array longer than the body: read as %x", v)
 	}
 }
@@ -352,8 +304,8 @@ func FuzzParseHeader(f *testing.F) {
 	for _, m := range [][]byte{
 		getReply(f, binary.LittleEndian, 1<<31, uint64(5)),
 		getReply(f, binary.BigEndian, 1<<31, []byte{1, 2}),
-		errorReply(f, binary.LittleEndian, 1<<31+1, noSuchUnit),
-		appendGet(nil, 7, property{"/a", "b.c", "d"}),
+		errorReply(f, binary.LittleEndian, 1<<31+1, noUnit),
+		appendGet(nil, 7, Property{"/a", "b.c", "d"}),
 	} {
 		order, err := byteOrder(m[0])
 		if err != nil {
@@ -377,12 +329,12 @@ func FuzzParseHeader(f *testing.F) {
 		if err != nil {
 			return
 		}
-		_ = wanted(h)
-		r := reply{order: h.order, errorName: h.errorName, signature: h.signature, body: h.body}
-		_, _ = r.uint64()
-		_, _ = r.bool()
-		_, _ = r.string()
-		_, _ = r.bytes()
+		_ = h.signal()
+		r := Reply{order: h.order, ErrorName: h.errorName, signature: h.signature, body: h.body}
+		_, _ = r.Uint64()
+		_, _ = r.Bool()
+		_, _ = r.Text()
+		_, _ = r.Bytes()
 
 		theirs, err := dbus.DecodeMessage(bytes.NewReader(m))
 		if err != nil {
@@ -447,20 +399,20 @@ func FuzzReply(f *testing.F) {
 	f.Add(false, []byte("v"), []byte{2, 'a', 'y', 0, 1, 0, 0, 0, 9})
 	f.Add(false, []byte("v"), []byte{1, 'b', 0, 0, 1, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, big bool, signature, body []byte) {
-		r := reply{order: binary.LittleEndian, signature: signature, body: body[:len(body):len(body)]}
+		r := Reply{order: binary.LittleEndian, signature: signature, body: body[:len(body):len(body)]}
 		if big {
 			r.order = binary.BigEndian
 		}
-		if v, err := r.uint64(); err == nil && (len(body) < 16 || r.order.Uint64(body[8:]) != v) {
+		if v, err := r.Uint64(); err == nil && (len(body) < 16 || r.order.Uint64(body[8:]) != v) {
 			t.Fatalf("read %d from %x", v, body)
 		}
-		if v, err := r.bool(); err == nil && (len(body) < 8 || (r.order.Uint32(body[4:]) != 0) != v) {
+		if v, err := r.Bool(); err == nil && (len(body) < 8 || (r.order.Uint32(body[4:]) != 0) != v) {
 			t.Fatalf("read %v from %x", v, body)
 		}
-		if v, err := r.string(); err == nil && !bytes.Contains(body, []byte(v)) {
+		if v, err := r.Text(); err == nil && !bytes.Contains(body, []byte(v)) {
 			t.Fatalf("read %q from %x", v, body)
 		}
-		if v, err := r.bytes(); err == nil && !bytes.Contains(body, v) {
+		if v, err := r.Bytes(); err == nil && !bytes.Contains(body, v) {
 			t.Fatalf("read %x from %x", v, body)
 		}
 	})

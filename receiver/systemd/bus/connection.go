@@ -1,4 +1,4 @@
-package systemd
+package bus
 
 import (
 	"bufio"
@@ -79,6 +79,7 @@ type connection struct {
 
 	wake chan struct{} // has a token when gets has something to do
 
+	wanted func(Signal) bool // see Config
 	// bus says that peers other than systemd can send messages here.
 	bus bool
 	// refused counts the messages that nobody asked for and that were skipped:
@@ -97,8 +98,8 @@ type connection struct {
 // round is one call of gets.
 type round struct {
 	size     int                // how many properties; 0 while there is no round
-	call     func(int) property // names them
-	done     func(int, reply)   // takes the replies
+	call     func(int) Property // names them
+	done     func(int, Reply)   // takes the replies
 	deadline time.Time          // of the writes; zero for none
 	first    uint32             // serial of call 0
 	sent     int                // calls sent so far
@@ -112,9 +113,9 @@ type stream interface {
 	SetWriteDeadline(time.Time) error
 }
 
-// property names one D-Bus property of one object.
-type property struct {
-	path, iface, name string
+// Property names one D-Bus property of one object.
+type Property struct {
+	Path, Interface, Name string
 }
 
 // dial connects to a D-Bus address of the unix kind and authenticates with
@@ -246,7 +247,7 @@ func (w *connection) Write(p []byte) (int, error) {
 	}
 	w.sending <- struct{}{}
 	defer func() { <-w.sending }()
-	if err := w.write(p, time.Now().Add(callTimeout)); err != nil {
+	if err := w.write(p, time.Now().Add(CallTimeout)); err != nil {
 		return 0, err
 	}
 	return len(p), nil
@@ -285,7 +286,7 @@ func (w *connection) Read(p []byte) (int, error) {
 			w.dispatch(h)
 		case h.kind == dbus.TypeSignal && w.bus && !w.genuine(h):
 			w.refused.Add(1)
-		case h.kind == dbus.TypeSignal && !wanted(h):
+		case h.kind == dbus.TypeSignal && !w.delivers(h):
 		default:
 			w.unread = w.message
 		}
@@ -295,6 +296,13 @@ func (w *connection) Read(p []byte) (int, error) {
 		w.unread = nil // or it would hold a long message until the next one
 	}
 	return n, nil
+}
+
+// delivers reports whether a signal goes on to godbus, which is slower, and panics at
+// a NameAcquired or NameLost without a body.
+func (w *connection) delivers(h header) bool {
+	s := h.signal()
+	return w.wanted != nil && (string(s.Interface) != BusInterface || string(s.Member) == "NameOwnerChanged") && w.wanted(s)
 }
 
 // Close ends the connection; sweeps in progress end with an error.
@@ -378,15 +386,15 @@ func (w *connection) nextOne() (h header, ok bool, err error) {
 func (w *connection) genuine(h header) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if string(h.iface) != busInterface {
+	if string(h.iface) != BusInterface {
 		return w.owner != "" && string(h.sender) == w.owner
 	}
-	if string(h.sender) != busInterface { // the bus has the name of its interface
+	if string(h.sender) != BusInterface { // the bus has the name of its interface
 		return false
 	}
 	if string(h.member) == "NameOwnerChanged" {
 		d := decoder{order: h.order, data: h.body}
-		if name, _, owner := d.string(), d.string(), d.string(); d.err == nil && string(name) == systemdName {
+		if name, _, owner := d.string(), d.string(), d.string(); d.err == nil && string(name) == SystemdName {
 			w.owner, w.named = string(owner), true
 		}
 	}
@@ -414,7 +422,7 @@ func (w *connection) dispatch(h header) {
 			return
 		}
 		r.answered[i] = true
-		r.done(int(i), reply{order: h.order, errorName: h.errorName, signature: h.signature, body: h.body})
+		r.done(int(i), Reply{order: h.order, ErrorName: h.errorName, signature: h.signature, body: h.body})
 		r.open--
 		w.inFlight--
 	case w.inFlight > r.open:
@@ -469,7 +477,7 @@ func (w *connection) wakeUp() {
 // arrival. Both are called from another goroutine as well, but never after gets
 // has returned. Calls of gets take turns. It ends early with ctx, or with the
 // connection.
-func (w *connection) gets(ctx context.Context, n int, call func(i int) property, done func(i int, r reply)) error {
+func (w *connection) gets(ctx context.Context, n int, call func(i int) Property, done func(i int, r Reply)) error {
 	select {
 	case w.turn <- struct{}{}:
 		defer func() { <-w.turn }()
