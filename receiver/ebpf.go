@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -311,25 +309,19 @@ func (m *meter) first(sweep *ebpf.Sweep, one *ebpf.Meter, now time.Time) *cgroup
 	return run
 }
 
-// slicesOf returns the slices with series in the path of a cgroup.
-func (m *meter) slicesOf(path string) []string {
+// slicesOf returns the slices with series at the beginning of a path.
+func (m *meter) slicesOf(path string) (names []string) {
 	if !m.slices {
 		return nil
 	}
-	names := slices.Collect(sliceNames(path))
-	return slices.DeleteFunc(append([]string{rootSlice}, names...), func(slice string) bool { return !m.metered(slice) })
-}
-
-// sliceNames yields the slices at the beginning of a path.
-func sliceNames(path string) iter.Seq[string] {
-	return func(yield func(string) bool) {
-		for component := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
-			name := strings.TrimPrefix(component, "_") // systemd's escape
-			if !strings.HasSuffix(name, ".slice") || !systemd.ValidUnitName(name) || !yield(name) {
-				return
-			}
+	for name := rootSlice; strings.HasSuffix(name, ".slice") && systemd.ValidUnitName(name); {
+		if m.metered(name) {
+			names = append(names, name)
 		}
+		name, path, _ = strings.Cut(strings.TrimPrefix(path, "/"), "/")
+		name = strings.TrimPrefix(name, "_") // systemd's escape
 	}
+	return names
 }
 
 // cgroupName is the unit of a cgroup. One that systemd does not manage has the first
