@@ -23,6 +23,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/exporter-toolkit/web"
+
 	"github.com/unitmeter/unitmeter/exporter"
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/store"
@@ -221,9 +223,34 @@ func (l *loader) finishService() {
 	l.cfg.ResourceAttributes["service.name"] = l.service
 }
 
-// finishPrometheus joins host and port.
+// finishPrometheus joins host and port, and checks the web configuration file
+// where there is a server for it.
 func (l *loader) finishPrometheus() {
 	l.cfg.Prometheus.Address = net.JoinHostPort(l.host, strconv.Itoa(l.port))
+	s, set := l.given["UNITMETER_PROMETHEUS_WEB_CONFIG"]
+	if !set {
+		return
+	}
+	if !slices.Contains(l.cfg.Exporters, "prometheus") {
+		l.warn(s.name + " has no effect without prometheus in OTEL_METRICS_EXPORTER")
+		return
+	}
+	path := l.credential(s)
+	if path == "" {
+		return
+	}
+	hint := hintFile
+	_, _, reason := readFile(path)
+	if reason == "" {
+		if err := web.Validate(path); err != nil {
+			reason = strings.ReplaceAll(err.Error(), "\n", " ")
+			hint = "write it as https://prometheus.io/docs/prometheus/latest/configuration/https/ says, and name files that the agent's user can read"
+		}
+	}
+	if reason != "" {
+		l.bad(s, reason, hint)
+	}
+	l.cfg.Prometheus.WebConfig = path
 }
 
 // finishReceiver gives the receiver what is said of other parts of the agent too.
@@ -236,8 +263,13 @@ func (l *loader) finishReceiver() {
 }
 
 // finishTimeouts keeps the sweep inside the time that the SDK's reader gives to
-// a whole collection.
+// a whole collection, and a default one inside the interval: where systemd hangs, each
+// cycle still has the agent's own metrics.
 func (l *loader) finishTimeouts() {
+	_, given := l.given["UNITMETER_SWEEP_TIMEOUT"]
+	if within := l.cfg.Interval / 10 * 9; !given && within > 0 {
+		l.cfg.Receiver.SweepTimeout = min(l.cfg.Receiver.SweepTimeout, within)
+	}
 	if l.cfg.ExportTimeout == 0 || l.cfg.Receiver.SweepTimeout < l.cfg.ExportTimeout { // 0: it was refused
 		return
 	}

@@ -36,14 +36,14 @@ func (l *loader) finishHeaders() {
 		}
 		return
 	}
-	if path := l.headersPath(); path != "" {
+	if path := l.credential(l.given[headersFile]); path != "" {
 		l.cfg.OTLP.Headers = newRenewed(l, func(l *loader) map[string]string { return l.readHeaders(path) }, path).get
 	}
 }
 
-// headersPath returns where the file is, or "" if it has reported a problem.
-func (l *loader) headersPath() string {
-	s := l.given[headersFile]
+// credential returns where a file is that may be a credential of systemd's, or ""
+// if it has reported a problem.
+func (l *loader) credential(s setting) string {
 	credentials := l.env["CREDENTIALS_DIRECTORY"]
 	switch {
 	case filepath.IsAbs(s.text):

@@ -84,6 +84,9 @@ func TestGoodInput(t *testing.T) {
 		{"HTTPS_PROXY=socks5://proxy:1080\nNO_PROXY=.example.com\nOTEL_EXPORTER_OTLP_ENDPOINT=https://c.example.com:4317", "OTLP.Endpoint=c.example.com:4317"},
 		{"HTTPS_PROXY=socks5://proxy:1080\nOTEL_EXPORTER_OTLP_ENDPOINT=unix:/run/otel.sock", "OTLP.Endpoint=unix:/run/otel.sock"},
 		{"https_proxy=socks5://proxy:1080", "OTLP.Endpoint=localhost:4317"},
+		{"https_proxy=http://proxy:1080\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:4317", "OTLP.ProxyVariable=https_proxy"},
+		{"HTTP_PROXY=http://proxy:1080\nHTTPS_PROXY=http://p:1\nOTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318", "OTLP.ProxyVariable=HTTP_PROXY"},
+		{"HTTPS_PROXY=http://proxy:1080\nNO_PROXY=.example.com\nOTEL_EXPORTER_OTLP_ENDPOINT=https://c.example.com:4317", "OTLP.ProxyVariable="},
 		{"HTTP_PROXY=https://proxy:3128\nOTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318", "OTLP.Endpoint=http://c:4318/v1/metrics"},
 		{"OTEL_SERVICE_NAME=  a b  ", "ResourceAttributes=map[service.name:a b]"},
 		{"OTEL_RESOURCE_ATTRIBUTES= a = 1%2C2 ,b=,c=x%3Dy=z", "ResourceAttributes=map[a:1,2 b: c:x=y=z]"},
@@ -93,6 +96,8 @@ func TestGoodInput(t *testing.T) {
 		{"OTEL_METRICS_EXPORTER=Console, prometheus,console", "Exporters=[console prometheus]"},
 		{"OTEL_METRICS_EXPORTER=none", "Exporters=[]"},
 		{"OTEL_METRIC_EXPORT_INTERVAL=2000\nOTEL_METRIC_EXPORT_TIMEOUT=1000", "Interval=2s ExportTimeout=1s Receiver.SweepTimeout=500ms"},
+		{"OTEL_METRIC_EXPORT_INTERVAL=1000", "Interval=1s Receiver.SweepTimeout=900ms"},
+		{"OTEL_METRIC_EXPORT_INTERVAL=1000\nUNITMETER_SWEEP_TIMEOUT=5s", "Interval=1s Receiver.SweepTimeout=5s"},
 		{"OTEL_METRIC_EXPORT_TIMEOUT=1000\nUNITMETER_SWEEP_TIMEOUT=999ms", "Receiver.SweepTimeout=999ms"},
 		{"OTEL_METRIC_EXPORT_INTERVAL=2147483647", "Interval=596h31m23.647s"},
 		// What only the SDK reads.

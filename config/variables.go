@@ -223,6 +223,11 @@ func (l *loader) export(c *Config) []entry {
 			Default: "9464",
 			Meaning: "The port of the Prometheus exporter. 0 is any free port.",
 		}, &l.port, 0, 65535),
+		{Variable: Variable{
+			Name:    "UNITMETER_PROMETHEUS_WEB_CONFIG",
+			Values:  "a path; one that is not absolute is below CREDENTIALS_DIRECTORY",
+			Meaning: "TLS and passwords of the Prometheus exporter: a web configuration file as Prometheus and its exporters have it. It, the certificate and the key may be renewed while the agent runs.",
+		}},
 		boolean(Variable{
 			Name:    "OTEL_GO_X_OBSERVABILITY",
 			Meaning: "Experimental in the SDK: its metrics about itself (otel.sdk.*).",
@@ -332,7 +337,7 @@ func (l *loader) units(c *Config) []entry {
 			Name:    "UNITMETER_BUS",
 			Values:  "auto, system, private, or a D-Bus address such as unix:path=/run/dbus/system_bus_socket",
 			Default: receiver.DefaultBus,
-			Meaning: "How to reach systemd. private is its own socket: for root only, and half the cost. auto takes it where it can.",
+			Meaning: "How to reach systemd. private is its own socket: for root only. auto is the system bus, with the private socket for large readings where it can be opened. With private, PID 1 grows for as long as the agent is stopped.",
 		}, parse: func(text string, bad report) { c.Receiver.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",
@@ -397,7 +402,7 @@ func (l *loader) units(c *Config) []entry {
 		duration(Variable{
 			Name:    "UNITMETER_SWEEP_TIMEOUT",
 			Default: receiver.DefaultSweepTimeout.String(),
-			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT; the default is lowered to half of that where needed.",
+			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT. The default is lowered where needed, to half of that and to nine tenths of OTEL_METRIC_EXPORT_INTERVAL. Units that are not reached in time come first in the next reading.",
 		}, &c.Receiver.SweepTimeout, 100*time.Millisecond, 10*time.Minute, false),
 		enum(Variable{
 			Name:    "UNITMETER_STOP_RECORDS",
@@ -459,7 +464,7 @@ func (l *loader) system(c *Config) []entry {
 		{Variable: Variable{
 			Name:    "CREDENTIALS_DIRECTORY",
 			Values:  "set by systemd for LoadCredential= and the like",
-			Meaning: "See UNITMETER_OTLP_HEADERS_FILE.",
+			Meaning: "See UNITMETER_OTLP_HEADERS_FILE and UNITMETER_PROMETHEUS_WEB_CONFIG.",
 		}},
 		{Variable: Variable{
 			Name:    "JOURNAL_STREAM",

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
@@ -91,8 +92,8 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 // knows when it transferred what its total says. The same goes for a series that
 // was given up over the limit of series and began anew under its name: its start
 // tells.
-func (d *Durable) samples(state ledger.State) []store.Sample {
-	samples := make([]store.Sample, 0, len(state.Series))
+func (d *Durable) samples(state ledger.State) []history.Sample {
+	samples := make([]history.Sample, 0, len(state.Series))
 	var began map[ledger.ID]bool // made when it is needed
 	for s := range state.All() {
 		if !s.Observed || s.Kind == ledger.Unattributed || s.Measure != ledger.Total {
@@ -120,7 +121,7 @@ func (d *Durable) samples(state ledger.State) []store.Sample {
 		if s.Kind == ledger.Overflow {
 			name = "(overflow)"
 		}
-		samples = append(samples, store.Sample{
+		samples = append(samples, history.Sample{
 			Unit: name, Time: s.Time, Interval: s.Time.Sub(prev.time),
 			Delta: amountsOf(s.Total).minus(prev.total),
 		})
@@ -221,6 +222,7 @@ func ledgerOf(state ledger.State) store.Ledger {
 		Series:   make([]store.Series, 0, len(state.Series)+1+3*len(state.Balances)),
 		Runs:     make([]store.Run, 0, len(state.Runs)),
 		Position: [2]string{state.Journal.Cursor, state.Journal.Boot},
+		Source:   state.Source,
 	}
 	keep(&kept, &state)
 	for i := range others {
@@ -311,7 +313,7 @@ func stateOf(kept store.Ledger) ledger.State {
 	var state ledger.State
 	for _, measure := range slices.Sorted(maps.Keys(byMeasure)) {
 		one := restored(byMeasure[measure], measure)
-		one.Time = kept.Time
+		one.Time, one.Source = kept.Time, kept.Source
 		if measure == ledger.Total {
 			state = one
 			state.Journal = ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}

@@ -64,7 +64,7 @@ func saved() ledger.State {
 		{Unit: "system.slice", Epoch: "b/system.slice", Boot: "b", Last: counters(6), Time: at(97)}, // only balanced
 		{Unit: `odd-\x20name.mount`, Overflow: true, Epoch: "", Boot: "", Time: at(97)},
 	}
-	s.Time, s.Journal = at(100), ledger.Position{Cursor: "s=1;i=2;b=3", Boot: "b"}
+	s.Time, s.Source, s.Journal = at(100), "ebpf", ledger.Position{Cursor: "s=1;i=2;b=3", Boot: "b"}
 	return s
 }
 
@@ -104,6 +104,7 @@ func TestStateOfUndoesLedgerOf(t *testing.T) {
 		"balances":       {Time: at(100), Balances: all.Balances},
 		"one balance":    {Time: at(100), Balances: all.Balances[1:]},
 		"runs":           {Time: at(100), Runs: all.Runs},
+		"source":         {Time: at(100), Source: all.Source},
 		"position":       {Journal: all.Journal},
 		"no stop so far": {Journal: ledger.Position{Boot: "b"}},
 		"apart":          apart(),

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/sdk/resource"
 )
 
 func TestConsole(t *testing.T) {
@@ -55,12 +56,16 @@ func scrape(t *testing.T, p *Prometheus) (int, string) {
 
 func TestPrometheusBesideTheExporter(t *testing.T) {
 	var log logged
-	p, err := NewPrometheus(t.Context(), PrometheusConfig{Address: "127.0.0.1:0", Logger: log.logger()})
+	h := &host{}
+	p, err := NewPrometheus(t.Context(), PrometheusConfig{
+		Address: "127.0.0.1:0", Source: h, Resource: resource.NewSchemaless(attribute.String("service.name", "unitmeter")),
+		Version: "1.2.3", Logger: log.logger(),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.Serve()
 	box := &memory{}
-	h := &host{}
 	exp, err := New(t.Context(), Config{Source: h, Outbox: box})
 	if err != nil {
 		t.Fatal(err)
@@ -73,6 +78,9 @@ func TestPrometheusBesideTheExporter(t *testing.T) {
 		`(?m)^systemd_unit_network_io_bytes_total\{[^}]*network_io_direction="transmit"[^}]*systemd_unit_name="a.service"[^}]*\} 10$`,
 		`(?m)^systemd_unit_network_packet_count_total\{[^}]*network_io_direction="receive"[^}]*\} 15$`,
 		`(?m)^target_info\{[^}]*service_name="unitmeter"`,
+		`(?m)^unitmeter_build_info\{[^}]*goversion="go1\.[^}]*version="1.2.3"\} 1$`,
+		`(?m)^process_resident_memory_bytes [1-9]`,
+		`(?m)^go_goroutines [1-9]`,
 	} {
 		if !regexp.MustCompile(want).MatchString(text) {
 			t.Errorf("status %d, no match for %s in\n%s", code, want, text)

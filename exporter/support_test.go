@@ -76,6 +76,9 @@ type host struct {
 
 func (h *host) Last() *receiver.Sweep { return h.sweep.Load() }
 
+// Sweep is the current one, of which no two scrapes are.
+func (h *host) Sweep(context.Context) *receiver.Sweep { return h.Last() }
+
 // meter makes the agent's pipeline with an hour between cycles, so that only
 // cycle makes any.
 func (h *host) meter(t testing.TB, exp sdkmetric.Exporter, readers ...sdkmetric.Reader) {

@@ -49,7 +49,7 @@ func BenchmarkObserve(b *testing.B) {
 	for _, series := range []int{10, 1000} {
 		b.Run(fmt.Sprintf("series=%d", series), func(b *testing.B) {
 			now := time.Now()
-			state := ledger.State{Time: now}
+			state := ledger.State{Time: now, Source: DBus}
 			for i := range series {
 				name := thousandName(i)
 				state.Series = append(state.Series, ledger.Series{ID: unitID(name), Total: ledgerAll(5), Start: now, Time: now})

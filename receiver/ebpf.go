@@ -343,30 +343,6 @@ func epochOf(boot, id string, born uint64) string {
 	return boot + "/cgroup/" + id + "/" + strconv.FormatUint(born, 10)
 }
 
-// cgroupEpoch reports whether an epoch was made by epochOf. Those of systemd are an
-// invocation id, or a boot id and a unit.
-func cgroupEpoch(epoch string) bool {
-	parts := strings.Split(epoch, "/")
-	return len(parts) == 4 && parts[1] == "cgroup"
-}
-
-// switchedTo reports whether a state has what another source counted.
-func switchedTo(source string, state ledger.State) bool {
-	if state.Time.IsZero() {
-		return false
-	}
-	cgroups := 0
-	for _, run := range state.Runs {
-		if cgroupEpoch(run.Epoch) {
-			cgroups++
-		}
-	}
-	if source == EBPF {
-		return cgroups == 0
-	}
-	return cgroups > 0
-}
-
 // measured are the counters of a measure.
 func measured(measure ledger.Measure, received, sent ebpf.Counters) ledger.Counters {
 	traffic := func(c *ebpf.Counters) ledger.Traffic {

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -331,11 +330,5 @@ func TestMeterRefuses(t *testing.T) {
 		if _, err := New(cfg); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
-	}
-	if moment := time.Now(); !switchedTo(EBPF, ledger.State{Time: moment, Runs: []ledger.Run{{Epoch: "boot/init.scope"}, {Epoch: id(1)}}}) ||
-		!switchedTo(DBus, ledger.State{Time: moment, Runs: []ledger.Run{{Epoch: epochOf("boot", "7", 9)}}}) ||
-		switchedTo(EBPF, ledger.State{Time: moment, Runs: []ledger.Run{{Epoch: epochOf("boot", "lost", 9)}}}) ||
-		switchedTo(EBPF, ledger.State{}) {
-		t.Error("the source of a state is not recognized")
 	}
 }

@@ -33,6 +33,8 @@ type insideReport struct {
 
 	Connections, Answered int // private
 
+	Start time.Time // starts
+
 	Sweeps               int // thousand
 	MissingByName        map[string]int
 	WrongByName          map[string]uint64
@@ -52,6 +54,8 @@ func runInside(mode string) int {
 		err = report.private(ctx)
 	case "thousand":
 		err = report.thousand(ctx)
+	case "starts":
+		err = report.starts(ctx)
 	case "relay":
 		err = relay()
 	default:
@@ -117,6 +121,28 @@ func privateSource(ctx context.Context) error {
 	return err
 }
 
+// starts reads when the series of one unit starts.
+func (report *insideReport) starts(ctx context.Context) error {
+	unit := os.Getenv("UNIT")
+	r, err := New(Config{Include: []string{unit}, HostName: "host", StopRecords: "off"})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = r.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	if err := r.Ready(ctx); err != nil {
+		return err
+	}
+	s, ok := r.Sweep(ctx).seriesOf(unit)
+	if !ok {
+		return fmt.Errorf("%s has no series", unit)
+	}
+	report.Start = s.Start
+	return nil
+}
+
 // private makes 500 connections to PID 1's own socket, one after the other.
 // Each must get the answer to its first call: PID 1 does not look at a call
 // that arrives together with the handshake.
@@ -174,29 +200,36 @@ func relay() error {
 	}
 }
 
-// buses runs a test over the system bus and over PID 1's private socket.
-func buses(t *testing.T, test func(t *testing.T, rig *systemdtest.Rig, bus string)) {
+// buses runs a test over the system bus, and as an agent of root uses it: signals over
+// the bus, sweeps over PID 1's private socket.
+func buses(t *testing.T, test func(t *testing.T, rig *systemdtest.Rig, at Config)) {
 	rig := theRig(t)
-	t.Run("system bus", func(t *testing.T) { test(t, rig, rig.SystemBus()) })
-	t.Run("private socket", func(t *testing.T) {
-		if _, err := os.Stat(rig.Path(relayAddress)); err != nil {
-			exe, err := os.Executable()
-			if err != nil {
-				t.Fatal(err)
-			}
-			cmd := rig.Command(context.Background(), exe)
-			cmd.Env = append(cmd.Env, insideMode+"=relay")
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			go func() { _ = cmd.Wait() }() // it ends with the rig
-		}
-		systemdtest.Eventually(t, "the relay listens", func() bool {
-			_, err := os.Stat(rig.Path(relayAddress))
-			return err == nil
-		})
-		test(t, rig, "unix:path="+rig.Path(relayAddress))
+	t.Run("system bus", func(t *testing.T) { test(t, rig, Config{Bus: rig.SystemBus()}) })
+	t.Run("both", func(t *testing.T) {
+		test(t, rig, Config{Bus: "auto", SystemBus: rig.SystemBus(), privateSocket: privateSocket(t, rig), privateFrom: 1})
 	})
+}
+
+// privateSocket returns an address of PID 1's private socket for tests outside.
+func privateSocket(t *testing.T, rig *systemdtest.Rig) string {
+	t.Helper()
+	if _, err := os.Stat(rig.Path(relayAddress)); err != nil {
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := rig.Command(context.Background(), exe)
+		cmd.Env = append(cmd.Env, insideMode+"=relay")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		go func() { _ = cmd.Wait() }() // it ends with the rig
+	}
+	systemdtest.Eventually(t, "the relay listens", func() bool {
+		_, err := os.Stat(rig.Path(relayAddress))
+		return err == nil
+	})
+	return "unix:path=" + rig.Path(relayAddress)
 }
 
 // thousandUnits is how many units the test of the same name has.

@@ -3,7 +3,6 @@ package receiver
 import (
 	"context"
 	"fmt"
-	"maps"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
@@ -66,6 +65,7 @@ func Instruments() []Instrument {
 		{"unitmeter.sweep.partial", "observable counter", "{sweep}", "Readings of all units that a deadline or an error cut short.", host},
 		{"unitmeter.dbus.errors", "observable counter", "{error}", "D-Bus calls that failed or had an invalid reply.", host},
 		{"unitmeter.dbus.signals.refused", "observable counter", "{signal}", "D-Bus signals that were dropped: not sent by systemd, or longer than any of its signals.", host},
+		{"unitmeter.dbus.signals.dropped", "observable counter", "{signal}", "D-Bus signals of systemd that were dropped because too many came at once. The units are listed again instead.", host},
 		{"unitmeter.dbus.reconnects", "observable counter", "{attempt}", "Attempts to connect to systemd again.", host},
 		{"unitmeter.systemd.reloads", "observable counter", "{reload}", "Reloads and re-executions of systemd. At each, systemd fails to count some traffic.", append([]string{"unitmeter.reload.type"}, host...)},
 		{"unitmeter.systemd.reload.duration", "observable counter", "s", "Duration of all reloads and re-executions of systemd, generators included. systemd counts no traffic meanwhile.", host},
@@ -77,7 +77,7 @@ func Instruments() []Instrument {
 }
 
 // Register makes the instruments on meter and the one callback that observes
-// them all: each collection is one sweep. The callback never returns an error,
+// them all: each collection is one sweep, or that of OfSweep. The callback never returns an error,
 // since the SDK drops the whole collection for one.
 func (r *Receiver) Register(meter metric.Meter) error {
 	counters, seconds := map[string]metric.Int64Observable{}, map[string]metric.Float64Observable{}
@@ -103,7 +103,10 @@ func (r *Receiver) Register(meter metric.Meter) error {
 	plain := metric.WithAttributes(host)
 
 	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
-		sweep := r.Sweep(ctx)
+		sweep, given := ctx.Value(sweepKey{}).(*Sweep)
+		if !given {
+			sweep = r.Sweep(ctx)
+		}
 		for s, attrs := range sweep.All() {
 			if s.Observed && attrs.Bytes != "" {
 				o.ObserveInt64(counters[attrs.Bytes], int64(s.Total.Received.Bytes), attrs.receive...)
@@ -121,11 +124,20 @@ func (r *Receiver) Register(meter metric.Meter) error {
 		if r.systemd == nil {
 			return nil
 		}
+		h := r.systemd.Health()
+		for name, n := range map[string]int64{
+			"unitmeter.dbus.errors":          h.Errors,
+			"unitmeter.dbus.signals.refused": h.Refused,
+			"unitmeter.dbus.signals.dropped": h.Dropped,
+			"unitmeter.dbus.reconnects":      h.Reconnects,
+			"unitmeter.units.skipped":        h.BadNames,
+		} {
+			o.ObserveInt64(counters[name], n, plain)
+		}
 		states, counts := r.systemd.States()
 		for i, state := range states {
 			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
 		}
-		h := r.systemd.Health()
 		o.ObserveFloat64(seconds["unitmeter.systemd.reload.duration"], h.Reloading.Seconds(), plain)
 		for kind, n := range map[string]int64{"reload": h.Reloads, "reexec": h.Reexecs} {
 			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
@@ -138,8 +150,8 @@ func (r *Receiver) Register(meter metric.Meter) error {
 	return nil
 }
 
-// counts returns the values of the instruments that have one point each. Most are
-// about the connection to systemd.
+// counts returns the values of the instruments that have one point each, but for
+// those about the connection to systemd.
 func (r *Receiver) counts() map[string]int64 {
 	r.mu.Lock()
 	series := 0
@@ -150,24 +162,15 @@ func (r *Receiver) counts() map[string]int64 {
 		"unitmeter.series":        int64(series),
 		"unitmeter.sweep.partial": r.partial,
 	}
-	resets, missed := r.ledger.Resets(), r.ledger.Missed()
+	if r.systemd != nil {
+		counts["unitmeter.counter.resets"], counts["unitmeter.runs.missed"] = r.ledger.Resets(), r.ledger.Missed()
+	}
 	r.mu.Unlock()
-	if r.systemd == nil {
-		return counts
+	switch {
+	case r.journal != nil:
+		counts["unitmeter.journal.errors"] = r.journal.Bad()
+	case r.systemd != nil:
+		counts["unitmeter.journal.errors"] = 0
 	}
-	h := r.systemd.Health()
-	var badRecords int64
-	if r.journal != nil {
-		badRecords = r.journal.Bad()
-	}
-	maps.Copy(counts, map[string]int64{
-		"unitmeter.dbus.errors":          h.Errors,
-		"unitmeter.dbus.signals.refused": h.Refused,
-		"unitmeter.dbus.reconnects":      h.Reconnects,
-		"unitmeter.counter.resets":       resets,
-		"unitmeter.runs.missed":          missed,
-		"unitmeter.journal.errors":       badRecords,
-		"unitmeter.units.skipped":        h.BadNames,
-	})
 	return counts
 }

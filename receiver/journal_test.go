@@ -148,7 +148,7 @@ func TestEarlierBootInParts(t *testing.T) {
 	earlier := strings.ReplaceAll(earlierBootID, "-", "")
 	a, b := strings.Repeat("a", 32), strings.Repeat("b", 32)
 	state := ledger.State{
-		Time: began, Journal: ledger.Position{Cursor: "c0", Boot: earlier},
+		Time: began, Source: DBus, Journal: ledger.Position{Cursor: "c0", Boot: earlier},
 		Series: []ledger.Series{
 			{ID: unitID("a.service"), Total: ledgerAll(5), Start: began.Add(-time.Hour), Time: began},
 			{ID: unitID("b.service"), Total: ledgerAll(50), Start: began.Add(-time.Hour), Time: began},

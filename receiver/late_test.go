@@ -100,7 +100,7 @@ func TestLateGrowth(t *testing.T) {
 func TestIdleFold(t *testing.T) {
 	long := time.Now().Add(-3 * time.Hour)
 	const fold = "run-*.service"
-	r, err := New(Config{HostName: "host", State: ledger.State{Time: long, Series: []ledger.Series{
+	r, err := New(Config{HostName: "host", State: ledger.State{Time: long, Source: DBus, Series: []ledger.Series{
 		{ID: unitID(fold), Total: ledgerAll(7), Start: long.Add(-time.Hour), Time: long},
 	}}})
 	if err != nil {

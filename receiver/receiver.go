@@ -82,6 +82,10 @@ type Config struct {
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
 
+	// privateSocket and privateFrom are PrivateSocket and PrivateFrom of systemd.Config.
+	// Tests set them.
+	privateSocket string
+	privateFrom   int
 	// journalctl is the command and its first arguments. Tests set it.
 	journalctl   []string
 	journalProbe time.Duration
@@ -117,8 +121,8 @@ type Receiver struct {
 	// selection is by the units' own names, as far as they are known.
 	selection atomic.Pointer[Selection]
 
-	// sweeping is held for the length of a sweep; last is its result.
-	sweeping sync.Mutex
+	sweeping sync.Mutex // guards shared
+	shared   *shared    // the sweep under way; nil: none
 	last     atomic.Pointer[Sweep]
 
 	// mu guards what follows. It is held for arithmetic only. The source calls in
@@ -173,7 +177,7 @@ func New(cfg Config) (*Receiver, error) {
 			pattern := r.selection.Load().Fold.Match(unit)
 			return pattern, pattern != ""
 		},
-		Boot: cfg.BootID, Began: time.Now(), State: cfg.State, Switched: switchedTo(r.cfg.Source, cfg.State),
+		Boot: cfg.BootID, Began: time.Now(), Source: r.cfg.Source, State: cfg.State,
 	}
 	r.newLedgers(keeping)
 	r.cfg.State = ledger.State{} // it may be large
@@ -181,7 +185,8 @@ func New(cfg Config) (*Receiver, error) {
 		r.source, r.meter = counting, counting
 	} else {
 		r.systemd = systemd.New(systemd.Config{
-			Bus: cfg.Bus, SystemBus: cfg.SystemBus, Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
+			Bus: cfg.Bus, SystemBus: cfg.SystemBus, PrivateSocket: cfg.privateSocket, PrivateFrom: cfg.privateFrom,
+			Types: cfg.Types, Metered: metered, Balanced: ledger.TopSlice,
 			Names: selection.Names(), Named: func(own map[string]string) {
 				named := selection.Named(own)
 				r.selection.Store(&named)
@@ -216,10 +221,9 @@ func (r *Receiver) newLedgers(cfg ledger.Config) {
 	r.ledger = ledger.New(cfg)
 	for _, measure := range r.cfg.measures() {
 		i := slices.IndexFunc(state.Others, func(other ledger.State) bool { return other.Measure == measure })
-		if cfg.Measure = measure; i < 0 {
-			cfg.State, cfg.Switched = ledger.State{Time: state.Time}, true
-		} else {
-			cfg.State, cfg.Switched = state.Others[i], false
+		cfg.Measure, cfg.State = measure, ledger.State{Time: state.Time} // as if of another source
+		if i >= 0 {
+			cfg.State = state.Others[i]
 		}
 		r.others = append(r.others, otherLedger{measure, ledger.New(cfg)})
 	}
@@ -357,6 +361,14 @@ func (r *Receiver) Ready(ctx context.Context) error {
 		return nil
 	}
 	return r.systemd.Ready(ctx)
+}
+
+// Progress returns a number that grows while the state of units is being read.
+func (r *Receiver) Progress() int64 {
+	if r.systemd == nil {
+		return 0
+	}
+	return r.systemd.Progress()
 }
 
 // Last returns the result of the last sweep, or nil before the first.

@@ -3,6 +3,8 @@ package receiver
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -119,10 +121,18 @@ func systemdVersion(t testing.TB, rig *systemdtest.Rig) int {
 
 func TestRigTotals(t *testing.T) { buses(t, rigTotals) }
 
-func rigTotals(t *testing.T, rig *systemdtest.Rig, bus string) {
+// TestRigPrivateSocketAlone: the same and more with nothing but PID 1's own socket.
+func TestRigPrivateSocketAlone(t *testing.T) {
+	rig := theRig(t)
+	at := Config{Bus: privateSocket(t, rig)}
+	t.Run("totals", func(t *testing.T) { rigTotals(t, rig, at) })
+	t.Run("reload and re-execution", func(t *testing.T) { rigReloadAndReexec(t, rig, at) })
+}
+
+func rigTotals(t *testing.T, rig *systemdtest.Rig, at Config) {
 	talker(t, rig, "totals.service")
 	talk(t, rig, "totals.service", 7)
-	r, _ := start(t, Config{Bus: bus})
+	r, _ := start(t, at)
 	want(t, r.Sweep(t.Context()), "totals.service", sent(7))
 	talk(t, rig, "totals.service", 20)
 	s := want(t, r.Sweep(t.Context()), "totals.service", sent(27))
@@ -141,9 +151,9 @@ func rigTotals(t *testing.T, rig *systemdtest.Rig, bus string) {
 
 func TestRigRestart(t *testing.T) { buses(t, rigRestart) }
 
-func rigRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
+func rigRestart(t *testing.T, rig *systemdtest.Rig, at Config) {
 	talker(t, rig, "restart.service")
-	r, _ := start(t, Config{Bus: bus})
+	r, _ := start(t, at)
 	total := 0
 	var first time.Time
 	for i := range 4 {
@@ -169,9 +179,9 @@ func rigRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
 // invocation id, while the timestamps have moved already.
 func TestRigAutoRestart(t *testing.T) { buses(t, rigAutoRestart) }
 
-func rigAutoRestart(t *testing.T, rig *systemdtest.Rig, bus string) {
+func rigAutoRestart(t *testing.T, rig *systemdtest.Rig, at Config) {
 	talker(t, rig, "auto.service", "Restart=always", "RestartSec=5s", "StartLimitIntervalSec=0")
-	r, _ := start(t, Config{Bus: bus})
+	r, _ := start(t, at)
 	total := 0
 	var first time.Time
 	for i := range 3 {
@@ -223,12 +233,12 @@ func TestRigFirstSeenInAutoRestart(t *testing.T) {
 
 func TestRigRestartModeDirect(t *testing.T) { buses(t, rigRestartModeDirect) }
 
-func rigRestartModeDirect(t *testing.T, rig *systemdtest.Rig, bus string) {
+func rigRestartModeDirect(t *testing.T, rig *systemdtest.Rig, at Config) {
 	if v := systemdVersion(t, rig); v < 254 {
 		t.Skipf("RestartMode=direct came with systemd 254; this is %d", v)
 	}
 	talker(t, rig, "direct.service", "Restart=always", "RestartMode=direct", "RestartSec=100ms", "StartLimitIntervalSec=0")
-	r, _ := start(t, Config{Bus: bus})
+	r, _ := start(t, at)
 	total := 0
 	var first time.Time
 	for range 3 {
@@ -248,7 +258,7 @@ func rigRestartModeDirect(t *testing.T, rig *systemdtest.Rig, bus string) {
 	// Seen for the first time now, the run begins after the one before.
 	again := time.Now()
 	talk(t, rig, "direct.service", 1)
-	late, _ := start(t, Config{Bus: bus})
+	late, _ := start(t, at)
 	s := want(t, late.Sweep(t.Context()), "direct.service", sent(1))
 	if s.Start.After(again) || !s.Start.After(first) {
 		t.Errorf("the fourth run starts at %v; the first did at %v, and the fourth sent after %v", s.Start, first, again)
@@ -257,9 +267,9 @@ func rigRestartModeDirect(t *testing.T, rig *systemdtest.Rig, bus string) {
 
 func TestRigAccountingSwitched(t *testing.T) { buses(t, rigAccountingSwitched) }
 
-func rigAccountingSwitched(t *testing.T, rig *systemdtest.Rig, bus string) {
+func rigAccountingSwitched(t *testing.T, rig *systemdtest.Rig, at Config) {
 	talker(t, rig, "switched.service")
-	r, _ := start(t, Config{Bus: bus})
+	r, _ := start(t, at)
 	set := func(value string) {
 		t.Helper()
 		rig.Run(t, "systemctl", "set-property", "--runtime", "switched.service", "IPAccounting="+value)
@@ -482,10 +492,10 @@ func TestRigUnitTypes(t *testing.T) {
 
 func TestRigReloadAndReexec(t *testing.T) { buses(t, rigReloadAndReexec) }
 
-func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, bus string) {
+func rigReloadAndReexec(t *testing.T, rig *systemdtest.Rig, at Config) {
 	talker(t, rig, "calm.service")
 	talker(t, rig, "idle.service")
-	r, l := start(t, Config{Bus: bus})
+	r, l := start(t, at)
 	v := systemdVersion(t, rig)
 	forgetful := v == 256 || v == 257 // systemd#38112
 	talk(t, rig, "idle.service", 3)
@@ -621,3 +631,42 @@ func TestRigThousandUnits(t *testing.T) {
 		t.Errorf("it logged:\n%s", report.Logs)
 	}
 }
+
+// TestRigBusComesLater: an agent of root that began without a bus takes it as soon as
+// it can be had, so that PID 1 keeps no signals for it.
+func TestRigBusComesLater(t *testing.T) {
+	rig := theRig(t)
+	talker(t, rig, "later.service")
+	address := filepath.Join(t.TempDir(), "bus")
+	metered := func(unit string) bool { return unit == "later.service" }
+	l := &logs{}
+	source := systemd.New(systemd.Config{
+		Bus: "auto", SystemBus: "unix:path=" + address, PrivateSocket: privateSocket(t, rig), PrivateFrom: 1,
+		Types: []string{"service"}, Metered: metered, Balanced: func(string) bool { return false },
+		RelistEvery: 50 * time.Millisecond, Sink: discard{}, Logger: newLogger(l),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = source.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	if err := source.Ready(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(strings.TrimPrefix(rig.SystemBus(), "unix:path="), address); err != nil {
+		t.Fatal(err)
+	}
+	systemdtest.Eventually(t, "it has moved to the bus", func() bool { return strings.Contains(l.String(), "found systemd again") })
+	if err := source.Read(ctx); err != nil {
+		t.Error(err)
+	}
+	if n := source.Health().Reconnects; n != 1 {
+		t.Errorf("%d connections were lost", n)
+	}
+}
+
+// discard is a Sink that takes nothing.
+type discard struct{}
+
+func (discard) Credit(systemd.Reading) bool  { return false }
+func (discard) Restart(string, time.Time)    {}
+func (discard) Place(string, string, string) {}

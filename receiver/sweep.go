@@ -65,20 +65,94 @@ func (s *Sweep) All() iter.Seq2[*ledger.Series, *Attributes] {
 	}
 }
 
+// shared is a sweep under way and the calls of Sweep that wait for it.
+type shared struct {
+	began time.Time
+	done  chan struct{} // closed when result is set
+	// result is the sweep, once done is closed.
+	result *Sweep
+	// waiting counts the calls; the last to give up calls stop. The Receiver's
+	// sweeping guards both.
+	waiting int
+	stop    context.CancelFunc
+}
+
 // Sweep reads the counters of all metered units and returns the result. It
 // takes no longer than Config.SweepTimeout, and less if ctx ends before: what was
 // not read by then has no point in this sweep, and is complete in the next one.
-// A call during a sweep waits for it and returns its result.
+//
+// Calls that come together share one sweep, which lasts as long as one of them
+// waits for it. A call whose ctx ends before the others' gets a sweep without
+// series, since nobody may cut short what others wait for.
 func (r *Receiver) Sweep(ctx context.Context) *Sweep {
-	before := r.last.Load()
+	began := time.Now()
+	for {
+		s, joined := r.join(ctx)
+		if joined {
+			return r.wait(ctx, s)
+		}
+		// It is being cut short: this call wants a whole one.
+		select {
+		case <-s.done:
+		case <-ctx.Done():
+			return unread(began)
+		}
+	}
+}
+
+// unread is the sweep of a call that did not see the end of one.
+func unread(began time.Time) *Sweep {
+	now := time.Now()
+	return &Sweep{Time: now, Duration: now.Sub(began), Partial: true}
+}
+
+// join returns the sweep under way, or begins one. Where that is being cut short,
+// joined is false.
+func (r *Receiver) join(ctx context.Context) (s *shared, joined bool) {
 	r.sweeping.Lock()
 	defer r.sweeping.Unlock()
-	if last := r.last.Load(); last != before {
-		return last
+	if s := r.shared; s != nil {
+		if s.waiting == 0 {
+			return s, false
+		}
+		s.waiting++
+		return s, true
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.SweepTimeout)
-	defer cancel()
-	began := time.Now()
+	running, stop := context.WithTimeout(context.WithoutCancel(ctx), r.cfg.SweepTimeout)
+	s = &shared{began: time.Now(), done: make(chan struct{}), waiting: 1, stop: stop}
+	r.shared = s
+	go func() { // until SweepTimeout at the latest; the last call that waits sees its end
+		defer stop()
+		result := r.sweep(running, s.began)
+		r.sweeping.Lock()
+		s.result, r.shared = result, nil
+		r.sweeping.Unlock()
+		close(s.done)
+	}()
+	return s, true
+}
+
+// wait returns the result of s, or less if ctx ends before.
+func (r *Receiver) wait(ctx context.Context, s *shared) *Sweep {
+	select {
+	case <-s.done:
+		return s.result
+	case <-ctx.Done():
+	}
+	r.sweeping.Lock()
+	s.waiting--
+	last := s.waiting == 0
+	r.sweeping.Unlock()
+	if !last {
+		return unread(s.began)
+	}
+	s.stop()
+	<-s.done
+	return s.result
+}
+
+// sweep reads all units. Only one is under way at a time.
+func (r *Receiver) sweep(ctx context.Context, began time.Time) *Sweep {
 	if r.journal != nil && r.systemd.Listed() {
 		r.journal.Located(ctx)
 	}
@@ -105,6 +179,15 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	sweep := r.finish(began, err != nil)
 	r.last.Store(sweep)
 	return sweep
+}
+
+// sweepKey is the key of OfSweep.
+type sweepKey struct{}
+
+// OfSweep returns a context for a collection that observes a given sweep. Without
+// it, each collection makes one of its own.
+func OfSweep(ctx context.Context, s *Sweep) context.Context {
+	return context.WithValue(ctx, sweepKey{}, s)
 }
 
 // finish ends a sweep and returns the result.

@@ -24,8 +24,6 @@ import (
 )
 
 const (
-	// managerTimeout bounds one command's talk with systemd.
-	managerTimeout = 30 * time.Second
 	// settleTimeout is how long systemd may take to attach the counting
 	// programs after the setting has changed.
 	settleTimeout = 3 * time.Second
@@ -37,7 +35,7 @@ const (
 type selection struct {
 	names                              []string
 	all, lost, byDefault, runtime, dry bool
-	ebpf                               bool
+	ebpf, rearm, follow, reset         bool
 }
 
 // enable switches IP accounting on. It needs root, or polkit's manage-units.
@@ -57,8 +55,6 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, managerTimeout)
-	defer cancel()
 	if s.ebpf && s.dry {
 		return switchSource(ctx, t, on, s.dry)
 	}
@@ -66,7 +62,11 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if err != nil {
 		return err
 	}
-	m, err := accounting.Connect(ctx, cfg.Receiver.Addresses()...)
+	connect := accounting.Connect
+	if s.follow {
+		connect = accounting.Follow
+	}
+	m, err := connect(ctx, cfg.Receiver.Addresses()...)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
@@ -78,6 +78,12 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	switch {
 	case s.ebpf:
 		return switchSource(ctx, t, on, s.dry)
+	case s.rearm:
+		return switchRearm(ctx, t, on, s.dry)
+	case s.reset:
+		return reset(ctx, t, s.dry)
+	case s.follow:
+		return w.follow(ctx, cfg.Receiver)
 	case s.byDefault:
 		return w.setDefault(ctx)
 	}
@@ -90,16 +96,20 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 
 // parseSelection reads the command line.
 func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err error) {
-	choices := "names of units, or one of --all, --default and --ebpf"
+	choices := "names of units, or one of --all, --default, --ebpf, --rearm and --reset"
 	if on {
-		choices = "names of units, or one of --all, --lost, --default and --ebpf"
+		choices = "names of units, or one of --all, --lost, --default, --ebpf and --rearm"
 		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting off, and lost ones")
 		flags.BoolVar(&s.lost, "lost", false, "the units whose counters systemd has lost")
 		flags.BoolVar(&s.byDefault, "default", false, "all units, future ones too: set DefaultIPAccounting=yes and reload systemd")
+		flags.BoolVar(&s.follow, "follow", false, "with --lost: now and after each reload of systemd, until stopped")
+		flags.BoolVar(&s.rearm, "rearm", false, "no unit: let unitmeter-rearm.service do what --lost --follow does")
 		flags.BoolVar(&s.ebpf, "ebpf", false, "no unit: let unitmeter.service count all units by its own eBPF program, and restart it")
 	} else {
 		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting on")
 		flags.BoolVar(&s.byDefault, "default", false, "undo \"enable --default\", and reload systemd")
+		flags.BoolVar(&s.rearm, "rearm", false, "undo \"enable --rearm\"")
+		flags.BoolVar(&s.reset, "reset", false, "undo all that enable and systemctl set-property IPAccounting= ever switched, and reload systemd")
 		flags.BoolVar(&s.ebpf, "ebpf", false, "undo \"enable --ebpf\", and restart unitmeter.service")
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
@@ -110,13 +120,16 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 	}
 	s.names = patterns.Texts()
 	ways := 0
-	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf} {
+	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf, s.rearm, s.reset} {
 		if given {
 			ways++
 		}
 	}
-	if s.ebpf && s.runtime {
-		return s, usageError{errors.New("--runtime does not go with --ebpf, which is for good")}
+	if (s.ebpf || s.rearm || s.reset) && s.runtime {
+		return s, usageError{errors.New("--runtime does not go with --ebpf, --rearm and --reset, which are for good")}
+	}
+	if s.follow && (!s.lost || s.dry) {
+		return s, usageError{errors.New("--follow goes with --lost only")}
 	}
 	if ways != 1 {
 		return s, usageError{fmt.Errorf("want %s; see \"unitmeter help %s\"", choices, flags.Name())}
@@ -142,6 +155,12 @@ func (w *switcher) onHost() string {
 		return "rm /etc/systemd/" + defaultFile + " && systemctl daemon-reload"
 	case w.ebpf:
 		return "unitmeter " + w.verb + " --ebpf"
+	case w.rearm:
+		return "unitmeter " + w.verb + " --rearm"
+	case w.reset:
+		return "unitmeter disable --reset"
+	case w.lost:
+		return "unitmeter enable --lost"
 	case len(w.names) == 0:
 		return "unitmeter " + w.verb + " --all"
 	}

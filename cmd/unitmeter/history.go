@@ -19,16 +19,18 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
-func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
+func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	since := flags.String("since", "24h", "begin: a duration ago (90m, 24h, 7d), a day (2026-11-23) or a time (2026-11-23T14:00)")
 	until := flags.String("until", "0s", "end, in the same forms")
 	step := flags.String("step", "", "one row for each step of this length (1m, 1h, 1d); default: one row for each unit")
 	asJSON := flags.Bool("json", false, "print JSON")
 	asCSV := flags.Bool("csv", false, "print comma-separated values")
 	quarantined := flags.Bool("quarantined", false, "list the requests that the Collector refused")
+	retry := flags.Bool("retry", false, "with --quarantined: have the agent send those requests again")
 	units, err := parse(t, flags, -1)
 	if err != nil {
 		return err
@@ -36,8 +38,11 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if *asJSON && *asCSV {
 		return usageError{errors.New("--json and --csv exclude each other; give one of them")}
 	}
-	if *quarantined && (flags.NFlag() > 1 || len(units) > 0) {
-		return usageError{errors.New("--quarantined takes no other argument; give it alone")}
+	if *retry && !*quarantined {
+		return usageError{errors.New("--retry is for refused requests; give it with --quarantined")}
+	}
+	if others := flags.NFlag() > 1 && !*retry || flags.NFlag() > 2; *quarantined && (others || len(units) > 0) {
+		return usageError{errors.New("--quarantined takes no other argument than --retry; give it alone")}
 	}
 	query, err := parseQuery(*since, *until, *step, units)
 	if err != nil {
@@ -49,6 +54,9 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	}
 	if cfg.Store.Dir == "" {
 		return usageError{errors.New("there is no state directory and so no history; set UNITMETER_STATE_DIR to the agent's, such as /var/lib/unitmeter")}
+	}
+	if *retry {
+		return retryQuarantined(ctx, t.stdout, historyDir(cfg))
 	}
 	reader, err := store.OpenReader(ctx, historyDir(cfg))
 	if err != nil {
@@ -77,7 +85,7 @@ func history(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 }
 
 // parseQuery checks the flags that say what to read.
-func parseQuery(since, until, step string, units []string) (query store.Query, err error) {
+func parseQuery(since, until, step string, units []string) (query history.Query, err error) {
 	now := time.Now()
 	if query.Since, err = parseMoment("since", since, now); err != nil {
 		return query, err
@@ -108,14 +116,14 @@ func parseQuery(since, until, step string, units []string) (query store.Query, e
 
 // explainGaps writes what is missing in the answer. It is an error if that is all of
 // the units that were asked for.
-func explainGaps(w io.Writer, query store.Query, usage store.Usage) error {
+func explainGaps(w io.Writer, query history.Query, usage history.Usage) error {
 	if usage.Damaged > 0 {
 		fmt.Fprintf(w, "unitmeter history: %d parts of the history are damaged and left out\n", usage.Damaged)
 	}
 	none := fmt.Sprintf("nothing was recorded between %s and %s; see \"unitmeter once\" for what is metered now",
 		query.Since.Format(time.DateTime), query.Until.Format(time.DateTime))
 	missing := slices.DeleteFunc(slices.Clone(query.Units), func(name string) bool {
-		return systemd.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u store.UnitUsage) bool { return u.Unit == name })
+		return systemd.IsPattern(name) || slices.ContainsFunc(usage.Units, func(u history.UnitUsage) bool { return u.Unit == name })
 	})
 	switch {
 	case len(usage.Units) == 0 && len(query.Units) > 0:
@@ -193,7 +201,7 @@ type historyRow struct {
 }
 
 // historyRows lists all steps of all units.
-func historyRows(usage store.Usage) []historyRow {
+func historyRows(usage history.Usage) []historyRow {
 	rows := []historyRow{}
 	for _, u := range usage.Units {
 		for _, s := range u.Steps {
@@ -211,7 +219,7 @@ func historyRows(usage store.Usage) []historyRow {
 	return rows
 }
 
-func historyCSV(w io.Writer, usage store.Usage) error {
+func historyCSV(w io.Writer, usage history.Usage) error {
 	out := csv.NewWriter(w)
 	_ = out.Write([]string{"unit", "time", "ingress_bytes", "ingress_packets", "egress_bytes", "egress_packets",
 		"ingress_bytes_per_second", "ingress_packets_per_second", "egress_bytes_per_second", "egress_packets_per_second", "measured_seconds"})
@@ -228,7 +236,7 @@ func historyCSV(w io.Writer, usage store.Usage) error {
 }
 
 // historyTable prints one row for each unit, the busiest first.
-func historyTable(w io.Writer, usage store.Usage) error {
+func historyTable(w io.Writer, usage history.Usage) error {
 	rows := historyRows(usage)
 	slices.SortStableFunc(rows, func(a, b historyRow) int {
 		return cmp.Compare(b.IngressBytes+b.EgressBytes, a.IngressBytes+a.EgressBytes)
@@ -249,13 +257,13 @@ const chartWidth = 19
 // historyCharts prints, for each unit, a row for each step with a bar for the
 // bytes of both directions. Steps without a sample are gaps, not zeros, even where
 // the next sample covers the time.
-func historyCharts(w io.Writer, usage store.Usage, query store.Query) error {
+func historyCharts(w io.Writer, usage history.Usage, query history.Query) error {
 	for i, u := range usage.Units {
 		if i > 0 {
 			fmt.Fprintln(w)
 		}
 		var most float64
-		rows := historyRows(store.Usage{Units: []store.UnitUsage{u}})
+		rows := historyRows(history.Usage{Units: []history.UnitUsage{u}})
 		for _, r := range rows {
 			most = max(most, r.IngressBytesPerSec+r.EgressBytesPerSec)
 		}
@@ -292,6 +300,19 @@ func bar(in, out, most float64) string {
 	}
 	scaled := func(v float64) int { return int(v/most*chartWidth + 0.5) }
 	return strings.Repeat("▒", scaled(in)) + strings.Repeat("█", scaled(in+out)-scaled(in))
+}
+
+func retryQuarantined(ctx context.Context, w io.Writer, dir string) error {
+	n, err := store.Retry(ctx, dir)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w; set UNITMETER_STATE_DIR to the agent's directory if it is another", err)
+	case n == 0:
+		_, err = fmt.Fprintln(w, "No request is in quarantine.")
+	default:
+		_, err = fmt.Fprintf(w, "The agent sends %d quarantined requests again after its next cycle, or after its next start.\n", n)
+	}
+	return err
 }
 
 func printQuarantined(ctx context.Context, w io.Writer, reader *store.Reader) error {

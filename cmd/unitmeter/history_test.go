@@ -13,6 +13,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 )
 
 func TestParseMoment(t *testing.T) {
@@ -40,14 +41,14 @@ func TestParseMoment(t *testing.T) {
 	}
 }
 
-func someUsage() store.Usage {
+func someUsage() history.Usage {
 	at := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
-	step := func(minute int, n uint64) store.Step {
-		return store.Step{Time: at.Add(time.Duration(minute) * time.Minute), Total: [4]uint64{n, 2, 3 * n, 4}, Measured: 30 * time.Second}
+	step := func(minute int, n uint64) history.Step {
+		return history.Step{Time: at.Add(time.Duration(minute) * time.Minute), Total: [4]uint64{n, 2, 3 * n, 4}, Measured: 30 * time.Second}
 	}
-	return store.Usage{Units: []store.UnitUsage{
-		{Unit: "quiet.service", Steps: []store.Step{{Time: at, Measured: 0}}},
-		{Unit: "busy.service", Steps: []store.Step{step(0, 300), step(1, 600), step(5, 1200)}},
+	return history.Usage{Units: []history.UnitUsage{
+		{Unit: "quiet.service", Steps: []history.Step{{Time: at, Measured: 0}}},
+		{Unit: "busy.service", Steps: []history.Step{step(0, 300), step(1, 600), step(5, 1200)}},
 	}}
 }
 
@@ -85,7 +86,7 @@ func TestHistoryOutputs(t *testing.T) {
 	}
 
 	out.Reset()
-	if err := historyCharts(&out, someUsage(), store.Query{Step: time.Minute}); err != nil {
+	if err := historyCharts(&out, someUsage(), history.Query{Step: time.Minute}); err != nil {
 		t.Fatal(err)
 	}
 	if strings.Count(out.String(), "no data") != 1 {
@@ -105,10 +106,10 @@ func TestHistoryOutputs(t *testing.T) {
 
 	// Samples of half a minute are further apart than steps of 20 s.
 	out.Reset()
-	usage := store.Usage{Units: []store.UnitUsage{{Unit: "busy.service", Steps: []store.Step{
+	usage := history.Usage{Units: []history.UnitUsage{{Unit: "busy.service", Steps: []history.Step{
 		{Time: time.Date(2026, 11, 23, 12, 0, 0, 0, time.Local), Measured: 30 * time.Second},
 		{Time: time.Date(2026, 11, 23, 12, 0, 40, 0, time.Local), Measured: 30 * time.Second}}}}}
-	if err := historyCharts(&out, usage, store.Query{Step: 20 * time.Second}); err != nil {
+	if err := historyCharts(&out, usage, history.Query{Step: 20 * time.Second}); err != nil {
 		t.Fatal(err)
 	}
 	if strings.Contains(out.String(), "no data") || strings.Count(out.String(), "in the next") != 1 || !strings.Contains(out.String(), "11-23 12:00:40") {
@@ -124,6 +125,8 @@ func TestHistoryMistakes(t *testing.T) {
 	}{
 		{[]string{"--quarantined", "--json"}, "give it alone"},
 		{[]string{"--quarantined", "nats"}, "give it alone"},
+		{[]string{"--quarantined", "--retry", "--json"}, "give it alone"},
+		{[]string{"--retry"}, "with --quarantined"},
 		{[]string{"--since", "2999-01-01"}, "give an earlier --since"},
 		{[]string{"--json", "--csv"}, "exclude each other"},
 	} {
@@ -137,6 +140,44 @@ func TestHistoryMistakes(t *testing.T) {
 	}
 }
 
+func TestHistoryRetry(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(t.Context(), store.Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	retry := func(want string) {
+		t.Helper()
+		code, stdout, stderr := runCommand(t, []string{"UNITMETER_STATE_DIR=" + dir}, "history", "--quarantined", "--retry")
+		if code != 0 || stdout != want {
+			t.Errorf("code %d: %q, want %q; %s", code, stdout, want, stderr)
+		}
+	}
+	retry("No request is in quarantine.\n")
+	if err := s.Commit(t.Context(), store.Cycle{Time: time.Now(), Request: []byte("refused")}); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := s.Next(t.Context(), 1)
+	if err != nil || len(entries) != 1 {
+		t.Fatal(entries, err)
+	}
+	if err := s.Quarantine(t.Context(), entries[0].ID, "HTTP 400"); err != nil {
+		t.Fatal(err)
+	}
+	retry("The agent sends 1 quarantined requests again after its next cycle, or after its next start.\n")
+	if err := s.Commit(t.Context(), store.Cycle{Time: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	if entries, err = s.Next(t.Context(), 1); err != nil || len(entries) != 1 || string(entries[0].Request) != "refused" {
+		t.Errorf("waiting: %v, %v", entries, err)
+	}
+	retry("No request is in quarantine.\n")
+}
+
 // A name that is not in the history is not passed over, beside others neither.
 func TestHistoryNamesWhatIsMissing(t *testing.T) {
 	dir := t.TempDir()
@@ -148,7 +189,7 @@ func TestHistoryNamesWhatIsMissing(t *testing.T) {
 		t.Fatal(err)
 	}
 	now := time.Now()
-	err = s.Commit(t.Context(), store.Cycle{Time: now, Samples: []store.Sample{
+	err = s.Commit(t.Context(), store.Cycle{Time: now, Samples: []history.Sample{
 		{Unit: "here.service", Time: now, Delta: [4]uint64{1, 1, 1, 1}, Interval: time.Second}}})
 	if err := errors.Join(err, s.Close()); err != nil {
 		t.Fatal(err)

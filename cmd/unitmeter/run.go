@@ -17,6 +17,7 @@ import (
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/metric"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/resource"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
@@ -130,7 +131,7 @@ func meter(ctx context.Context, t *terminal, cfg config.Config, log *slog.Logger
 	if err != nil {
 		return false, err
 	}
-	out, err := openExporters(ctx, t, cfg, rcv, state, log)
+	out, err := openExporters(ctx, t, cfg, rcv, res, state, log)
 	if err != nil {
 		return false, err
 	}
@@ -170,6 +171,9 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 		receiving.Go(func() { _ = provider.ForceFlush(ctx) }) // the exporters log their errors
 	}
 	stopWaiting()
+	if out.prometheus != nil {
+		out.prometheus.Serve() // not before: a first scrape without units would look like their end
+	}
 	notify(log, daemon.SdNotifyReady)
 	began := time.Now()
 	status(ctx, log, cfg, func() (string, time.Time) {
@@ -200,7 +204,7 @@ type outputs struct {
 	prometheus *exporter.Prometheus
 }
 
-func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *receiver.Receiver, state *state, log *slog.Logger) (out *outputs, err error) {
+func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *receiver.Receiver, res *resource.Resource, state *state, log *slog.Logger) (out *outputs, err error) {
 	out = &outputs{}
 	defer func() {
 		if err != nil {
@@ -217,7 +221,8 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 				return out, err
 			}
 		case "prometheus":
-			cfg.Prometheus.Logger = log
+			cfg.Prometheus.Source, cfg.Prometheus.Resource = rcv, res
+			cfg.Prometheus.Version, cfg.Prometheus.Logger = buildVersion(), log
 			if out.prometheus, err = exporter.NewPrometheus(ctx, cfg.Prometheus); err != nil {
 				return out, err
 			}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/unitmeter/unitmeter/exporter/store/record"
 )
 
 // Successive requests differ in little more than their times. So each is
@@ -36,7 +38,7 @@ type encoded struct {
 // encode compresses request; nextID is the id to give to a frame it starts.
 func (w *frameWriter) encode(request []byte, nextID int64) (encoded, error) {
 	if len(request) < frameMinRequest {
-		return encoded{body: compress(request)}, nil
+		return encoded{body: record.Compress(request)}, nil
 	}
 	if w.id != 0 && w.uses < frameMaxUses {
 		body := w.dict.EncodeAll(request, nil)
@@ -48,12 +50,12 @@ func (w *frameWriter) encode(request []byte, nextID int64) (encoded, error) {
 	}
 	// What a request repeats lies as far back as the frame is long, and a little
 	// more where units have come since. With many more, it fits badly anyway.
-	dict, err := newEncoder(len(request)+len(request)/64, zstd.WithEncoderDictRaw(uint32(nextID), request))
+	dict, err := record.NewEncoder(len(request)+len(request)/64, zstd.WithEncoderDictRaw(uint32(nextID), request))
 	if err != nil {
 		return encoded{}, fmt.Errorf("make encoder: %w", err)
 	}
 	w.dict, w.id, w.uses, w.best = dict, nextID, 1, len(request)
-	return encoded{body: dict.EncodeAll(request, nil), frame: nextID, newFrame: compress(request)}, nil
+	return encoded{body: dict.EncodeAll(request, nil), frame: nextID, newFrame: record.Compress(request)}, nil
 }
 
 // forget makes the next request start a new frame.
@@ -71,7 +73,7 @@ type frameReader struct {
 func (r *frameReader) decode(body []byte, frame int64, load func(id int64) ([]byte, error)) ([]byte, error) {
 	if r.plain == nil {
 		var err error
-		if r.plain, err = newDecoder(); err != nil {
+		if r.plain, err = record.NewDecoder(); err != nil {
 			return nil, fmt.Errorf("make decoder: %w", err)
 		}
 	}
@@ -85,9 +87,9 @@ func (r *frameReader) decode(body []byte, frame int64, load func(id int64) ([]by
 		}
 		content, err := r.plain.DecodeAll(packed, nil)
 		if err != nil {
-			return nil, fmt.Errorf("decompress frame %d: %w", frame, err)
+			return nil, fmt.Errorf("record.Decompress frame %d: %w", frame, err)
 		}
-		dict, err := newDecoder(zstd.WithDecoderDictRaw(uint32(frame), content))
+		dict, err := record.NewDecoder(zstd.WithDecoderDictRaw(uint32(frame), content))
 		if err != nil {
 			return nil, fmt.Errorf("make decoder: %w", err)
 		}
@@ -117,7 +119,7 @@ func (r *frameReader) release() {
 // requestSize returns how long the request in body is, or 0 if body is damaged.
 func requestSize(body []byte) int {
 	var h zstd.Header
-	if h.Decode(body) != nil || !h.HasFCS || h.FrameContentSize > maxRequest {
+	if h.Decode(body) != nil || !h.HasFCS || h.FrameContentSize > record.MaxSize {
 		return 0
 	}
 	return int(h.FrameContentSize)

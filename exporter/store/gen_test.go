@@ -10,6 +10,8 @@ import (
 	metricspb "go.opentelemetry.io/proto/otlp/metrics/v1"
 	resourcepb "go.opentelemetry.io/proto/otlp/resource/v1"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 )
 
 // host makes the OTLP requests, ledgers and samples of one host, cycle after
@@ -116,7 +118,7 @@ func (h *host) cycle() Cycle {
 			Key: fmt.Sprintf("%032x", i*7919), Unit: unit, SeriesKind: 1, Series: unit, Boot: "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0",
 			Last: h.total[i], Seen: seen,
 		})
-		c.Samples = append(c.Samples, Sample{Unit: unit, Time: seen, Delta: sub(h.total[i], before[i]), Interval: h.interval})
+		c.Samples = append(c.Samples, history.Sample{Unit: unit, Time: seen, Delta: sub(h.total[i], before[i]), Interval: h.interval})
 	}
 	return c
 }

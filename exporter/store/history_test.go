@@ -4,83 +4,27 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 )
 
-func TestHourRoundTrip(t *testing.T) {
-	r := rand.New(rand.NewPCG(7, 8))
-	for range 2000 {
-		var spans []span
-		end := r.Int64N(1000) - 500
-		for range r.IntN(70) {
-			s := span{begin: end, end: end + r.Int64N(700)}
-			switch r.IntN(10) {
-			case 0: // a gap
-				s.begin += 50
-				s.end += 50
-			case 1: // the clock went back
-				s.begin -= 5000
-				s.end -= 5000
-			}
-			end = s.end
-			if r.IntN(3) > 0 {
-				s.delta = [4]uint64{r.Uint64N(1e6), r.Uint64N(100), r.Uint64(), math.MaxUint64}
-			}
-			spans = append(spans, s)
-		}
-		got, err := decodeHour(encodeHour(spans))
-		if err != nil || !slices.Equal(got, spans) {
-			t.Fatalf("wrote %v, read %v, %v", spans, got, err)
-		}
-		var units []int64
-		for range spans {
-			units = append(units, r.Int64())
-		}
-		gotUnits, got, err := decodeCycle(encodeCycle(units, spans))
-		if err != nil || !slices.Equal(got, spans) || !slices.Equal(gotUnits, units) {
-			t.Fatalf("wrote %v, read %v, %v", spans, got, err)
-		}
-	}
-}
-
-func FuzzHistoryBodies(f *testing.F) {
-	f.Add(encodeHour([]span{{begin: -5, end: 595, delta: [4]uint64{1, 2, 3, 4}}, {begin: 595, end: 1195}}))
-	f.Add(encodeCycle([]int64{1}, []span{{begin: -5, end: 595, delta: [4]uint64{1, 2, 3, 4}}}))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		b = appendSum(b)
-		if spans, err := decodeHour(b); err == nil && len(spans) > 0 {
-			again, err := decodeHour(encodeHour(spans))
-			if err != nil || !reflect.DeepEqual(spans, again) {
-				t.Fatalf("decoded %v, then %v, %v", spans, again, err)
-			}
-		}
-		if units, spans, err := decodeCycle(b); err == nil {
-			units2, spans2, err := decodeCycle(encodeCycle(units, spans))
-			if err != nil || !reflect.DeepEqual(spans, spans2) || !reflect.DeepEqual(units, units2) {
-				t.Fatalf("decoded %v, then %v, %v", spans, spans2, err)
-			}
-		}
-	})
-}
-
 // commitSamples commits one cycle with the given samples and nothing else.
-func commitSamples(t testing.TB, s *Store, at time.Time, samples ...Sample) {
+func commitSamples(t testing.TB, s *Store, at time.Time, samples ...history.Sample) {
 	t.Helper()
 	if err := s.Commit(t.Context(), Cycle{Time: at, Samples: samples}); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func ask(t testing.TB, dir string, q Query) Usage {
+func ask(t testing.TB, dir string, q history.Query) history.Usage {
 	t.Helper()
 	r, err := OpenReader(t.Context(), dir)
 	if err != nil {
@@ -122,9 +66,9 @@ func TestHistorySums(t *testing.T) {
 			s.Close()
 			s = openTest(t, Config{Dir: dir, Now: func() time.Time { return now }})
 		}
-		var samples []Sample
+		var samples []history.Sample
 		for i, unit := range units {
-			sample := Sample{Unit: unit, Time: now.Add(-time.Duration(i) * 50 * time.Millisecond)}
+			sample := history.Sample{Unit: unit, Time: now.Add(-time.Duration(i) * 50 * time.Millisecond)}
 			if i < 2 {
 				sample.Delta = [4]uint64{r.Uint64N(1e6), r.Uint64N(1e3), r.Uint64N(1e6), r.Uint64N(1e3)}
 			}
@@ -168,7 +112,7 @@ func TestHistorySums(t *testing.T) {
 				wanted = add(wanted, w.total)
 			}
 		}
-		if u := ask(t, dir, Query{Units: []string{"a.service"}}); len(u.Units) == 1 {
+		if u := ask(t, dir, history.Query{Units: []string{"a.service"}}); len(u.Units) == 1 {
 			total = u.Units[0].Steps[0].Total
 		}
 		if total != wanted {
@@ -176,13 +120,13 @@ func TestHistorySums(t *testing.T) {
 		}
 	}
 	var hours, recent int
-	if err := s.db.row("SELECT (SELECT count(DISTINCT hour) FROM hour), (SELECT count(DISTINCT hour) FROM recent)", nil, &hours, &recent); err != nil {
+	if err := s.db.Row("SELECT (SELECT count(DISTINCT hour) FROM hour), (SELECT count(DISTINCT hour) FROM recent)", nil, &hours, &recent); err != nil {
 		t.Fatal(err)
 	}
 	if hours != 5 && hours != 6 || recent > 2 {
 		t.Fatalf("%d hours are rolled up and %d are not", hours, recent)
 	}
-	got := ask(t, dir, Query{Since: start, Step: step})
+	got := ask(t, dir, history.Query{Since: start, Step: step})
 	if got.Damaged != 0 || len(got.Units) != len(units) {
 		t.Fatalf("%d units, %d damaged", len(got.Units), got.Damaged)
 	}
@@ -200,7 +144,7 @@ func TestHistorySums(t *testing.T) {
 		t.Errorf("%d steps, want %d", found, len(want))
 	}
 	// The same numbers whatever the question.
-	all := ask(t, dir, Query{})
+	all := ask(t, dir, history.Query{})
 	for i, u := range got.Units {
 		var total [4]uint64
 		for _, step := range u.Steps {
@@ -209,13 +153,13 @@ func TestHistorySums(t *testing.T) {
 		if all.Units[i].Unit != u.Unit || len(all.Units[i].Steps) != 1 || all.Units[i].Steps[0].Total != total {
 			t.Errorf("%s: %v in one, %v in steps", u.Unit, all.Units[i].Steps, total)
 		}
-		one := ask(t, dir, Query{Units: []string{u.Unit}, Since: start, Step: step})
+		one := ask(t, dir, history.Query{Units: []string{u.Unit}, Since: start, Step: step})
 		if len(one.Units) != 1 || !reflect.DeepEqual(one.Units[0], u) {
 			t.Errorf("%s asked alone has %d units", u.Unit, len(one.Units))
 		}
 	}
 	var names []string
-	for _, u := range ask(t, dir, Query{Units: []string{"*.s[eo]*", "nothing.*", "a.*"}}).Units {
+	for _, u := range ask(t, dir, history.Query{Units: []string{"*.s[eo]*", "nothing.*", "a.*"}}).Units {
 		names = append(names, u.Unit)
 	}
 	if fmt.Sprint(names) != "[a.service idle.socket]" {
@@ -223,7 +167,7 @@ func TestHistorySums(t *testing.T) {
 	}
 	// Halves add up to the whole.
 	mid := start.Add(2*time.Hour + 37*time.Minute + 17*time.Second)
-	first, second := ask(t, dir, Query{Units: []string{"a.service"}, Until: mid}), ask(t, dir, Query{Units: []string{"a.service"}, Since: mid})
+	first, second := ask(t, dir, history.Query{Units: []string{"a.service"}, Until: mid}), ask(t, dir, history.Query{Units: []string{"a.service"}, Since: mid})
 	if sum := add(first.Units[0].Steps[0].Total, second.Units[0].Steps[0].Total); sum != all.Units[0].Steps[0].Total {
 		t.Errorf("halves add up to %v, want %v", sum, all.Units[0].Steps[0].Total)
 	}
@@ -241,10 +185,10 @@ func TestHistoryClockSteps(t *testing.T) {
 			now = now.Add(time.Minute)
 			n++
 			// A reply whose time is far from its cycle's counts at the cycle's.
-			commitSamples(t, s, now, Sample{Unit: "a", Time: now.Add(-time.Duration(n%2) * 30 * time.Hour), Delta: [4]uint64{1, 2, 3, n}, Interval: time.Minute})
+			commitSamples(t, s, now, history.Sample{Unit: "a", Time: now.Add(-time.Duration(n%2) * 30 * time.Hour), Delta: [4]uint64{1, 2, 3, n}, Interval: time.Minute})
 		}
 	}
-	got := ask(t, dir, Query{Units: []string{"a"}, Step: time.Hour})
+	got := ask(t, dir, history.Query{Units: []string{"a"}, Step: time.Hour})
 	var total [4]uint64
 	var measured time.Duration
 	for i, step := range got.Units[0].Steps {
@@ -263,8 +207,8 @@ func TestHistoryOfAPattern(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	s := openTest(t, Config{Dir: dir})
 	now := time.Now()
-	commitSamples(t, s, now, Sample{Unit: "build-[0-9]*.service", Time: now, Interval: time.Minute})
-	if got := ask(t, dir, Query{Units: []string{"build-[0-9]*.service"}}); len(got.Units) != 1 {
+	commitSamples(t, s, now, history.Sample{Unit: "build-[0-9]*.service", Time: now, Interval: time.Minute})
+	if got := ask(t, dir, history.Query{Units: []string{"build-[0-9]*.service"}}); len(got.Units) != 1 {
 		t.Errorf("got %+v", got)
 	}
 }
@@ -280,9 +224,9 @@ func TestHistoryExpires(t *testing.T) {
 		if i < 50 {
 			unit = "early"
 		}
-		commitSamples(t, s, now, Sample{Unit: unit, Time: now, Delta: [4]uint64{1}, Interval: time.Minute})
+		commitSamples(t, s, now, history.Sample{Unit: unit, Time: now, Delta: [4]uint64{1}, Interval: time.Minute})
 	}
-	got := ask(t, dir, Query{Step: time.Hour})
+	got := ask(t, dir, history.Query{Step: time.Hour})
 	if len(got.Units) != 1 || got.Units[0].Unit != "always" {
 		t.Fatalf("%d units", len(got.Units))
 	}
@@ -290,7 +234,7 @@ func TestHistoryExpires(t *testing.T) {
 		t.Errorf("%d hours are kept, want about 13", n)
 	}
 	var names int
-	if err := s.db.row("SELECT count(*) FROM unit", nil, &names); err != nil || names != 1 {
+	if err := s.db.Row("SELECT count(*) FROM unit", nil, &names); err != nil || names != 1 {
 		t.Errorf("%d names are kept, want 1 (%v)", names, err)
 	}
 	// Off: what was there goes, an hour with each cycle.
@@ -299,9 +243,9 @@ func TestHistoryExpires(t *testing.T) {
 	s = openTest(t, cfg)
 	for range 20 {
 		now = now.Add(time.Minute)
-		commitSamples(t, s, now, Sample{Unit: "always", Time: now, Delta: [4]uint64{1}, Interval: time.Minute})
+		commitSamples(t, s, now, history.Sample{Unit: "always", Time: now, Delta: [4]uint64{1}, Interval: time.Minute})
 	}
-	if got := ask(t, dir, Query{}); len(got.Units) != 0 {
+	if got := ask(t, dir, history.Query{}); len(got.Units) != 0 {
 		t.Errorf("with the history off: %+v", got)
 	}
 }
@@ -313,12 +257,12 @@ func TestHistoryDamage(t *testing.T) {
 	s := openTest(t, Config{Dir: dir, Now: func() time.Time { return now }})
 	for range 180 {
 		now = now.Add(time.Minute)
-		commitSamples(t, s, now, Sample{Unit: "a", Time: now, Delta: [4]uint64{1}, Interval: time.Minute})
+		commitSamples(t, s, now, history.Sample{Unit: "a", Time: now, Delta: [4]uint64{1}, Interval: time.Minute})
 	}
-	if err := s.db.run("UPDATE hour SET minutes = substr(minutes, 1, 3) || x'55' || substr(minutes, 5) WHERE hour = (SELECT min(hour) FROM hour)"); err != nil {
+	if _, err := s.db.Exec("UPDATE hour SET minutes = substr(minutes, 1, 3) || x'55' || substr(minutes, 5) WHERE hour = (SELECT min(hour) FROM hour)"); err != nil {
 		t.Fatal(err)
 	}
-	got := ask(t, dir, Query{})
+	got := ask(t, dir, history.Query{})
 	if got.Damaged != 1 || got.Units[0].Steps[0].Total[0] != 121 { // 59 minutes are in the first hour
 		t.Errorf("%+v", got)
 	}
@@ -333,7 +277,7 @@ func TestReaderErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, fileName)
-	for content, want := range map[string]string{"": "empty", strings.Repeat("not a database ", 100): "not a database"} {
+	for content, want := range map[string]string{"": "shorter than 100 bytes", strings.Repeat("not a database ", 100): "is not a store"} {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -350,10 +294,10 @@ func TestReaderErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	if u, err := r.History(t.Context(), Query{}); err != nil || len(u.Units) != 0 {
+	if u, err := r.History(t.Context(), history.Query{}); err != nil || len(u.Units) != 0 {
 		t.Errorf("empty history: %v %v", u, err)
 	}
-	for _, q := range []Query{
+	for _, q := range []history.Query{
 		{Step: -1}, {Since: time.Unix(2, 0), Until: time.Unix(1, 0)}, {Since: time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)},
 	} {
 		if _, err := r.History(t.Context(), q); err == nil {
@@ -383,8 +327,8 @@ func TestTopTalkersWithSqlite3(t *testing.T) {
 			busy, quiet = 1, 1e6
 		}
 		commitSamples(t, s, now.Add(-time.Second),
-			Sample{Unit: "backup.service", Time: now.Add(-time.Second), Delta: [4]uint64{busy, 1, busy, 1}, Interval: time.Minute},
-			Sample{Unit: "web.service", Time: now.Add(-time.Second), Delta: [4]uint64{quiet, 1, quiet, 1}, Interval: time.Minute})
+			history.Sample{Unit: "backup.service", Time: now.Add(-time.Second), Delta: [4]uint64{busy, 1, busy, 1}, Interval: time.Minute},
+			history.Sample{Unit: "web.service", Time: now.Add(-time.Second), Delta: [4]uint64{quiet, 1, quiet, 1}, Interval: time.Minute})
 	}
 	out, err := exec.Command(tool, "-readonly", filepath.Join(dir, fileName), "SELECT unit, bytes, seconds FROM top_talkers_last_night LIMIT 10").CombinedOutput()
 	if err != nil {

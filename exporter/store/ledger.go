@@ -5,9 +5,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter/store/record"
 )
 
 // Series is the ledger's row for one exported series.
@@ -41,21 +42,29 @@ type Ledger struct {
 	// Position is how far another source has been taken into the totals, in words
 	// of that.
 	Position [2]string
+	// Source is who counted, in the caller's words.
+	Source string
 }
+
+// marks are the texts of a ledger as a record has them.
+type marks [3]string
+
+func (l *Ledger) marks() marks { return marks{l.Source, l.Position[0], l.Position[1]} }
 
 // ledgerState is the ledger in memory. On disk it is a chain of records: one
 // with every row, and after it one for each cycle with the rows that differ.
 // Replaying the chain gives the ledger. Rows as rows of SQLite would cost several
 // times the CPU and twenty times the bytes, since nearly all change each cycle.
 type ledgerState struct {
-	time     time.Time
-	position [2]string
-	series   map[seriesKey]*seriesRow
-	runs     map[string]*runRow
-	nextID   uint64 // rows are named by small numbers in the records
-	base     int    // bytes of the record with every row; 0 = none yet
-	chain    int    // bytes of the records after it
-	gen      uint64 // counts records, to tell which rows a record has touched
+	seq    int64 // of the last record
+	time   time.Time
+	marks  marks
+	series map[seriesKey]*seriesRow
+	runs   map[string]*runRow
+	nextID uint64 // rows are named by small numbers in the records
+	base   int    // bytes of the record with every row; 0 = none yet
+	chain  int    // bytes of the records after it
+	gen    uint64 // counts records, to tell which rows a record has touched
 
 	// Only while replaying.
 	seriesByID map[uint64]*seriesRow
@@ -107,7 +116,7 @@ func newLedgerState() *ledgerState {
 
 // ledger returns the rows in the order in which they came.
 func (l *ledgerState) ledger() Ledger {
-	out := Ledger{Time: l.time, Position: l.position}
+	out := Ledger{Time: l.time, Source: l.marks[0], Position: [2]string(l.marks[1:])}
 	for _, row := range sortedByID(l.series, func(r *seriesRow) uint64 { return r.id }) {
 		out.Series = append(out.Series, row.Series)
 	}
@@ -126,18 +135,17 @@ func sortedByID[K comparable, R any](rows map[K]R, id func(R) uint64) []R {
 // advance takes over the rows of next and returns the record that leads there
 // from the present rows. base says that the record holds every row and replaces
 // all earlier ones. After an error the state must be loaded again.
-func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error) {
+func (l *ledgerState) advance(next Ledger) (body []byte, base bool, err error) {
 	if base = l.base == 0 || l.chain > 4*l.base+64<<10; base {
 		clear(l.series)
 		clear(l.runs)
 		l.nextID = 0
 	}
-	var position *[2]string // nil: as it was
-	if base || next.Position != l.position {
-		position = &next.Position
+	var changed *marks // nil: as they were
+	if now := next.marks(); base || now != l.marks {
+		changed, l.marks = &now, now
 	}
 	l.gen++
-	l.position = next.Position
 	l.time = next.Time
 
 	series := make([]rowChange, 0, len(next.Series))
@@ -155,12 +163,12 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		if known && row.delta == [4]uint64{} && s.Start.Equal(row.Start) && s.Seen.Equal(row.Seen) {
 			continue
 		}
-		if !inRange(s.Start) || !inRange(s.Seen) {
+		if !record.InRange(s.Start) || !record.InRange(s.Seen) {
 			return nil, false, fmt.Errorf("write ledger: series %q: a time is outside the years 1678 to 2262", s.Key)
 		}
-		c := rowChange{id: row.id, start: nanos(s.Start), seen: nanos(s.Seen), add: row.delta}
+		c := rowChange{id: row.id, start: record.Nanos(s.Start), seen: record.Nanos(s.Seen), add: row.delta}
 		if known {
-			c.start -= nanos(row.Start)
+			c.start -= record.Nanos(row.Start)
 		} else {
 			c.kind, c.of, c.texts[0] = rowNew, uint64(s.Kind), s.Key
 		}
@@ -188,7 +196,7 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		if known && r.Last == row.Last && r.Seen.Equal(row.Seen) && sameTexts(r, row.Run) {
 			continue
 		}
-		if !inRange(r.Seen) {
+		if !record.InRange(r.Seen) {
 			return nil, false, fmt.Errorf("write ledger: run %q: time %v is outside the years 1678 to 2262", r.Key, r.Seen)
 		}
 		c := rowChange{id: row.id}
@@ -199,7 +207,7 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		// In most cases the run adds to its series just what it grew itself.
 		delta, seen := l.expect(r.ref())
 		c.add = sub(sub(r.Last, row.Last), delta)
-		c.seen = nanos(r.Seen) - seen
+		c.seen = record.Nanos(r.Seen) - seen
 		if known {
 			r.Key = row.Key // which the map holds anyway
 		}
@@ -213,9 +221,9 @@ func (l *ledgerState) advance(next Ledger) (record []byte, base bool, err error)
 		}
 	}
 
-	record = encodeRecord(l.time, position, series, runs)
-	l.grew(len(record), base)
-	return record, base, nil
+	body = encodeRecord(l.time, changed, series, runs)
+	l.grew(len(body), base)
+	return body, base, nil
 }
 
 func (l *ledgerState) grew(size int, base bool) {
@@ -236,12 +244,12 @@ func (l *ledgerState) expect(series seriesKey) (delta [4]uint64, seen int64) {
 	if row.gen == l.gen {
 		delta = row.delta
 	}
-	return delta, nanos(row.Seen)
+	return delta, record.Nanos(row.Seen)
 }
 
 // replay takes over one record of the chain; base says that it is the first.
-func (l *ledgerState) replay(record []byte, base bool) error {
-	at, position, series, runs, err := decodeRecord(record)
+func (l *ledgerState) replay(body []byte, base bool) error {
+	at, changed, series, runs, err := decodeRecord(body)
 	if err != nil {
 		return err
 	}
@@ -250,8 +258,8 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 	}
 	l.gen++
 	l.time = at
-	if position != nil {
-		l.position = *position
+	if changed != nil {
+		l.marks = *changed
 	}
 	for _, c := range series {
 		row := l.seriesByID[c.id]
@@ -260,17 +268,17 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 			row = &seriesRow{Series: Series{Kind: uint8(c.of), Key: c.texts[0]}, id: c.id}
 			l.series[row.ref()], l.seriesByID[c.id] = row, row
 		case row == nil:
-			return fmt.Errorf("series %d is not known: %w", c.id, errDamaged)
+			return fmt.Errorf("series %d is not known: %w", c.id, record.ErrDamaged)
 		case c.kind == rowGone:
 			delete(l.series, row.ref())
 			delete(l.seriesByID, c.id)
 			continue
 		default:
-			c.start += nanos(row.Start)
+			c.start += record.Nanos(row.Start)
 		}
 		row.gen, row.delta = l.gen, c.add
 		row.Total = add(row.Total, c.add)
-		row.Start, row.Seen = fromNanos(c.start), fromNanos(c.seen)
+		row.Start, row.Seen = record.FromNanos(c.start), record.FromNanos(c.seen)
 		l.nextID = max(l.nextID, c.id+1)
 	}
 	for _, c := range runs {
@@ -280,7 +288,7 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 			row = &runRow{Run: Run{Key: c.texts[0], SeriesKind: uint8(c.of), Series: c.texts[1], Unit: c.texts[2], Boot: c.texts[3]}, id: c.id}
 			l.runs[row.Key], l.runsByID[c.id] = row, row
 		case row == nil:
-			return fmt.Errorf("run %d is not known: %w", c.id, errDamaged)
+			return fmt.Errorf("run %d is not known: %w", c.id, record.ErrDamaged)
 		case c.kind == rowGone:
 			delete(l.runs, row.Key)
 			delete(l.runsByID, c.id)
@@ -289,10 +297,10 @@ func (l *ledgerState) replay(record []byte, base bool) error {
 		delta, seen := l.expect(row.ref())
 		row.gen = l.gen
 		row.Last = add(add(row.Last, c.add), delta)
-		row.Seen = fromNanos(c.seen + seen)
+		row.Seen = record.FromNanos(c.seen + seen)
 		l.nextID = max(l.nextID, c.id+1)
 	}
-	l.grew(len(record), base)
+	l.grew(len(body), base)
 	return nil
 }
 
@@ -312,36 +320,18 @@ func add(a, b [4]uint64) [4]uint64 {
 	return [4]uint64{a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]}
 }
 
-const zeroNanos = math.MinInt64 // stands for the zero time
-
-func nanos(t time.Time) int64 {
-	if t.IsZero() {
-		return zeroNanos
-	}
-	return t.UnixNano()
-}
-
-func fromNanos(n int64) time.Time {
-	if n == zeroNanos {
-		return time.Time{}
-	}
-	return time.Unix(0, n).UTC()
-}
-
-// inRange says that nanos can hold t.
-func inRange(t time.Time) bool {
-	return t.IsZero() || t.Year() > 1677 && t.Year() < 2262
-}
-
-// A record is: the time, the position (0 for as it was, or 1 and two texts), then
-// a table of series and one of runs, then CRC-32C of all that. A table is: the number of changes, the columns, and the texts of the
-// new rows, compressed if that helps.
-func encodeRecord(at time.Time, position *[2]string, series, runs []rowChange) []byte {
-	b := binary.BigEndian.AppendUint64(nil, uint64(nanos(at)))
-	if position == nil {
+// A record is: the time, the marks (0 for as they were, or 1 and the texts), then a
+// table of series and one of runs, then CRC-32C of all that. A table is: the number
+// of changes, the columns, and the compressed texts of the new rows.
+func encodeRecord(at time.Time, changed *marks, series, runs []rowChange) []byte {
+	b := binary.BigEndian.AppendUint64(nil, uint64(record.Nanos(at)))
+	if changed == nil {
 		b = append(b, 0)
 	} else {
-		b = appendBytes(appendBytes(append(b, 1), []byte(position[0])), []byte(position[1]))
+		b = append(b, 1)
+		for _, text := range changed {
+			b = record.AppendBytes(b, []byte(text))
+		}
 	}
 	var column []uint64
 	for _, table := range [][]rowChange{series, runs} {
@@ -351,7 +341,7 @@ func encodeRecord(at time.Time, position *[2]string, series, runs []rowChange) [
 			for i := range table {
 				column = append(column, table[i].get(n))
 			}
-			b = appendColumn(b, column)
+			b = record.AppendColumn(b, column)
 		}
 		var texts []byte
 		for _, c := range table {
@@ -361,9 +351,9 @@ func encodeRecord(at time.Time, position *[2]string, series, runs []rowChange) [
 				}
 			}
 		}
-		b = appendBytes(b, compress(texts))
+		b = record.AppendBytes(b, record.Compress(texts))
 	}
-	return appendSum(b)
+	return record.AppendSum(b)
 }
 
 const changeColumns = 9
@@ -375,13 +365,13 @@ func (c *rowChange) get(column int) uint64 {
 	case 1:
 		return c.kind
 	case 2:
-		return zigzag(c.start)
+		return record.Zigzag(c.start)
 	case 3:
-		return zigzag(c.seen)
+		return record.Zigzag(c.seen)
 	case 4:
 		return c.of
 	default:
-		return zigzag(int64(c.add[column-5]))
+		return record.Zigzag(int64(c.add[column-5]))
 	}
 }
 
@@ -392,35 +382,35 @@ func (c *rowChange) set(column int, v uint64) {
 	case 1:
 		c.kind = v
 	case 2:
-		c.start = unzigzag(v)
+		c.start = record.Unzigzag(v)
 	case 3:
-		c.seen = unzigzag(v)
+		c.seen = record.Unzigzag(v)
 	case 4:
 		c.of = v
 	default:
-		c.add[column-5] = uint64(unzigzag(v))
+		c.add[column-5] = uint64(record.Unzigzag(v))
 	}
 }
 
-func decodeRecord(b []byte) (at time.Time, position *[2]string, series, runs []rowChange, err error) {
-	b, err = checkSum(b)
+func decodeRecord(b []byte) (at time.Time, changed *marks, series, runs []rowChange, err error) {
+	b, err = record.CheckSum(b)
 	if err == nil && (len(b) < 9 || b[8] > 1) {
-		err = errDamaged
+		err = record.ErrDamaged
 	}
 	if err != nil {
 		return at, nil, nil, nil, err
 	}
-	at = fromNanos(int64(binary.BigEndian.Uint64(b)))
+	at = record.FromNanos(int64(binary.BigEndian.Uint64(b)))
 	given := b[8] == 1
 	b = b[9:]
 	if given {
-		position = new([2]string)
-		for i := range position {
+		changed = new(marks)
+		for i := range changed {
 			var text []byte
-			if text, b, err = takeBytes(b); err != nil {
+			if text, b, err = record.TakeBytes(b); err != nil {
 				return at, nil, nil, nil, err
 			}
-			position[i] = string(text)
+			changed[i] = string(text)
 		}
 	}
 	for _, table := range []*[]rowChange{&series, &runs} {
@@ -428,29 +418,29 @@ func decodeRecord(b []byte) (at time.Time, position *[2]string, series, runs []r
 			return at, nil, nil, nil, err
 		}
 	}
-	return at, position, series, runs, nil
+	return at, changed, series, runs, nil
 }
 
 func decodeTable(b []byte) (table []rowChange, rest []byte, err error) {
-	count, b, err := takeCount(b)
+	count, b, err := record.TakeCount(b)
 	if err != nil {
 		return nil, nil, err
 	}
 	table = make([]rowChange, count)
 	column := make([]uint64, count)
 	for n := range changeColumns {
-		if b, err = readColumn(b, column); err != nil {
+		if b, err = record.ReadColumn(b, column); err != nil {
 			return nil, nil, err
 		}
 		for i, v := range column {
 			table[i].set(n, v)
 		}
 	}
-	texts, rest, err := takeBytes(b)
+	texts, rest, err := record.TakeBytes(b)
 	if err != nil {
 		return nil, nil, err
 	}
-	if texts, err = decompress(texts); err != nil {
+	if texts, err = record.Decompress(texts); err != nil {
 		return nil, nil, err
 	}
 	for i := range table {
@@ -459,7 +449,7 @@ func decodeTable(b []byte) (table []rowChange, rest []byte, err error) {
 		}
 		for n := range table[i].texts {
 			var t []byte
-			if t, texts, err = takeBytes(texts); err != nil {
+			if t, texts, err = record.TakeBytes(texts); err != nil {
 				return nil, nil, err
 			}
 			table[i].texts[n] = string(t)

@@ -8,12 +8,14 @@ import (
 	"reflect"
 	"testing"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter/store/record"
 )
 
 // randomLedger changes l at random: units come, go, restart, count and rest,
 // and the position moves now and then.
 func randomLedger(r *rand.Rand, l Ledger, now time.Time) Ledger {
-	next := Ledger{Time: now, Position: l.Position}
+	next := Ledger{Time: now, Source: l.Source, Position: l.Position}
 	number := func() uint64 {
 		return []uint64{0, 1, r.Uint64N(1e6), math.MaxInt64, math.MaxInt64 + 1, math.MaxUint64, r.Uint64()}[r.IntN(7)]
 	}
@@ -90,7 +92,7 @@ func randomLedger(r *rand.Rand, l Ledger, now time.Time) Ledger {
 		next.Position = [2]string{fmt.Sprint("\x00cursor ", r.Uint64()), fmt.Sprint(r.IntN(3))}
 	}
 	if r.IntN(40) == 0 {
-		next.Position = [2]string{}
+		next.Position, next.Source = [2]string{}, []string{"", "dbus", "ebpf"}[r.IntN(3)]
 	}
 	if r.IntN(40) == 0 {
 		next.Series, next.Runs = nil, nil
@@ -103,8 +105,8 @@ func sameLedger(a, b Ledger) error {
 	if !a.Time.Equal(b.Time) || len(a.Series) != len(b.Series) || len(a.Runs) != len(b.Runs) {
 		return fmt.Errorf("time %v, %d series, %d runs; want %v, %d, %d", a.Time, len(a.Series), len(a.Runs), b.Time, len(b.Series), len(b.Runs))
 	}
-	if a.Position != b.Position {
-		return fmt.Errorf("position %q, want %q", a.Position, b.Position)
+	if a.marks() != b.marks() {
+		return fmt.Errorf("source and position %q, want %q", a.marks(), b.marks())
 	}
 	series, runs := map[seriesKey]Series{}, map[string]Run{}
 	for _, s := range a.Series {
@@ -240,7 +242,7 @@ func TestPositionCostsBytesWhenItChanges(t *testing.T) {
 	if got := size(a, b, b); got != none {
 		t.Errorf("%d bytes with the same position again after a change, want %d as without one", got, none)
 	}
-	if got, want := size(a, b), none+len(b[0])+len(b[1])+2; got != want {
+	if got, want := size(a, b), none+len(b[0])+len(b[1])+3; got != want {
 		t.Errorf("%d bytes with another position, want %d", got, want)
 	}
 }
@@ -262,31 +264,31 @@ func TestLedgerRefusesBadInput(t *testing.T) {
 func TestLedgerRecordDamage(t *testing.T) {
 	l := Ledger{Time: time.Unix(1, 0).UTC(), Series: []Series{{Kind: 1, Key: "a.service", Total: [4]uint64{1, 2, 3, 4}}},
 		Runs: []Run{{Key: "x", SeriesKind: 1, Series: "a.service", Unit: "a.service"}}, Position: [2]string{"cursor", "boot"}}
-	record, _, err := newLedgerState().advance(l)
+	body, _, err := newLedgerState().advance(l)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := range record {
+	for i := range body {
 		for bit := range 8 {
-			damaged := append([]byte(nil), record...)
+			damaged := append([]byte(nil), body...)
 			damaged[i] ^= 1 << bit
 			if err := newLedgerState().replay(damaged, true); err == nil {
-				t.Fatalf("bit %d of byte %d of %d flipped: no error", bit, i, len(record))
+				t.Fatalf("bit %d of byte %d of %d flipped: no error", bit, i, len(body))
 			}
 		}
-		if err := newLedgerState().replay(record[:i], true); err == nil {
-			t.Fatalf("cut to %d of %d bytes: no error", i, len(record))
+		if err := newLedgerState().replay(body[:i], true); err == nil {
+			t.Fatalf("cut to %d of %d bytes: no error", i, len(body))
 		}
 	}
 }
 
 func FuzzLedgerRecord(f *testing.F) {
-	record, _, _ := newLedgerState().advance(Ledger{Series: []Series{{Kind: 1, Key: "a.service"}}, Runs: []Run{{Key: "a", SeriesKind: 1}}, Position: [2]string{"p", "q"}})
-	f.Add(record[:len(record)-4])
+	body, _, _ := newLedgerState().advance(Ledger{Series: []Series{{Kind: 1, Key: "a.service"}}, Runs: []Run{{Key: "a", SeriesKind: 1}}, Position: [2]string{"p", "q"}})
+	f.Add(body[:len(body)-4])
 	f.Add(encodeRecord(time.Time{}, nil, nil, nil)[:11])
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// With a right checksum, so that the fuzzer gets past it.
-		at, position, series, runs, err := decodeRecord(appendSum(b))
+		at, position, series, runs, err := decodeRecord(record.AppendSum(b))
 		if err != nil {
 			return
 		}

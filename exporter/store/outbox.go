@@ -8,6 +8,9 @@ import (
 	"math"
 	"strings"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter/store/database"
+	"github.com/unitmeter/unitmeter/exporter/store/record"
 )
 
 // Entry is one request of the outbox.
@@ -75,7 +78,7 @@ type frameUse struct {
 
 // load reads the sums anew. Ids go on from the highest ever given out, even if
 // the file is a new one: the sender may still hold ids from the old one.
-func (o *outbox) load(db *database) error {
+func (o *outbox) load(db *database.DB) error {
 	o.writer.forget()
 	o.thin.forget()
 	o.reader.close()
@@ -83,14 +86,14 @@ func (o *outbox) load(db *database) error {
 	o.limit, o.cursor = 0, 0
 	o.entries, o.bytes, o.frames = 0, 0, map[int64]frameUse{}
 	for table, last := range map[string]*int64{"outbox": &o.lastID, "frame": &o.lastFrame} {
-		var seq sql.NullInt64
-		if err := db.row("SELECT max(seq) FROM sqlite_sequence WHERE name = ?", []any{table}, &seq); err != nil {
+		seq, err := db.Sequence(table, "id")
+		if err != nil {
 			return err
 		}
-		*last = max(*last, seq.Int64)
+		*last = max(*last, seq)
 	}
-	var id, n, size int64
-	err := db.each("SELECT id, length(body) FROM frame", nil, func(scan func(...any) error) error {
+	err := db.Each("SELECT id, length(body) FROM frame", nil, func(scan func(...any) error) error {
+		var id, size int64
 		err := scan(&id, &size)
 		o.frames[id] = frameUse{bytes: size + rowOverhead}
 		o.bytes += size + rowOverhead
@@ -99,34 +102,50 @@ func (o *outbox) load(db *database) error {
 	if err != nil {
 		return err
 	}
-	err = db.each("SELECT frame, count(*), sum(length(body)) FROM outbox GROUP BY frame", nil, func(scan func(...any) error) error {
-		err := scan(&id, &n, &size)
-		use := o.frames[id]
-		use.entries = n
-		o.frames[id] = use
-		o.entries += n
-		o.bytes += size + n*rowOverhead
+	err = db.Each("SELECT "+outboxColumns+", length(body) FROM outbox", nil, func(scan func(...any) error) error {
+		var row outboxRow
+		var size int64
+		err := scan(append(row.columns(), &size)...)
+		use := o.frames[row.frame]
+		use.entries++
+		o.frames[row.frame] = use
+		o.entries++
+		o.bytes += size + rowOverhead
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	return db.row("SELECT count(*) FROM quarantine", nil, &o.counts.quarantined)
+	all, err := quarantined(db)
+	o.counts.quarantined = int64(len(all))
+	return err
 }
 
 // append adds the request of c as the newest.
-func (o *outbox) append(db *database, c Cycle) error {
+func (o *outbox) append(db *database.DB, c Cycle) error {
 	o.lastID++
 	return o.put(db, &o.writer, outboxRow{id: o.lastID, time: c.Time.UnixNano(), points: int64(c.Points), cycles: 1}, c.Request)
 }
 
 // outboxRow is a row of the table.
 type outboxRow struct {
-	id, time, points, cycles, frame int64
-	body                            []byte
+	id, time, points, cycles, frame, again int64
+	sum                                    uint32
+	body                                   []byte
 }
 
-func (o *outbox) put(db *database, w *frameWriter, row outboxRow, request []byte) error {
+const outboxColumns = "id, time, points, cycles, frame, again, sum"
+
+// columns are where to scan outboxColumns.
+func (r *outboxRow) columns() []any {
+	return []any{&r.id, &r.time, &r.points, &r.cycles, &r.frame, &r.again, &r.sum}
+}
+
+func (r *outboxRow) checksum() uint32 {
+	return record.Sum(nil, r.id, r.time, r.points, r.cycles, r.frame, r.again)
+}
+
+func (o *outbox) put(db *database.DB, w *frameWriter, row outboxRow, request []byte) error {
 	e, err := w.encode(request, o.lastFrame+1)
 	if err != nil {
 		return err
@@ -134,7 +153,7 @@ func (o *outbox) put(db *database, w *frameWriter, row outboxRow, request []byte
 	use := o.frames[e.frame]
 	if e.newFrame != nil {
 		o.lastFrame = e.frame
-		if _, err := db.exec("INSERT INTO frame(id, body) VALUES(?, ?)", e.frame, e.newFrame); err != nil {
+		if _, err := db.Exec("INSERT INTO frame(id, body) VALUES(?, ?)", e.frame, e.newFrame); err != nil {
 			return err
 		}
 		use.bytes = int64(len(e.newFrame)) + rowOverhead
@@ -143,24 +162,32 @@ func (o *outbox) put(db *database, w *frameWriter, row outboxRow, request []byte
 			return err
 		}
 	}
-	_, err = db.exec("INSERT INTO outbox(id, time, points, cycles, frame, body) VALUES(?, ?, ?, ?, ?, ?)",
-		row.id, row.time, row.points, row.cycles, e.frame, e.body)
+	o.frames[e.frame] = use
+	row.frame, row.body = e.frame, e.body
+	return o.add(db, row)
+}
+
+// add inserts a row whose frame is there.
+func (o *outbox) add(db *database.DB, row outboxRow) error {
+	_, err := db.Exec("INSERT INTO outbox("+outboxColumns+", body) VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
+		row.id, row.time, row.points, row.cycles, row.frame, row.again, row.checksum(), row.body)
 	if err != nil {
 		return err
 	}
+	use := o.frames[row.frame]
 	use.entries++
-	o.frames[e.frame] = use
+	o.frames[row.frame] = use
 	o.entries++
-	o.bytes += int64(len(e.body)) + rowOverhead
+	o.bytes += int64(len(row.body)) + rowOverhead
 	return nil
 }
 
 // remove deletes the entries with from <= id <= to, and the frames that nothing
 // needs any more, and returns the sums of what it deleted.
-func (o *outbox) remove(db *database, from, to int64) (cycles, points int64, err error) {
+func (o *outbox) remove(db *database.DB, from, to int64) (cycles, points int64, err error) {
 	type group struct{ frame, entries, bytes int64 }
 	var groups []group
-	err = db.each("SELECT frame, count(*), sum(length(body)), sum(cycles), sum(points) FROM outbox WHERE id BETWEEN ? AND ? GROUP BY frame",
+	err = db.Each("SELECT frame, count(*), sum(length(body)), sum(cycles), sum(points) FROM outbox WHERE id BETWEEN ? AND ? GROUP BY frame",
 		[]any{from, to}, func(scan func(...any) error) error {
 			var g group
 			var c, p int64
@@ -173,7 +200,7 @@ func (o *outbox) remove(db *database, from, to int64) (cycles, points int64, err
 	if err != nil || len(groups) == 0 {
 		return 0, 0, err
 	}
-	if _, err := db.exec("DELETE FROM outbox WHERE id BETWEEN ? AND ?", from, to); err != nil {
+	if _, err := db.Exec("DELETE FROM outbox WHERE id BETWEEN ? AND ?", from, to); err != nil {
 		return 0, 0, err
 	}
 	for _, g := range groups {
@@ -197,14 +224,14 @@ func (o *outbox) remove(db *database, from, to int64) (cycles, points int64, err
 // removeFrames deletes the frames that no entry needs, but for the two in use
 // for writing: else a Collector that takes each request at once would make each
 // request a new frame.
-func (o *outbox) removeFrames(db *database) error {
+func (o *outbox) removeFrames(db *database.DB) error {
 	for id, use := range o.frames {
 		if use.entries > 0 || id == o.writer.id || id == o.thin.id {
 			continue
 		}
 		delete(o.frames, id)
 		o.bytes -= use.bytes
-		if _, err := db.exec("DELETE FROM frame WHERE id = ?", id); err != nil {
+		if _, err := db.Exec("DELETE FROM frame WHERE id = ?", id); err != nil {
 			return err
 		}
 	}
@@ -229,7 +256,7 @@ func (o *outbox) reject(newest int64) {
 
 // settle removes what is rejected or delivered but still in the file; settled is
 // to be called once the transaction is durable.
-func (o *outbox) settle(db *database) error {
+func (o *outbox) settle(db *database.DB) error {
 	if o.rejected != 0 {
 		if _, _, err := o.remove(db, o.rejected+1, math.MaxInt64); err != nil {
 			return err
@@ -245,24 +272,28 @@ func (o *outbox) settle(db *database) error {
 
 func (o *outbox) settled() { o.rejected, o.unsaved = 0, false }
 
-// first returns the first entry with from <= id <= to; sql.ErrNoRows if none.
-func (o *outbox) first(db *database, from, to int64) (row outboxRow, err error) {
-	err = db.row("SELECT id, time, points, cycles, frame, body FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 1",
-		[]any{from, to}, &row.id, &row.time, &row.points, &row.cycles, &row.frame, &row.body)
+// first returns the first entry with from <= id <= to; sql.ErrNoRows if none, and
+// with ErrDamaged a row of which only the id and the body are good.
+func (o *outbox) first(db *database.DB, from, to int64) (row outboxRow, err error) {
+	err = db.Row("SELECT "+outboxColumns+", body FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 1",
+		[]any{from, to}, append(row.columns(), &row.body)...)
+	if err == nil && row.sum != row.checksum() {
+		err = fmt.Errorf("request %d of the outbox %w", row.id, record.ErrDamaged)
+	}
 	return row, err
 }
 
-// decode returns the request in row. The error is errDamaged unless the file
+// decode returns the request in row. The error is record.ErrDamaged unless the file
 // could not be read.
-func (o *outbox) decode(db *database, row outboxRow) ([]byte, error) {
+func (o *outbox) decode(db *database.DB, row outboxRow) ([]byte, error) {
 	if row.id == o.fresh.ID && row.cycles == 1 {
 		return o.fresh.Request, nil
 	}
 	request, err := o.reader.decode(row.body, row.frame, func(id int64) (body []byte, err error) {
-		return body, db.row("SELECT body FROM frame WHERE id = ?", []any{id}, &body)
+		return body, db.Row("SELECT body FROM frame WHERE id = ?", []any{id}, &body)
 	})
-	if err != nil && sqliteCode(err) == 0 {
-		return nil, fmt.Errorf("%w: %w", errDamaged, err)
+	if err != nil && database.Code(err) == 0 {
+		return nil, fmt.Errorf("%w: %w", record.ErrDamaged, err)
 	}
 	return request, err
 }
@@ -294,14 +325,14 @@ func (s *Store) NextAfter(ctx context.Context, after int64, maxBytes int) ([]Ent
 		if errors.Is(err, sql.ErrNoRows) {
 			break
 		}
-		if err != nil {
-			return nil, s.failed(op, err)
-		}
-		if len(out) > 0 && total+requestSize(row.body) > maxBytes {
+		if err == nil && len(out) > 0 && total+requestSize(row.body) > maxBytes {
 			break
 		}
-		request, err := s.outbox.decode(s.db, row)
-		if errors.Is(err, errDamaged) {
+		var request []byte
+		if err == nil {
+			request, err = s.outbox.decode(s.db, row)
+		}
+		if errors.Is(err, record.ErrDamaged) {
 			if err := s.quarantine(row, row.body, err.Error()); err != nil {
 				return nil, s.failed(op, err)
 			}
@@ -311,7 +342,7 @@ func (s *Store) NextAfter(ctx context.Context, after int64, maxBytes int) ([]Ent
 		if err != nil {
 			return nil, s.failed(op, err)
 		}
-		out = append(out, Entry{ID: row.id, Time: fromNanos(row.time), Points: int(row.points), Request: request})
+		out = append(out, Entry{ID: row.id, Time: record.FromNanos(row.time), Points: int(row.points), Request: request})
 		if total += len(request); total >= maxBytes {
 			break
 		}
@@ -342,7 +373,7 @@ func (s *Store) Ack(ctx context.Context, upTo int64) error {
 	if !o.unsaved {
 		return nil
 	}
-	err := s.db.tx(func() error {
+	err := s.db.Tx(func() error {
 		_, _, err := o.remove(s.db, 0, o.acked)
 		return err
 	})
@@ -376,14 +407,14 @@ func (s *Store) NotePartial(ctx context.Context, p Partial) error {
 	if err := s.begin(ctx, op); err != nil {
 		return err
 	}
-	err := s.db.tx(func() error {
+	err := s.db.Tx(func() error {
 		since := s.cfg.Now().UnixNano()
-		err := s.db.row("SELECT coalesce(max(since), ?) FROM partial", []any{since}, &since)
+		err := s.db.Row("SELECT coalesce(max(since), ?) FROM partial", []any{since}, &since)
 		if err == nil {
-			_, err = s.db.exec("DELETE FROM partial")
+			_, err = s.db.Exec("DELETE FROM partial")
 		}
 		if err == nil && p.Rejected > 0 {
-			_, err = s.db.exec("INSERT INTO partial(since, points, rejected, message) VALUES(?, ?, ?, ?)", since, p.Points, p.Rejected, p.Message)
+			_, err = s.db.Exec("INSERT INTO partial(since, points, rejected, message) VALUES(?, ?, ?, ?)", since, p.Points, p.Rejected, p.Message)
 		}
 		return err
 	})
@@ -420,11 +451,10 @@ func (s *Store) Quarantine(ctx context.Context, id int64, reason string) error {
 	if err == nil {
 		var request []byte
 		if request, err = s.outbox.decode(s.db, row); err == nil {
-			body = compress(request)
-		} else if errors.Is(err, errDamaged) {
-			err = nil
+			body = record.Compress(request)
 		}
 	}
+	err = unlessDamaged(err)
 	if err == nil {
 		err = s.quarantine(row, body, reason)
 	}
@@ -441,16 +471,16 @@ func (s *Store) quarantine(row outboxRow, body []byte, reason string) error {
 	if len(reason) > quarantineReason {
 		reason = reason[:quarantineReason]
 	}
-	err := s.db.tx(func() error {
-		_, err := s.db.exec("INSERT OR REPLACE INTO quarantine(id, time, at, points, reason, body) VALUES(?, ?, ?, ?, ?, ?)",
+	var given sql.Result
+	err := s.db.Tx(func() error {
+		_, err := s.db.Exec("INSERT OR REPLACE INTO quarantine(id, time, at, points, reason, body) VALUES(?, ?, ?, ?, ?, ?)",
 			row.id, row.time, s.cfg.Now().UnixNano(), row.points, strings.ToValidUTF8(reason, "?"), body)
 		if err != nil {
 			return err
 		}
-		_, err = s.db.exec(`DELETE FROM quarantine WHERE id IN (SELECT id FROM (
+		if given, err = s.db.Exec(`DELETE FROM quarantine WHERE id IN (SELECT id FROM (
 			SELECT id, row_number() OVER newest AS n, sum(length(body)) OVER newest AS size FROM quarantine
-			WINDOW newest AS (ORDER BY id DESC)) WHERE n > 1 AND (n > ? OR size > ?))`, quarantineMax, quarantineMaxBytes)
-		if err != nil {
+			WINDOW newest AS (ORDER BY id DESC)) WHERE n > 1 AND (n > ? OR size > ?))`, quarantineMax, quarantineMaxBytes); err != nil {
 			return err
 		}
 		_, _, err = s.outbox.remove(s.db, row.id, row.id)
@@ -459,7 +489,11 @@ func (s *Store) quarantine(row outboxRow, body []byte, reason string) error {
 	if err != nil {
 		return err
 	}
-	return s.db.row("SELECT count(*) FROM quarantine", nil, &s.outbox.counts.quarantined)
+	if n, err := given.RowsAffected(); err == nil && n > 0 {
+		s.cfg.Logger.Warn("quarantine is full: the oldest requests are given up", "requests", n,
+			"max_requests", quarantineMax, "max_bytes", quarantineMaxBytes)
+	}
+	return s.db.Row("SELECT count(*) FROM quarantine", nil, &s.outbox.counts.quarantined)
 }
 
 // bound brings the outbox back within its bounds, a few steps at a time.
@@ -473,7 +507,7 @@ func (s *Store) bound() error {
 		return nil
 	}
 	before := o.counts
-	err = s.db.tx(func() error {
+	err = s.db.Tx(func() error {
 		for _, id := range old {
 			if err := s.drop(id, id); err != nil {
 				return err
@@ -526,11 +560,12 @@ func (s *Store) tooOld() (ids []int64, err error) {
 		return nil, nil
 	}
 	oldest := s.cfg.Now().Add(-s.cfg.OutboxMaxAge).UnixNano()
-	err = s.db.each("SELECT id, time FROM outbox ORDER BY id LIMIT ?", []any{4 * dropSteps}, func(scan func(...any) error) error {
-		var id, at int64
-		err := scan(&id, &at)
-		if at < oldest && len(ids) < dropSteps {
-			ids = append(ids, id)
+	err = s.db.Each("SELECT "+outboxColumns+" FROM outbox ORDER BY id LIMIT ?", []any{4 * dropSteps}, func(scan func(...any) error) error {
+		var row outboxRow
+		err := scan(row.columns()...)
+		// A person has asked for those of the quarantine. Next deals with damaged ones.
+		if row.time < oldest && row.again == 0 && row.sum == row.checksum() && len(ids) < dropSteps {
+			ids = append(ids, row.id)
 		}
 		return err
 	})
@@ -542,7 +577,7 @@ func (s *Store) tooOld() (ids []int64, err error) {
 func (s *Store) dropOldest(n int) error {
 	for _, after := range []int64{s.outbox.leased, 0} {
 		var from, to sql.NullInt64
-		err := s.db.row("SELECT min(id), max(id) FROM (SELECT id FROM outbox WHERE id > ? AND id < (SELECT max(id) FROM outbox) ORDER BY id LIMIT ?)",
+		err := s.db.Row("SELECT min(id), max(id) FROM (SELECT id FROM outbox WHERE id > ? AND id < (SELECT max(id) FROM outbox) ORDER BY id LIMIT ?)",
 			[]any{after, n}, &from, &to)
 		if err != nil {
 			return err
@@ -576,7 +611,7 @@ func (s *Store) thinOne() (bool, error) {
 		from, to := o.visible()
 		from = max(from, o.cursor, o.leased+1)
 		var ids, cycles []int64
-		err := s.db.each("SELECT id, cycles FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?", []any{from, to, window},
+		err := s.db.Each("SELECT id, cycles FROM outbox WHERE id BETWEEN ? AND ? AND again = 0 ORDER BY id LIMIT ?", []any{from, to, window},
 			func(scan func(...any) error) error {
 				var id, n int64
 				err := scan(&id, &n)
@@ -614,17 +649,18 @@ func (s *Store) merge(older, newer int64) (bool, error) {
 	o := &s.outbox
 	a, err := o.first(s.db, older, older)
 	if err != nil {
-		return false, err
+		return false, unlessDamaged(err)
 	}
 	b, err := o.first(s.db, newer, newer)
 	if err != nil {
-		return false, err
+		return false, unlessDamaged(err)
 	}
 	if s.cfg.Merge == nil {
 		if _, _, err := o.remove(s.db, a.id, a.id); err != nil {
 			return false, err
 		}
-		if _, err := s.db.exec("UPDATE outbox SET cycles = ? WHERE id = ?", a.cycles+b.cycles, b.id); err != nil {
+		b.cycles += a.cycles
+		if _, err := s.db.Exec("UPDATE outbox SET cycles = ?, sum = ? WHERE id = ?", b.cycles, b.checksum(), b.id); err != nil {
 			return false, err
 		}
 		o.counts.thinnedPoints += a.points
@@ -640,8 +676,11 @@ func (s *Store) merge(older, newer int64) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		if _, _, err := o.remove(s.db, a.id, b.id); err != nil {
-			return false, err
+		// Requests between them were in quarantine.
+		for _, id := range []int64{a.id, b.id} {
+			if _, _, err := o.remove(s.db, id, id); err != nil {
+				return false, err
+			}
 		}
 		o.counts.thinnedPoints += a.points + b.points - points
 		b.cycles, b.points = a.cycles+b.cycles, points
@@ -653,12 +692,20 @@ func (s *Store) merge(older, newer int64) (bool, error) {
 	return true, nil
 }
 
+// unlessDamaged leaves damaged rows to Next.
+func unlessDamaged(err error) error {
+	if errors.Is(err, record.ErrDamaged) {
+		return nil
+	}
+	return err
+}
+
 var errUnmergeable = errors.New("requests cannot be merged")
 
 func (s *Store) mergeRequests(a, b outboxRow) (merged []byte, points int64, err error) {
 	var requests [2][]byte
 	for i, row := range []outboxRow{a, b} {
-		if requests[i], err = s.outbox.decode(s.db, row); errors.Is(err, errDamaged) {
+		if requests[i], err = s.outbox.decode(s.db, row); errors.Is(err, record.ErrDamaged) {
 			return nil, 0, fmt.Errorf("%w: %w", errUnmergeable, err)
 		} else if err != nil {
 			return nil, 0, err
@@ -668,7 +715,7 @@ func (s *Store) mergeRequests(a, b outboxRow) (merged []byte, points int64, err 
 	if err != nil {
 		return nil, 0, fmt.Errorf("%w: %w", errUnmergeable, err)
 	}
-	if len(merged) > maxRequest {
+	if len(merged) > record.MaxSize {
 		return nil, 0, fmt.Errorf("%w: the result has %d bytes", errUnmergeable, len(merged))
 	}
 	return merged, int64(n), nil
@@ -683,6 +730,7 @@ type Stats struct {
 	Thinned, ThinnedPoints int64 // requests, and their points, merged into a newer one
 	Dropped, DroppedPoints int64 // cycles, and points, given up undelivered
 	Quarantined            int64 // requests now in quarantine
+	Replaced               int64 // times that a new file began, for the old one was damaged, foreign or gone
 }
 
 // Stats never fails: what the file cannot tell now is as it was or zero.
@@ -694,14 +742,15 @@ func (s *Store) Stats() Stats {
 		OutboxEntries: o.entries, OutboxBytes: o.bytes,
 		Thinned: o.counts.thinned, ThinnedPoints: o.counts.thinnedPoints,
 		Dropped: o.counts.dropped, DroppedPoints: o.counts.droppedPoints, Quarantined: o.counts.quarantined,
+		Replaced: s.replaced,
 	}
 	if s.db == nil {
 		return st
 	}
 	from, to := o.visible()
 	var oldest sql.NullInt64
-	if err := s.db.row("SELECT time FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 1", []any{from, to}, &oldest); err == nil {
-		st.OldestTime = fromNanos(oldest.Int64)
+	if err := s.db.Row("SELECT time FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 1", []any{from, to}, &oldest); err == nil {
+		st.OldestTime = record.FromNanos(oldest.Int64)
 	}
 	return st
 }

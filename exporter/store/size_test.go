@@ -9,6 +9,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/unitmeter/unitmeter/exporter/store/history"
 )
 
 var full = flag.Bool("full", false, "run the size tests over their whole time: a day of outage, three weeks of history")
@@ -149,14 +151,14 @@ func historyOf(t testing.TB, hours, active int) (dir string, s *Store, took []ti
 	dir = filepath.Join(t.TempDir(), "state")
 	s = openTest(t, Config{Dir: dir, Now: func() time.Time { return h.now }})
 	last := make([]time.Time, len(h.units))
-	samples := make([]Sample, len(h.units))
+	samples := make([]history.Sample, len(h.units))
 	for range hours * 60 {
 		// A sweep begins within some ms of its time and takes 110 ms.
 		h.now = h.now.Add(time.Minute)
 		begin := h.now.Add(time.Duration(h.rand.Int64N(int64(8 * time.Millisecond))))
 		for i, unit := range h.units {
 			at := begin.Add(time.Duration(i) * 110 * time.Microsecond)
-			samples[i] = Sample{Unit: unit, Time: at, Interval: time.Minute}
+			samples[i] = history.Sample{Unit: unit, Time: at, Interval: time.Minute}
 			if !last[i].IsZero() {
 				samples[i].Interval = at.Sub(last[i])
 			}
@@ -190,7 +192,7 @@ func BenchmarkHistoryQuery(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer r.Close()
-	for name, q := range map[string]Query{
+	for name, q := range map[string]history.Query{
 		"unit,minutes": {Units: []string{"worker-1.service"}, Step: time.Minute},
 		"all,one sum":  {},
 		"all,hours":    {Step: time.Hour},
@@ -212,7 +214,7 @@ type sizes struct{ all, free, history int64 }
 // history.
 func sizesOf(t *testing.T, s *Store) sizes {
 	t.Helper()
-	pages, free, size, err := s.db.pages()
+	pages, free, size, err := s.db.Pages()
 	if err != nil {
 		t.Fatal(err)
 	}

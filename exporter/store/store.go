@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,10 @@ import (
 	"time"
 
 	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/unitmeter/unitmeter/exporter/store/database"
+	"github.com/unitmeter/unitmeter/exporter/store/history"
+	"github.com/unitmeter/unitmeter/exporter/store/record"
 )
 
 // Errors that callers tell apart with errors.Is.
@@ -21,9 +26,7 @@ var (
 	// itself; meanwhile a caller sends its requests directly.
 	ErrUnavailable = errors.New("store is unavailable")
 	// ErrInUse says that another process has the directory.
-	ErrInUse = errors.New("state directory is in use")
-	// ErrNewerSchema says that a newer version of the agent wrote the file.
-	ErrNewerSchema = errors.New("store was written by a newer version")
+	ErrInUse = database.ErrInUse
 	// ErrClosed says that Close was called.
 	ErrClosed = errors.New("store is closed")
 )
@@ -81,15 +84,16 @@ type Store struct {
 	mu        sync.Mutex
 	closed    bool
 	lock      *os.File
-	db        *database // nil while unavailable
-	stale     bool      // a transaction failed: what follows must be read again
-	failures  int       // transactions in a row that failed on db
-	recovered int       // how often it began anew since Open
+	db        *database.DB // nil while unavailable
+	stale     bool         // a transaction failed: what follows must be read again
+	condemned error        // why the file at path is to be set aside
+	failures  int          // transactions in a row that failed on db
+	replaced  int64        // how often a new file began since Open
 
 	partial *Partial // as the file has it; nil while that is not known
 	ledger  *ledgerState
 	outbox  outbox
-	history history
+	history history.Writer
 	down    bool // the last Commit failed
 }
 
@@ -103,16 +107,15 @@ type Cycle struct {
 	// be changed any more: Next may return it as it is.
 	Request []byte
 	Points  int // in Request, for the statistics
-	Samples []Sample
+	Samples []history.Sample
 }
 
-// Open opens the store in cfg.Dir. It fails if the directory is not safe, is in
-// use (ErrInUse) or holds a newer store (ErrNewerSchema), since trying again
-// will not help. A disk that is full or failing does not make it fail: then
+// Open opens the store in cfg.Dir. It fails if the directory is not safe or in
+// use (ErrInUse), since trying again will not help. A disk that is full or failing does not make it fail: then
 // Ledger and Commit return ErrUnavailable until the disk has recovered.
 //
-// A file that is damaged or not ours is set aside, and Open goes on without it;
-// the Logger is told.
+// A file that is damaged, or not one of this version, is set aside, and Open goes on
+// with what of it is whole; the Logger is told. When ctx ends, so does the check.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
@@ -131,10 +134,14 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	s := &Store{cfg: cfg, path: filepath.Join(cfg.Dir, fileName)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := s.ready()
-	if refused := (refusal{}); errors.As(err, &refused) {
+	err := s.ready(ctx)
+	if refused := (database.Refusal{}); errors.As(err, &refused) {
 		s.release()
-		return nil, refused.error
+		return nil, refused.Unwrap()
+	}
+	if ctx.Err() != nil {
+		s.release()
+		return nil, fmt.Errorf("open store: %w", ctx.Err())
 	}
 	if err != nil {
 		s.noteFailure(fmt.Errorf("%w: %w", ErrUnavailable, err))
@@ -147,11 +154,6 @@ func setDefault[T comparable](to *T, value T) {
 		*to = value
 	}
 }
-
-// refusal is an error that another try will not cure.
-type refusal struct{ error }
-
-func (r refusal) Unwrap() error { return r.error }
 
 // Ledger returns the state that the last Commit left: the zero Ledger on the
 // first day.
@@ -173,10 +175,10 @@ func (s *Store) Ledger(ctx context.Context) (Ledger, error) {
 func (s *Store) Commit(ctx context.Context, c Cycle) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(c.Request) > maxRequest {
-		return fmt.Errorf("commit cycle: request of %d bytes is larger than %d: send it in parts", len(c.Request), maxRequest)
+	if len(c.Request) > record.MaxSize {
+		return fmt.Errorf("commit cycle: request of %d bytes is larger than %d: send it in parts", len(c.Request), record.MaxSize)
 	}
-	if !inRange(c.Time) || c.Time.IsZero() {
+	if !record.InRange(c.Time) || c.Time.IsZero() {
 		return fmt.Errorf("commit cycle: time %v is zero or outside the years 1678 to 2262", c.Time)
 	}
 	if err := s.begin(ctx, "commit cycle"); err != nil {
@@ -185,14 +187,14 @@ func (s *Store) Commit(ctx context.Context, c Cycle) error {
 	}
 	c.Ledger.Time = c.Time
 	c.Ledger.Series = s.retain(c.Ledger, c.Time)
-	record, base, err := s.ledger.advance(c.Ledger)
+	body, base, err := s.ledger.advance(c.Ledger)
 	if err != nil {
 		s.stale = true // advance stopped half-way
 		return fmt.Errorf("commit cycle: %w", err)
 	}
 	newest := s.outbox.lastID
-	err = s.db.tx(func() error {
-		if err := s.writeLedger(record, base); err != nil {
+	err = s.db.Tx(func() error {
+		if err := s.writeLedger(body, base); err != nil {
 			return err
 		}
 		if err := s.outbox.settle(s.db); err != nil {
@@ -204,7 +206,7 @@ func (s *Store) Commit(ctx context.Context, c Cycle) error {
 			}
 		}
 		if s.cfg.History > 0 {
-			return s.history.append(s.db, c)
+			return s.history.Append(s.db, c.Time, c.Samples)
 		}
 		return nil
 	})
@@ -214,6 +216,8 @@ func (s *Store) Commit(ctx context.Context, c Cycle) error {
 		s.noteFailure(err)
 		return err
 	}
+	// It only serves to notice damage, and the next one makes up for it.
+	_ = s.db.Mark(s.ledger.seq)
 	s.outbox.settled()
 	if len(c.Request) > 0 {
 		s.outbox.fresh = Entry{ID: s.outbox.lastID, Request: c.Request}
@@ -235,10 +239,13 @@ func (s *Store) maintain() error {
 	if err := s.bound(); err != nil {
 		return err
 	}
-	if err := s.history.advance(s.db); err != nil {
+	if err := s.retry(); err != nil {
 		return err
 	}
-	if err := s.history.expire(s.db, s.cfg.Now(), max(0, s.cfg.History)); err != nil {
+	if err := s.history.Advance(s.db); err != nil {
+		return err
+	}
+	if err := s.history.Expire(s.db, s.cfg.Now(), max(0, s.cfg.History)); err != nil {
 		return err
 	}
 	return s.shrink()
@@ -248,12 +255,12 @@ func (s *Store) maintain() error {
 // kept for reuse, and 2 MiB for each Commit, since for each of them a page from
 // the end of the file must be moved.
 func (s *Store) shrink() error {
-	_, free, size, err := s.db.pages()
+	_, free, size, err := s.db.Pages()
 	if err != nil || free*size <= 4<<20 {
 		return err
 	}
 	// The pragma frees a page for each row that is taken from it.
-	return s.db.each("PRAGMA incremental_vacuum(512)", nil, func(func(...any) error) error { return nil })
+	return s.db.Each("PRAGMA incremental_vacuum(512)", nil, func(func(...any) error) error { return nil })
 }
 
 // retain returns the series of l that are not too old or too many. A series
@@ -294,12 +301,15 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.closed = true
+	if s.db != nil && !s.stale {
+		_ = s.db.Checkpoint() // a log without content cannot be damaged
+	}
 	return s.release()
 }
 
 func (s *Store) release() (err error) {
 	if s.db != nil {
-		err = s.db.close()
+		err = s.db.Close()
 		s.db = nil
 	}
 	if s.lock != nil {
@@ -318,7 +328,7 @@ func (s *Store) begin(ctx context.Context, op string) error {
 	if s.closed {
 		return fmt.Errorf("%s: %w", op, ErrClosed)
 	}
-	if err := s.ready(); err != nil {
+	if err := s.ready(ctx); err != nil {
 		return fmt.Errorf("%s: %w: %w", op, ErrUnavailable, err)
 	}
 	return nil
@@ -326,7 +336,7 @@ func (s *Store) begin(ctx context.Context, op string) error {
 
 // ready opens the file if it is not open, and opens it anew if it is no longer
 // the file at its path.
-func (s *Store) ready() error {
+func (s *Store) ready(ctx context.Context) error {
 	if s.db != nil {
 		if err := s.leaveIfGone(); err != nil {
 			return err
@@ -343,60 +353,124 @@ func (s *Store) ready() error {
 			return nil
 		}
 		s.leave()
-		if !isCorrupt(err) {
+		if !database.Damaged(err) {
 			return err
 		}
+		s.condemned = err
 	}
 	if err := s.holdDir(); err != nil {
 		return err
 	}
-	err := s.open()
-	other := errors.Is(err, errMachine)
-	if err == nil || !isCorrupt(err) && !other {
+	if s.condemned == nil {
+		err := s.open(ctx)
+		if !database.Damaged(err) && !errors.Is(err, errMachine) {
+			return err
+		}
+		s.condemned = err
+	}
+	return s.replace(ctx)
+}
+
+// replace sets the condemned file aside and makes a new one, with what of the old
+// one is whole.
+func (s *Store) replace(ctx context.Context) error {
+	aside, err := database.SetAside(s.path, s.cfg.Now())
+	if err != nil && aside == "" {
+		return errors.Join(s.condemned, err)
+	}
+	reason := s.condemned
+	s.condemned = nil
+	if err := s.open(ctx); err != nil {
 		return err
 	}
-	aside, asideErr := setAside(s.path, s.cfg.Now())
-	if asideErr != nil {
-		return errors.Join(err, asideErr)
-	}
-	if other {
+	if errors.Is(reason, errMachine) {
 		s.leaveTo(aside)
-	} else {
-		s.beganAnew(err, aside)
+		return nil
 	}
-	return s.open()
+	var kept []string
+	if !errors.Is(reason, database.ErrForeign) {
+		kept, err = s.salvage(aside)
+	}
+	s.beganAnew(reason, aside, kept)
+	if err != nil {
+		s.leave()
+	}
+	return err
+}
+
+// salvage copies the ledger and the requests of the file at aside, each if it is
+// whole, and returns what it has copied. It copies nothing if the file has lost its
+// last cycles: their requests were delivered.
+func (s *Store) salvage(aside string) (kept []string, err error) {
+	copyPart := func(part string, load func() error, tables ...string) error {
+		err := s.db.Copy(tables...)
+		if err == nil {
+			if err = load(); err == nil {
+				kept = append(kept, part)
+				return nil
+			}
+		}
+		for _, table := range tables {
+			_, err := s.db.Exec("DELETE FROM main." + table)
+			if err == nil {
+				_, err = s.db.Exec("DELETE FROM main.sqlite_sequence WHERE name = ?", table)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err = s.db.With(aside, func() error {
+		var seq int64
+		err := s.db.Row("SELECT coalesce(max(seq), 0) FROM old.sqlite_sequence WHERE name = 'ledger'", nil, &seq)
+		if err != nil || seq < database.Marked(aside) {
+			return nil
+		}
+		return errors.Join(
+			copyPart("ledger", func() error {
+				if err := s.loadLedger(); err != nil || s.ledger.seq != seq {
+					return cmp.Or(err, record.ErrDamaged)
+				}
+				return nil
+			}, "ledger"),
+			copyPart("requests", func() error { return s.outbox.load(s.db) }, "frame", "outbox", "quarantine", "retry"))
+	})
+	if err != nil {
+		s.cfg.Logger.Warn("the file that is set aside cannot be read", "path", aside, "err", err)
+	}
+	return kept, s.load()
 }
 
 // leaveTo notes that the file at aside is of another machine, and how to use it all
 // the same.
 func (s *Store) leaveTo(aside string) {
-	s.recovered++
+	s.replaced++
 	if err := disown(aside); err != nil {
 		s.cfg.Logger.Warn("the state of another machine is set aside, and cannot be used again", "set_aside", aside, "err", err)
 		return
 	}
 	s.cfg.Logger.Warn("the state is of another machine, as after cloning: it is set aside, and this machine begins its own series",
 		"path", s.path, "set_aside", aside, "next", fmt.Sprintf("none after cloning; if this machine has a new machine id on purpose, stop the agent, run "+
-			`for s in "" -wal -shm; do mv -f %q$s %q$s; done, and start it again`, aside, s.path))
+			`for s in "" -wal -shm -mark; do mv -f %q$s %q$s; done, and start it again`, aside, s.path))
 }
 
 // leaveIfGone gives up the connection if its files are no longer those at the
 // path: someone deleted or replaced them, or another disk is mounted there.
 func (s *Store) leaveIfGone() error {
-	file, log := s.db.present()
+	file, log := s.db.Present()
 	switch {
 	case !file:
 		s.leave()
-		s.beganAnew(fmt.Errorf("%s was deleted or replaced while it was in use", s.path), "")
+		// What is there now may be older on purpose.
+		if err := database.DropMark(s.path); err != nil {
+			return err
+		}
+		s.beganAnew(fmt.Errorf("%s was deleted or replaced while it was in use", s.path), "", nil)
 	case !log:
 		// The file is whole only together with its log, which this connection
 		// still has open: move everything into the file.
-		var busy, pages, moved int
-		err := s.db.row("PRAGMA wal_checkpoint(TRUNCATE)", nil, &busy, &pages, &moved)
-		if err == nil && busy != 0 {
-			err = errors.New("a reader is using it")
-		}
-		if err != nil {
+		if err := s.db.Checkpoint(); err != nil {
 			return fmt.Errorf("save the log of %s, which was deleted while it was in use: %w", s.path, err)
 		}
 		s.leave()
@@ -416,92 +490,112 @@ func (s *Store) holdDir() (err error) {
 		s.lock.Close()
 		s.lock = nil
 	}
-	s.lock, err = lockDir(s.cfg.Dir)
+	s.lock, err = database.LockDir(s.cfg.Dir)
 	return err
 }
 
-func (s *Store) open() error {
-	db, err := openDatabase(s.path)
+func (s *Store) open(ctx context.Context) error {
+	db, err := database.Open(ctx, spec(s.cfg.Dir, s.cfg.Logger))
 	if err != nil {
-		if errors.Is(err, ErrNewerSchema) {
-			return refusal{err}
-		}
 		return err
 	}
 	s.db = db
 	if s.cfg.Machine != "" {
-		err = db.claim(s.cfg.Machine)
+		err = claim(db, s.cfg.Machine)
 	}
 	// A disk that cannot be written now must not keep a store from being read.
-	switch code := sqliteCode(err); {
+	switch code := database.Code(err); {
 	case err == nil, code == sqlite3.SQLITE_FULL, code == sqlite3.SQLITE_IOERR, code == sqlite3.SQLITE_READONLY:
 		err = s.load()
 	}
-	if err == nil {
-		if err = db.remember(); err == nil {
-			return nil
-		}
+	if marked := database.Marked(s.path); err == nil && s.ledger.seq < marked {
+		err = fmt.Errorf("%s: %w: it has lost %d cycles at its end, as with a damaged log or when an older copy was put in its place", s.path, record.ErrDamaged, marked-s.ledger.seq)
 	}
-	s.leave()
-	if sqliteCode(err) == sqlite3.SQLITE_ERROR {
-		// A table or a column that the schema has is not there.
-		return fmt.Errorf("%s: %w: %w", s.path, errCorrupt, err)
+	if err != nil {
+		s.leave()
 	}
 	return err
 }
 
 // leave gives up the connection; the next call opens the file again.
 func (s *Store) leave() {
-	_ = s.db.close()
+	_ = s.db.Close()
 	s.db, s.stale, s.failures, s.partial = nil, false, 0, nil
 }
 
-// beganAnew notes that the content is gone. aside is where the damaged or foreign
-// file is now, empty if it had been deleted or replaced.
-func (s *Store) beganAnew(reason error, aside string) {
-	s.recovered++
-	s.cfg.Logger.Warn("store began anew; totals begin again where the units' own counters do",
-		"path", s.path, "reason", reason, "set_aside", aside)
+// beganAnew notes that there is a new file. aside is where the damaged or foreign
+// one is now, empty if it had been deleted or replaced; kept is what was taken over
+// from it.
+func (s *Store) beganAnew(reason error, aside string, kept []string) {
+	s.replaced++
+	msg := "store began anew; totals begin again where the units' own counters do"
+	if slices.Contains(kept, "ledger") {
+		msg = "store began anew; totals go on"
+	}
+	s.cfg.Logger.Warn(msg, "path", s.path, "reason", reason, "set_aside", aside, "kept", kept)
 }
+
+// maxLedger bounds the records of the ledger in bytes: several times what 20,000
+// series need.
+const maxLedger = 64 << 20
 
 // load reads into memory what Commit needs.
 func (s *Store) load() error {
 	s.stale = false
+	err := s.loadLedger()
+	if err == nil {
+		err = s.outbox.load(s.db)
+	}
+	if err == nil {
+		err = s.history.Load(s.db)
+	}
+	return err
+}
+
+func (s *Store) loadLedger() error {
 	s.ledger = newLedgerState()
-	last := int64(0)
-	err := s.db.each("SELECT seq, base, body FROM ledger ORDER BY seq", nil, func(scan func(...any) error) error {
+	defer s.ledger.endReplay()
+	seq, err := s.db.Sequence("ledger", "seq")
+	if err != nil {
+		return err
+	}
+	var size int64
+	if err := s.db.Row("SELECT coalesce(sum(length(body)), 0) FROM ledger", nil, &size); err != nil {
+		return err
+	}
+	if size > maxLedger {
+		return fmt.Errorf("ledger of %d bytes: %w", size, record.ErrDamaged)
+	}
+	err = s.db.Each("SELECT seq, base, body FROM ledger ORDER BY seq", nil, func(scan func(...any) error) error {
 		var seq int64
 		var base bool
 		var body []byte
 		if err := scan(&seq, &base, &body); err != nil {
 			return err
 		}
-		if base != (last == 0) || last != 0 && seq != last+1 {
-			return fmt.Errorf("ledger record %d follows record %d: %w", seq, last, errDamaged)
+		if last := s.ledger.seq; base != (last == 0) || last != 0 && seq != last+1 {
+			return fmt.Errorf("ledger record %d follows record %d: %w", seq, last, record.ErrDamaged)
 		}
-		last = seq
+		s.ledger.seq = seq
 		if err := s.ledger.replay(body, base); err != nil {
 			return fmt.Errorf("ledger record %d: %w", seq, err)
 		}
 		return nil
 	})
-	s.ledger.endReplay()
-	if err == nil {
-		err = s.outbox.load(s.db)
-	}
-	if err == nil {
-		err = s.history.load(s.db)
+	if err == nil && s.ledger.seq != seq {
+		err = fmt.Errorf("ledger ends with record %d of %d: %w", s.ledger.seq, seq, record.ErrDamaged)
 	}
 	return err
 }
 
-func (s *Store) writeLedger(record []byte, base bool) error {
+func (s *Store) writeLedger(body []byte, base bool) error {
 	if base {
-		if _, err := s.db.exec("DELETE FROM ledger"); err != nil {
+		if _, err := s.db.Exec("DELETE FROM ledger"); err != nil {
 			return err
 		}
 	}
-	_, err := s.db.exec("INSERT INTO ledger(base, body) VALUES(?, ?)", base, record)
+	s.ledger.seq++
+	_, err := s.db.Exec("INSERT INTO ledger(seq, base, body) VALUES(?, ?, ?)", s.ledger.seq, base, body)
 	return err
 }
 
@@ -509,26 +603,16 @@ func (s *Store) writeLedger(record []byte, base bool) error {
 func (s *Store) failed(op string, err error) error {
 	s.stale = true
 	s.failures++
-	if isCorrupt(err) {
+	if database.Damaged(err) {
 		// Loading may not meet the damage, so it must be noted here.
-		s.condemn(err)
-	} else if s.failures > 1 || sqliteCode(err) == sqlite3.SQLITE_READONLY {
+		s.leave()
+		s.condemned = err
+	} else if s.failures > 1 || database.Code(err) == sqlite3.SQLITE_READONLY {
 		// Perhaps it is the connection: a file that was opened on a read-only
 		// disk stays read-only.
 		s.leave()
 	}
 	return fmt.Errorf("%s: %w: %w", op, ErrUnavailable, err)
-}
-
-// condemn sets the file aside; the next Commit writes a new one.
-func (s *Store) condemn(reason error) {
-	s.leave()
-	aside, err := setAside(s.path, s.cfg.Now())
-	if err != nil {
-		s.cfg.Logger.Error("damaged store could not be set aside", "path", s.path, "reason", reason, "err", err)
-		return
-	}
-	s.beganAnew(reason, aside)
 }
 
 func (s *Store) noteFailure(err error) {

@@ -162,9 +162,9 @@ https://github.com/unitmeter/unitmeter
 	return b.String()
 }
 
-// roff escapes text for man(7).
+// roff escapes text for man(7), where a line may break between the sets of a pattern.
 func roff(text string) string {
-	text = strings.NewReplacer(`\`, `\e`, `-`, `\-`, `"`, `\(dq`, `'`, `\(aq`, `~`, `\(ti`, `^`, `\(ha`, "`", `\(ga`).Replace(text)
+	text = strings.NewReplacer(`\`, `\e`, "][", `]\:[`, `-`, `\-`, `"`, `\(dq`, `'`, `\(aq`, `~`, `\(ti`, `^`, `\(ha`, "`", `\(ga`).Replace(text)
 	if strings.HasPrefix(text, ".") {
 		text = `\&` + text
 	}

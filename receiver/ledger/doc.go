@@ -34,7 +34,7 @@
 // A run whose owner or unit changes, since the settings did, goes on in the other
 // series: what it had until then stays.
 //
-// A State of another source goes on too, see Config.Switched. What passed between
+// A State of another source goes on too, see Config.State. What passed between
 // the last sweep of the one and the first of the other is not in the totals.
 //
 // A run is remembered for Config.KeepEnded after its end, and one of an earlier

@@ -41,14 +41,14 @@ type Config struct {
 	Began time.Time
 	// Measure is what readings are of. All series have it in their ID.
 	Measure Measure
-	// State is the State of an earlier Ledger with the same Measure.
+	// Source is who counts.
+	Source string
+	// State is the State of an earlier Ledger with the same Measure. If another source
+	// has counted, its runs are left out, and what both may have counted is added once:
+	// the first reading of a run that began before State adds nothing to a series of
+	// State, nor to one with an Owner or with another Measure than Total. The traffic of
+	// these may be in a series without.
 	State State
-	// Switched says that State has what another source counted. Its runs are left
-	// out, and what both sources may have counted is added once: the first reading
-	// of a run that began before State adds nothing to a series of State, nor to one
-	// with an Owner or with another Measure than Total, since its traffic may be in a
-	// series without.
-	Switched bool
 }
 
 // Reading is the counters of one run at one time.
@@ -155,7 +155,7 @@ func New(cfg Config) *Ledger {
 		cfg: cfg, series: map[ID]*series{}, runs: map[string]*run{}, balances: map[string]*balance{},
 		journal: cfg.State.Journal, swept: cfg.State.Time,
 	}
-	if cfg.Switched {
+	if cfg.State.Source != cfg.Source && !cfg.State.Time.IsZero() {
 		l.switched = cfg.State.Time
 		cfg.State.Runs = nil
 	}
@@ -659,7 +659,10 @@ func (s *series) show(now time.Time, gone, empty bool) {
 
 // state takes a State.
 func (l *Ledger) state(now time.Time) State {
-	state := State{Time: now, Measure: l.cfg.Measure, Journal: l.journal, Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs))}
+	state := State{
+		Time: now, Source: l.cfg.Source, Measure: l.cfg.Measure, Journal: l.journal,
+		Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs)),
+	}
 	for i, s := range l.order {
 		state.Series[i] = s.public()
 	}

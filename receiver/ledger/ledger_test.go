@@ -245,7 +245,7 @@ func TestSlices(t *testing.T) {
 // TestMeasureBegins: a measure that was off counts from here.
 func TestMeasureBegins(t *testing.T) {
 	cfg := config()
-	cfg.Measure, cfg.Switched, cfg.State = Wire, true, State{Time: at(10)}
+	cfg.Measure, cfg.Source, cfg.State = Wire, "ebpf", State{Time: at(10)}
 	l := New(cfg)
 	young := reading("b.service", "2", 12, all(7))
 	young.Start, young.Young = at(11), true
@@ -256,7 +256,7 @@ func TestMeasureBegins(t *testing.T) {
 	want(t, s, "b.service", all(7))
 	s = sweep(l, 13, reading("a.service", "1", 13, all(8)))
 	want(t, s, "a.service", all(3))
-	cfg.Switched, cfg.State = false, s
+	cfg.State = s
 	want(t, sweep(New(cfg), 14, reading("a.service", "1", 14, all(9))), "a.service", all(4))
 }
 
@@ -523,7 +523,7 @@ func TestSwitched(t *testing.T) {
 	state := sweep(first, 10, reading("a.service", "1", 10, all(6)), reading("run-x", "2", 10, all(7)))
 
 	cfg := config()
-	cfg.State, cfg.Switched, cfg.Began = state, true, at(11)
+	cfg.State, cfg.Source, cfg.Began = state, "other", at(11)
 	l := New(cfg)
 	young, late := reading("a.service", "young", 12, all(100)), reading("a.service", "late", 12, all(1000))
 	young.Young = true
@@ -554,7 +554,7 @@ func TestSwitched(t *testing.T) {
 		t.Errorf("%+v is unattributed, and both sources may have counted it", s.Balances[0])
 	}
 
-	cfg.Switched, cfg.State = false, s
+	cfg.State = s
 	again := New(cfg)
 	lost.Asked, lost.Time, lost.Counters = at(16), at(16), all(10)
 	s = sweep(again, 16, reading("a.service", "other", 16, all(53)), lost)
@@ -568,7 +568,7 @@ func TestSwitched(t *testing.T) {
 func TestSwitchedRecord(t *testing.T) {
 	cfg := config()
 	cfg.State = sweep(New(config()), 10, reading("a.service", "1", 10, all(6)))
-	cfg.Switched, cfg.Began = true, at(11)
+	cfg.Source, cfg.Began = "other", at(11)
 	l := New(cfg)
 	l.Take(record("a.service", "2", 12, all(8)), at(12))
 	l.Take(record("b.service", "3", 12, all(8)), at(12))

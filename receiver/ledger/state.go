@@ -12,6 +12,7 @@ import (
 // It is immutable.
 type State struct {
 	Time   time.Time // when it was taken; zero for none
+	Source string    // Config.Source of the Ledger that it is of
 	Series []Series  // in the order of their creation
 	// Overflow has what the units over Config.MaxSeries transferred; nil while
 	// there were none.

@@ -97,7 +97,9 @@ func newPlacing() placing {
 
 // place asks about the run of a unit while there is still time.
 func (f *follower) place(u *unit) {
-	f.unasked = append(f.unasked, u)
+	if len(f.unasked) < maxWaiting {
+		f.unasked = append(f.unasked, u)
+	}
 	f.askPlaces()
 }
 

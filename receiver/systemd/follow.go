@@ -14,12 +14,23 @@ import (
 )
 
 const (
-	relistEvery          = 5 * time.Minute
-	reloadTimeout        = 10 * time.Second // Reloading(false) never came (systemd#43200)
-	newUnitPause         = 250 * time.Millisecond
+	reloadTimeout = 10 * time.Second // Reloading(false) never came (systemd#43200)
+	newUnitPause  = 250 * time.Millisecond
+	// maxFresh is how many units are listed by name. A list of all costs systemd less
+	// than one of more names: it compares each name with each unit.
+	maxFresh = 64
+	// maxWaiting is how many units may wait to be read at their end, or to be asked for
+	// their slice; the next sweep reads the others.
+	maxWaiting = 4096
+	// floodPause is how long a flood of signals is left alone before the units are
+	// listed again.
+	floodPause           = 5 * time.Second
 	propertiesChangedSig = bus.PropertiesInterface + ".PropertiesChanged"
 	nameOwnerChangedSig  = "org.freedesktop.DBus.NameOwnerChanged"
 )
+
+// errBetterBus ends the connection to PID 1's own socket.
+var errBetterBus = errors.New("the system bus can be had again")
 
 // follow connects, lists the units, and follows their signals until the
 // connection or ctx ends. connected says that it got as far as a list.
@@ -32,6 +43,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 		s.mu.Lock()
 		s.bus = nil
 		s.health.Refused += b.Refused()
+		s.health.Dropped += b.Dropped()
 		s.mu.Unlock()
 		_ = b.Close() // the reason is in err already
 	}()
@@ -42,7 +54,9 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 		return false, err
 	}
 	s.since(ctx, b)
+	private := s.shortcut(ctx, b)
 	s.mu.Lock()
+	s.private = private
 	s.bus, s.listed, s.reloadBegan = b, true, time.Now()
 	recovered := s.broken != nil
 	s.broken = nil
@@ -64,7 +78,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	defer reader.Wait()
 	defer stopReading()
 	f := follower{Source: s, bus: b, fresh: map[string]bool{}, placing: newPlacing()}
-	relist := time.NewTicker(relistEvery)
+	relist := time.NewTicker(s.cfg.RelistEvery)
 	defer relist.Stop()
 	for {
 		more := ended
@@ -86,10 +100,21 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 			f.placed(call)
 		case <-f.freshTimer:
 			f.freshTimer = nil
-			if names := slices.Collect(maps.Keys(f.fresh)); len(names) > 0 && f.thaw == nil {
-				clear(f.fresh)
-				_, err = s.refresh(ctx, b, names)
+			err = f.lookAtFresh(ctx)
+		case <-b.Flooded():
+			f.drained = time.After(floodPause)
+			if time.Since(f.flooded) > time.Minute {
+				s.log.Warn("systemd sends more signals than can be taken; its units are listed again instead",
+					"next", "see \"busctl monitor org.freedesktop.systemd1\" for who asks it for units that do not exist")
 			}
+			f.flooded = time.Now()
+		case <-f.drained:
+			f.drained = nil
+			f.mu.Lock()
+			f.reloadBegan = time.Now() // the same may have gone unseen as while nobody was connected
+			f.mu.Unlock()
+			b.Resume() // first: what comes during the list is worked in after it
+			err = s.relist(ctx, b, false)
 		case <-f.thaw:
 			// Its generators may take minutes, in which systemd does not answer.
 			if err = s.relist(ctx, b, true); errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
@@ -98,6 +123,9 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 				f.reloaded(func(h *Health) { h.Reloads++ })
 			}
 		case <-relist.C:
+			if s.betterBus(ctx, b) {
+				return true, errBetterBus
+			}
 			if f.thaw == nil {
 				err = s.relist(ctx, b, false)
 			}
@@ -116,6 +144,9 @@ type follower struct {
 	// followed yet.
 	fresh      map[string]bool
 	freshTimer <-chan time.Time
+	freshPause time.Duration    // before the next list of these; it grows with what lists cost
+	flooded    time.Time        // when signals were last dropped
+	drained    <-chan time.Time // fires when the units are to be listed after a flood
 	// thaw is not nil during a reload or reexec: UnitRemoved arrives for each
 	// unit then, and means nothing. It fires when the end is overdue.
 	thaw      <-chan time.Time
@@ -177,8 +208,26 @@ func (f *follower) handle(ctx context.Context, signal *dbus.Signal) error {
 func (f *follower) noteFresh(name string) {
 	f.fresh[name] = true
 	if f.freshTimer == nil {
-		f.freshTimer = time.After(newUnitPause)
+		f.freshTimer = time.After(max(newUnitPause, f.freshPause))
 	}
+}
+
+// lookAtFresh asks for the units that have been announced. It takes a small part of
+// systemd's time, however many they are.
+func (f *follower) lookAtFresh(ctx context.Context) (err error) {
+	names := slices.Collect(maps.Keys(f.fresh))
+	if len(names) == 0 || f.thaw != nil {
+		return nil
+	}
+	f.fresh = map[string]bool{} // a new one, since clear keeps the memory
+	began := time.Now()
+	if len(names) <= maxFresh {
+		_, err = f.refresh(ctx, f.bus, names)
+	} else {
+		err = f.relist(ctx, f.bus, false)
+	}
+	f.freshPause = min(20*time.Since(began), floodPause)
+	return err
 }
 
 // reloaded ends the freeze. The first that tells the end of a reload tells
@@ -253,7 +302,7 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	switch {
 	case u == nil:
 	case !next.running() || next.restarting() || exited:
-		if !unbegun {
+		if !unbegun && len(f.ended) < maxWaiting {
 			f.ended = append(f.ended, u)
 		}
 	case unplaced:

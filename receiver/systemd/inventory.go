@@ -36,7 +36,7 @@ type unit struct {
 	run   *run   // the run that systemd counts now; nil before the first
 	slice string // "" before the first reading
 	state accounting
-	// skipped counts the sweeps that did not ask for a unit without accounting.
+	// skipped counts the sweeps since the unit was last asked for.
 	skipped int
 	// noData is when the counters of the present run were last found to be
 	// without data; zero if they never were.
@@ -152,11 +152,11 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	if all && s.cfg.Named != nil {
 		s.cfg.Named(ownNames(ctx, b, s.cfg.Names))
 	}
-	rows, err := list(ctx, b, running, patterns)
+	rows, err := s.list(ctx, b, running, patterns)
 	if err != nil {
 		return err
 	}
-	here := make(map[string]listed, len(rows))
+	here := make(map[string]Listed, len(rows))
 	version, err := versionOf(ctx, b)
 	if err != nil {
 		return err
@@ -200,7 +200,7 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 // leftOver lists the units that have ended, and whose processes go on
 // (KillMode=process). Those that the inventory has are left out.
 func (s *Source) leftOver(ctx context.Context, b *bus.Conn, patterns []string) (left []string, err error) {
-	rows, err := list(ctx, b, []string{"inactive", "failed"}, patterns)
+	rows, err := s.list(ctx, b, []string{"inactive", "failed"}, patterns)
 	if err != nil {
 		return nil, err
 	}
@@ -208,7 +208,8 @@ func (s *Source) leftOver(ctx context.Context, b *bus.Conn, patterns []string) (
 	s.mu.Lock()
 	for _, row := range rows {
 		name := unitOfPath(string(row.Path))
-		if u := s.units[name]; row.Load == "loaded" && (u == nil || u.run == nil) && s.cfg.Metered(name) {
+		inactive := row.Load == "loaded" && (row.Active == "inactive" || row.Active == "failed")
+		if u := s.units[name]; inactive && (u == nil || u.run == nil) && ValidUnitName(name) && s.cfg.Metered(name) {
 			ended = append(ended, name)
 		}
 	}
@@ -246,7 +247,7 @@ func ownNames(ctx context.Context, b *bus.Conn, names []string) map[string]strin
 // have gone: to read a unit by its name loads it, and announces that as new. It
 // returns the names of those that are there and not inactive.
 func (s *Source) refresh(ctx context.Context, b *bus.Conn, names []string) (loaded []string, err error) {
-	rows, err := list(ctx, b, running, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
+	rows, err := s.list(ctx, b, running, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
 	if err != nil {
 		return nil, err
 	}
@@ -258,8 +259,28 @@ func (s *Source) refresh(ctx context.Context, b *bus.Conn, names []string) (load
 	return loaded, s.learn(ctx, b, loaded)
 }
 
-// learn reads the state of units that have just been listed.
+// learn reads the state of units that have just been listed, however many they are: the
+// time limit is for each batch. It logs how far it is where that takes long.
 func (s *Source) learn(ctx context.Context, b *bus.Conn, names []string) error {
+	const batch, patience = 500, 10 * time.Second
+	said := time.Now()
+	for done := 0; done < len(names); done += batch {
+		if time.Since(said) > patience {
+			said = time.Now()
+			s.log.Info("reading the state of all units", "done", done, "units", len(names))
+		}
+		limited, cancel := context.WithTimeout(ctx, bus.CallTimeout)
+		err := s.learnSome(limited, b, names[done:min(done+batch, len(names))])
+		cancel()
+		if err != nil {
+			return err
+		}
+		s.learned.Add(1)
+	}
+	return nil
+}
+
+func (s *Source) learnSome(ctx context.Context, b *bus.Conn, names []string) error {
 	properties := []string{"InvocationID", "ActiveState", "SubState", "InactiveExitTimestamp", "ActiveEnterTimestamp", "ActiveExitTimestamp", "InactiveEnterTimestamp"}
 	n := len(properties)
 	found := make([]status, len(names))
@@ -268,8 +289,6 @@ func (s *Source) learn(ctx context.Context, b *bus.Conn, names []string) error {
 	for i, name := range names {
 		paths[i] = unitPath(name)
 	}
-	ctx, cancel := context.WithTimeout(ctx, bus.CallTimeout)
-	defer cancel()
 	err := b.Gets(ctx, n*len(names), func(i int) bus.Property {
 		return bus.Property{Path: paths[i/n], Interface: bus.UnitInterface, Name: properties[i%n]}
 	}, func(i int, reply bus.Reply) {

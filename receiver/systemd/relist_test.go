@@ -19,12 +19,11 @@ func TestRelist(t *testing.T) {
 	fake.SetUnit(accounted("same.service", 1, 10))
 	fake.SetUnit(accounted("restarted.service", 2, 20))
 	fake.SetUnit(accounted("ended.service", 3, 30))
-	s, sink := start(t, fake.Address())
+	s, sink := startWith(t, Config{Bus: fake.Address(), RelistEvery: 50 * time.Millisecond})
 	read(t, s)
 
 	fake.SetUnit(accounted("restarted.service", 4, 5))
 	fake.Remove("ended.service")
-	fake.SetUnit(accounted("new.service", 5, 50))
 	var asked atomic.Int64
 	fake.OnGet(func(_ dbus.ObjectPath, iface, _ string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
 		if iface == bus.UnitInterface {
@@ -32,12 +31,10 @@ func TestRelist(t *testing.T) {
 		}
 		return dbus.Variant{}, nil, 0, false
 	})
-	s.mu.Lock()
-	b := s.bus
-	s.mu.Unlock()
-	if err := s.relist(t.Context(), b, false); err != nil {
-		t.Fatal(err)
-	}
+	fake.SetUnit(accounted("new.service", 5, 50))
+	systemdtest.Eventually(t, "the new unit is found", func() bool { return len(s.Units()) == 4 })
+	lists := fake.Calls("ListUnitsByPatterns")
+	systemdtest.Eventually(t, "there are more lists", func() bool { return fake.Calls("ListUnitsByPatterns") > lists+2 })
 	if n := asked.Load(); n != 7 {
 		t.Errorf("%d properties were asked, want the 7 of the new unit", n)
 	}
@@ -56,9 +53,20 @@ func TestStubIsNoRun(t *testing.T) {
 	fake.SetUnit(accounted("a.service", 1, 100))
 	s, sink := start(t, fake.Address())
 	read(t, s)
-	s.mu.Lock()
-	s.update("a.service", status{active: "inactive", sub: "dead"})
-	s.mu.Unlock()
+	fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
+		switch property {
+		case "ActiveState":
+			return dbus.MakeVariant("inactive"), nil, 0, true
+		case "SubState":
+			return dbus.MakeVariant("dead"), nil, 0, true
+		case "InvocationID":
+			return dbus.MakeVariant([]byte{}), nil, 0, true
+		}
+		return dbus.Variant{}, nil, 0, false
+	})
+	fake.EmitUnitNew("a.service")
+	systemdtest.Eventually(t, "the stub is seen", func() bool { return len(s.Units()) == 0 })
+	fake.OnGet(nil)
 	fake.SetUnit(accounted("a.service", 2, 30))
 	read(t, s) // before the signals of that run are here
 	fake.EmitPropertiesChanged("a.service")

@@ -17,13 +17,20 @@ import (
 
 // Config says where systemd is and which units to read.
 type Config struct {
-	// Bus is "private" for PID 1's own socket (root only, half the cost),
-	// "system" for the system bus, a D-Bus address, or "auto" for the private
-	// socket where it can be opened and else the system bus. Default: auto.
+	// Bus is "private" for PID 1's own socket (root only), "system" for the system
+	// bus, a D-Bus address, or "auto": the system bus, and for sweeps of many units
+	// the private socket, where it can be opened; that alone without a bus.
+	// Default: auto.
 	Bus string
 	// SystemBus is the D-Bus address of the system bus. Default:
 	// UsualSystemBus.
 	SystemBus string
+	// PrivateSocket is the D-Bus address of PID 1's own socket. Default:
+	// bus.PrivateSocket.
+	PrivateSocket string
+	// PrivateFrom is how many units a sweep must read to go there. To open it costs PID 1
+	// as much as the calls for so many units cost the bus. Default: 16.
+	PrivateFrom int
 	// Types are the unit types to list, such as "service".
 	Types []string
 	// Metered reports whether a unit of any of Types is metered. It is called
@@ -44,6 +51,9 @@ type Config struct {
 	BootID string
 	// Sink takes what is read. It must not call the Source.
 	Sink Sink
+	// RelistEvery is how often the units are listed again, for what signals may have
+	// missed. Default: 5 minutes.
+	RelistEvery time.Duration
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
 }
@@ -120,6 +130,7 @@ type Unit struct {
 type Health struct {
 	Errors     int64 // failed calls and replies that made no sense
 	Refused    int64 // signals that were not systemd's
+	Dropped    int64 // signals of systemd that were too many
 	Reconnects int64
 	Reloads    int64
 	Reexecs    int64
@@ -133,23 +144,29 @@ type Health struct {
 // connected. Its methods may be called from several goroutines at the same time,
 // but Read by one at a time.
 type Source struct {
-	cfg   Config
-	log   *slog.Logger
-	ready chan struct{} // closed when the units have been listed once
-	ends  atomic.Int64  // see Ends
+	cfg     Config
+	log     *slog.Logger
+	ready   chan struct{} // closed when the units have been listed once
+	learned atomic.Int64  // batches of units whose state has been read
+	pace    time.Duration // of the last readings, for one unit; used in Read only
+	ends    atomic.Int64  // see Ends
 
 	// mu guards what follows. It is held for as long as a message takes to be
 	// worked into it, and never while systemd is waited for.
-	mu     sync.Mutex
-	bus    *bus.Conn // nil while not connected
-	broken error
-	listed bool // the units have been listed once
+	mu  sync.Mutex
+	bus *bus.Conn // nil while not connected
+	// private is the address to which sweeps of many units go instead; empty for none.
+	private string
+	broken  error
+	listed  bool // the units have been listed once
 	// reloadBegan is when systemd last began to reload or re-execute itself, or
 	// may have while nobody was connected.
 	reloadBegan time.Time
 	units       map[string]*unit // the metered units that are loaded, by name
 	version     int              // of systemd, the major one; 0 if not known
 	said        map[string]int   // what the sweep in progress has logged, see say
+	unlisted    map[string]bool  // units that systemd fails to list
+	late        bool             // the last sweeps did not reach all units
 	health      Health
 }
 
@@ -157,13 +174,16 @@ type Source struct {
 func New(cfg Config) *Source {
 	cfg.Bus = cmp.Or(cfg.Bus, "auto")
 	cfg.SystemBus = cmp.Or(cfg.SystemBus, UsualSystemBus)
+	cfg.PrivateSocket = cmp.Or(cfg.PrivateSocket, bus.PrivateSocket)
+	cfg.RelistEvery = cmp.Or(cfg.RelistEvery, 5*time.Minute)
+	cfg.PrivateFrom = cmp.Or(cfg.PrivateFrom, 16)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Known == nil {
 		cfg.Known = func(string) bool { return false }
 	}
-	return &Source{cfg: cfg, log: cfg.Logger, ready: make(chan struct{}), units: map[string]*unit{}, said: map[string]int{}}
+	return &Source{cfg: cfg, log: cfg.Logger, ready: make(chan struct{}), pace: usualPace, units: map[string]*unit{}, said: map[string]int{}, unlisted: map[string]bool{}}
 }
 
 // Run connects to systemd and follows its signals until ctx ends, connecting
@@ -209,6 +229,10 @@ func (s *Source) Ready(ctx context.Context) error {
 		return errors.Join(s.broken, ctx.Err()) // the cause first
 	}
 }
+
+// Progress returns a number that grows while the state of units is being read, which
+// takes long where there are many: whoever waits for Ready knows by it whether to.
+func (s *Source) Progress() int64 { return s.learned.Load() }
 
 // Listed reports whether the units have been listed for the first time.
 func (s *Source) Listed() bool {
@@ -282,6 +306,7 @@ func (s *Source) Health() Health {
 	h := s.health
 	if s.bus != nil {
 		h.Refused += s.bus.Refused()
+		h.Dropped += s.bus.Dropped()
 	}
 	return h
 }

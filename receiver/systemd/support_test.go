@@ -63,14 +63,19 @@ func (s *sums) of(unit string) Counters {
 // listed the units. It ends with the test.
 func start(t testing.TB, bus string, units ...string) (*Source, *sums) {
 	t.Helper()
+	return startWith(t, Config{Bus: bus}, units...)
+}
+
+// startWith is start with more of a configuration.
+func startWith(t testing.TB, cfg Config, units ...string) (*Source, *sums) {
+	t.Helper()
 	sink := &sums{last: map[string]Counters{}, asked: map[string]time.Time{}, totals: map[string]Counters{}}
-	s := New(Config{
-		Bus: bus, Types: []string{"service"}, BootID: "boot", Sink: sink,
-		Metered: func(unit string) bool {
-			return strings.HasSuffix(unit, ".service") && (len(units) == 0 || slices.Contains(units, unit))
-		},
-		Balanced: func(string) bool { return false },
-	})
+	cfg.Types, cfg.BootID, cfg.Sink = []string{"service"}, "boot", sink
+	cfg.Metered = func(unit string) bool {
+		return strings.HasSuffix(unit, ".service") && (len(units) == 0 || slices.Contains(units, unit))
+	}
+	cfg.Balanced = func(string) bool { return false }
+	s := New(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()

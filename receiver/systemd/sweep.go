@@ -49,10 +49,13 @@ type target struct {
 	path, iface  string
 	last         Counters
 	quiet        [2]bool // by direction: read the packets first, and the bytes only if they moved
+	asks         bool    // ask whether there are counters first
 	lost         bool    // had no data at the last reading
 	mayBeUnreset bool    // see executedNothing
 	needSlice    bool
 	exited       bool // see run.parted
+	counted      int  // 1 if it has counters, as far as is known
+	waited       int  // since when it was read last; longest first
 	ended        bool // see run.left
 
 	value  [properties]uint64
@@ -73,14 +76,15 @@ type target struct {
 // reading.
 func (s *Source) Read(ctx context.Context) error {
 	s.mu.Lock()
-	b, targets := s.bus, s.targets()
+	b, private, targets := s.bus, s.private, s.targets()
 	s.mu.Unlock()
 	err := errNotConnected
 	if b != nil {
-		err = s.readAll(ctx, b, targets)
+		err = s.readOver(ctx, b, private, targets)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.noteLate(err)
 	for message, n := range s.said {
 		if n > sayAtMost {
 			s.log.Info("the same of more units: "+message, "units", n-sayAtMost)
@@ -90,10 +94,51 @@ func (s *Source) Read(ctx context.Context) error {
 	return err
 }
 
+// readOver reads the targets over the private socket, if that pays, and else over the
+// bus.
+func (s *Source) readOver(ctx context.Context, b *bus.Conn, private string, targets []target) error {
+	if private == "" || len(targets) < s.cfg.PrivateFrom {
+		return s.readAll(ctx, b, b, targets)
+	}
+	line, err := bus.DialPrivate(ctx, private)
+	if err != nil { // PID 1 re-executes itself, or its limit of connections is reached
+		return s.readAll(ctx, b, b, targets)
+	}
+	defer line.Close()
+	return s.readAll(ctx, b, beside{line, b}, targets)
+}
+
+// late is the error of a sweep whose deadline came before all units were read.
+type late struct {
+	reached, units int
+	silent         bool // systemd has answered nothing
+}
+
+func (l late) Error() string {
+	return fmt.Sprintf("read %d units: only %d were reached before the deadline", l.units, l.reached)
+}
+
+// noteLate logs that sweeps have become late, and that they are in time again. The
+// caller holds mu.
+func (s *Source) noteLate(err error) {
+	var l late
+	switch isLate := errors.As(err, &l); {
+	case isLate && !s.late && l.silent:
+		s.log.Warn("a reading of all units ended at its deadline; systemd did not answer", "units", l.units,
+			"next", "see whether \"systemctl list-units\" answers; the readings go on")
+	case isLate && !s.late:
+		s.log.Warn("a reading of all units ended at its deadline; the units that were not reached come first in the next one",
+			"units", l.units, "reached", l.reached, "next", "raise UNITMETER_SWEEP_TIMEOUT, or leave units out with UNITMETER_EXCLUDE")
+	case err == nil && s.late:
+		s.log.Info("all units are read in time again")
+	}
+	s.late = errors.As(err, &l) || s.late && err != nil
+}
+
 // readAll reads and applies the targets in the order that keeps the balances of
 // slices from ever showing too much: a slice is read before the units in it,
 // and, when it is first seen, after them.
-func (s *Source) readAll(ctx context.Context, b *bus.Conn, targets []target) error {
+func (s *Source) readAll(ctx context.Context, b *bus.Conn, from getter, targets []target) error {
 	var before, after []target
 	units := targets[:0] // in place: they are nearly all
 	for _, t := range targets {
@@ -107,15 +152,79 @@ func (s *Source) readAll(ctx context.Context, b *bus.Conn, targets []target) err
 		}
 	}
 	var missed error
+	reached := 0
 	for _, part := range [][]target{before, units, after} {
-		if err := s.collect(ctx, b, part); err != nil {
+		n, err := s.inBatches(ctx, from, part)
+		reached += n
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+			return late{reached, len(targets), reached == 0 && !slices.ContainsFunc(part, func(t target) bool { return !t.time.IsZero() })}
+		} else if err != nil {
 			return err
 		}
 		if slices.ContainsFunc(part, func(t target) bool { return t.missed }) {
 			missed = errNotAnswered
 		}
 	}
-	return cmp.Or(s.again(ctx, b, units), missed)
+	return cmp.Or(s.again(ctx, b, from, units), missed)
+}
+
+// A sweep reads in batches, so that one that ends at its deadline has finished what it
+// began. Each batch is meant to take a quarter of the time that is left.
+const largestBatch, smallestBatch = 1024, 16
+
+// inBatches reads targets, those first that have waited longest, until ctx ends. It
+// returns how many were reached.
+func (s *Source) inBatches(ctx context.Context, from getter, targets []target) (reached int, err error) {
+	deadline, limited := ctx.Deadline()
+	if limited && time.Duration(len(targets))*s.pace > time.Until(deadline)/2 {
+		putInTurn(targets)
+	}
+	for reached < len(targets) {
+		began, size := time.Now(), largestBatch
+		if limited {
+			left := deadline.Sub(began)
+			if reached > 0 && left < smallestBatch*s.pace { // it would not be finished
+				return reached, context.DeadlineExceeded
+			}
+			size = min(max(int(left/4/s.pace), smallestBatch), largestBatch)
+		}
+		batch := targets[reached:min(reached+size, len(targets))]
+		if err := s.collect(ctx, from, batch); err != nil {
+			s.pace = min(4*s.pace, slowestPace)
+			return reached, err
+		}
+		reached += len(batch)
+		if len(batch) >= smallestBatch {
+			s.pace = max(time.Since(began)/time.Duration(len(batch)), time.Microsecond)
+		}
+	}
+	return reached, nil
+}
+
+// usualPace is how long a unit takes at first, and slowestPace what is believed of a
+// systemd that did not answer in time.
+const usualPace, slowestPace = 500 * time.Microsecond, time.Second
+
+// putInTurn puts targets in the order of their waiting. Units with counters and others take
+// turns, so that neither keep the time from the other.
+func putInTurn(targets []target) {
+	slices.SortStableFunc(targets, func(a, b target) int {
+		return cmp.Or(cmp.Compare(b.counted, a.counted), cmp.Compare(b.waited, a.waited))
+	})
+	counted := 0
+	for counted < len(targets) && targets[counted].counted > 0 {
+		counted++
+	}
+	ordered := make([]target, 0, len(targets))
+	for i := range max(counted, len(targets)-counted) {
+		if i < counted {
+			ordered = append(ordered, targets[i])
+		}
+		if counted+i < len(targets) {
+			ordered = append(ordered, targets[counted+i])
+		}
+	}
+	copy(targets, ordered)
 }
 
 var (
@@ -131,13 +240,22 @@ func (s *Source) targets() []target {
 		if u.run == nil || !u.run.beingRead(now) {
 			continue
 		}
-		if u.state == accountingOff || u.state == accountingNone {
-			if u.skipped++; u.skipped < recheckEvery {
+		t := s.target(u, now)
+		u.skipped++
+		t.waited = u.skipped
+		switch u.state {
+		case accountingOff, accountingNone:
+			if u.skipped < recheckEvery {
 				continue
 			}
-			u.skipped = 0
+		case accountingUnknown:
+			if u.status.sub != "exited" { // it has no process, and nothing to count
+				t.waited *= recheckEvery
+			}
+		default:
+			t.counted = 1
 		}
-		targets = append(targets, s.target(u, now))
+		targets = append(targets, t)
 	}
 	return targets
 }
@@ -145,12 +263,15 @@ func (s *Source) targets() []target {
 // target returns what is to be read of a unit with a run. The caller holds mu.
 func (s *Source) target(u *unit, now time.Time) target {
 	quiet := u.run.quiet
-	if u.state == accountingLost || u.state == accountingOff || u.state == accountingNone {
+	switch u.state {
+	case accountingLost, accountingNone:
 		quiet = [2]bool{true, true}
 	}
+	// Most units of a large host have no counters. One that ends soon has no time.
+	asks := u.state == accountingOff || u.state == accountingUnknown && !u.young && u.run.ended.IsZero()
 	return target{
 		unit: u, run: u.run, asked: now, path: u.run.path, iface: u.iface, last: u.run.last,
-		quiet: quiet, lost: u.state == accountingLost,
+		quiet: quiet, asks: asks, lost: u.state == accountingLost,
 		mayBeUnreset: !u.run.read() && TypeOf(u.name) == "service" && (u.status.sub == "exited" || u.run.unbegun),
 		needSlice:    u.slice == "",
 		ended:        !u.run.ended.IsZero(),
@@ -159,10 +280,14 @@ func (s *Source) target(u *unit, now time.Time) target {
 }
 
 // read fills in the targets.
-func (s *Source) read(ctx context.Context, b *bus.Conn, targets []target) error {
+func (s *Source) read(ctx context.Context, from getter, targets []target) error {
 	type call struct{ target, property int }
 	calls := make([]call, 0, 4*len(targets))
 	for i, t := range targets {
+		if t.asks {
+			calls = append(calls, call{i, ipAccounting})
+			continue
+		}
 		calls = append(calls, call{i, ingressPackets}, call{i, egressPackets})
 		for direction, quiet := range t.quiet {
 			if !quiet {
@@ -171,7 +296,7 @@ func (s *Source) read(ctx context.Context, b *bus.Conn, targets []target) error 
 		}
 	}
 	get := func() error {
-		return b.Gets(ctx, len(calls), func(i int) bus.Property {
+		return from.Gets(ctx, len(calls), func(i int) bus.Property {
 			t, name := &targets[calls[i].target], propertyName(calls[i].property)
 			if calls[i].property == subState {
 				return bus.Property{Path: t.path, Interface: bus.UnitInterface, Name: name}
@@ -190,6 +315,10 @@ func (s *Source) read(ctx context.Context, b *bus.Conn, targets []target) error 
 		t := &targets[i]
 		switch {
 		case t.gone || t.missed || t.err != nil:
+		case t.asks && t.got[ipAccounting] && t.value[ipAccounting] == 0:
+			t.noData = true
+		case t.asks:
+			calls = append(calls, call{i, ingressPackets}, call{i, egressPackets}, call{i, ingressBytes}, call{i, egressBytes}, call{i, controlGroup})
 		case t.noData:
 			calls = append(calls, call{i, ipAccounting}, call{i, controlGroup})
 		default:
@@ -289,10 +418,10 @@ func (t *target) assumed(direction int) bool {
 // collect reads targets and puts the readings on the odometers. What fell is read
 // once more: accounting that is switched off and on between the four replies
 // leaves packets of before and bytes of after.
-func (s *Source) collect(ctx context.Context, b *bus.Conn, targets []target) error {
-	err := s.read(ctx, b, targets)
+func (s *Source) collect(ctx context.Context, from getter, targets []target) error {
+	err := s.read(ctx, from, targets)
 	if fell := s.apply(targets); err == nil && len(fell) > 0 {
-		err = s.read(ctx, b, fell)
+		err = s.read(ctx, from, fell)
 		s.apply(fell)
 	}
 	return err
@@ -307,7 +436,7 @@ func (s *Source) apply(targets []target) (fell []target) {
 		t := &targets[i]
 		if s.applyOne(t); t.fell {
 			again := s.target(t.unit, time.Now())
-			again.quiet, again.fell = [2]bool{}, true
+			again.quiet, again.asks, again.fell = [2]bool{}, false, true
 			fell = append(fell, again)
 		}
 	}
@@ -317,6 +446,9 @@ func (s *Source) apply(targets []target) (fell []target) {
 // applyOne takes one reading. The caller holds mu.
 func (s *Source) applyOne(t *target) {
 	u, current := t.unit, t.unit.run == t.run
+	if t.gone || t.missed || t.noData || t.got[ingressPackets] {
+		u.skipped = 0
+	}
 	raw, ok := t.counters()
 	lower := raw.lower(t.run.last)
 	switch {
@@ -415,7 +547,7 @@ func (s *Source) withoutData(u *unit, t *target) {
 	was := u.state
 	kind := TypeOf(u.name)
 	switch {
-	case !t.got[ipAccounting] || !t.got[controlGroup]:
+	case !t.got[ipAccounting]:
 		return
 	case t.value[ipAccounting] == 0:
 		u.state = accountingOff
@@ -427,6 +559,8 @@ func (s *Source) withoutData(u *unit, t *target) {
 		if t.run.slice == "system.slice" && t.run.time.After(s.reloadBegan) {
 			s.restart(t.run)
 		}
+	case !t.got[controlGroup]:
+		return
 	case t.cgroup != "" && !t.ended && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
 		u.state = accountingLost
 		if was != accountingLost {
@@ -491,7 +625,7 @@ func bootTime() time.Time {
 
 // again reads once more the units whose run was over although, as far as the
 // inventory knew, it was going on: they were restarted a moment ago.
-func (s *Source) again(ctx context.Context, b *bus.Conn, targets []target) error {
+func (s *Source) again(ctx context.Context, b *bus.Conn, from getter, targets []target) error {
 	var names []string
 	s.mu.Lock()
 	for i := range targets {
@@ -519,5 +653,5 @@ func (s *Source) again(ctx context.Context, b *bus.Conn, targets []target) error
 		}
 	}
 	s.mu.Unlock()
-	return s.collect(ctx, b, restarted)
+	return s.collect(ctx, from, restarted)
 }

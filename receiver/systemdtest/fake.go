@@ -314,6 +314,12 @@ func (f *Fake) handle(conn *dbus.Conn, msg *dbus.Message) {
 		a = f.property(dbus.ObjectPath(header(msg, dbus.FieldPath)), member, msg.Body)
 	case "org.freedesktop.DBus.Peer":
 		a = answer{}
+	case "org.freedesktop.DBus.Introspectable": // the names of all units
+		var b strings.Builder
+		for name := range f.units {
+			fmt.Fprintf(&b, "<node name=%q/>", path.Base(string(unitPath(name))))
+		}
+		a = answer{body: []any{"<node>" + b.String() + "</node>"}}
 	default:
 		a = failed("org.freedesktop.DBus.Error.UnknownInterface", "the fake has no interface %s", header(msg, dbus.FieldInterface))
 	}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 
@@ -37,9 +38,40 @@ func (e *BusError) Unwrap() error { return e.Err }
 // Connect connects to the first bus that answers. The error joins a
 // *BusError for each that does not. The caller closes the manager.
 func Connect(ctx context.Context, addresses ...string) (*Manager, error) {
+	return connect(ctx, addresses, nil)
+}
+
+// Follow is Connect for Reloaded.
+func Follow(ctx context.Context, addresses ...string) (*Manager, error) {
+	return connect(ctx, addresses, func(s bus.Signal) bool {
+		return string(s.Member) == "Reloading" || string(s.Member) == "NameOwnerChanged"
+	})
+}
+
+// Reloaded waits until systemd has reloaded or re-executed itself. An error says that
+// ctx or the connection has ended.
+func (m *Manager) Reloaded(ctx context.Context) error {
+	for {
+		select {
+		case signal, ok := <-m.conn.Signals():
+			if !ok {
+				return fmt.Errorf("follow systemd's reloads: %w", m.conn.Err())
+			}
+			// Reloading(false), or the new owner of systemd's name.
+			over := len(signal.Body) == 1 && signal.Body[0] == false
+			if over || len(signal.Body) == 3 && signal.Body[2] != "" {
+				return nil
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func connect(ctx context.Context, addresses []string, wanted func(bus.Signal) bool) (*Manager, error) {
 	var errs []error
 	for _, address := range addresses {
-		conn, err := bus.Open(ctx, bus.Config{Address: address})
+		conn, err := bus.Open(ctx, bus.Config{Address: address, Wanted: wanted})
 		if err == nil {
 			return &Manager{conn, address}, nil
 		}
@@ -51,13 +83,20 @@ func Connect(ctx context.Context, addresses ...string) (*Manager, error) {
 // Close ends the connection.
 func (m *Manager) Close() { _ = m.conn.Close() }
 
+// callTimeout bounds one call, and not a command: there may be thousands of units.
+const callTimeout = 30 * time.Second
+
 // Call calls a method of the manager.
 func (m *Manager) Call(ctx context.Context, method string, args ...any) *dbus.Call {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	return m.conn.Manager().CallWithContext(ctx, bus.ManagerInterface+"."+method, 0, args...)
 }
 
 // Get reads one property.
 func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, property string, to any) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	var v dbus.Variant
 	err := m.conn.Object(object).
 		CallWithContext(ctx, bus.PropertiesInterface+".Get", 0, iface, property).Store(&v)
@@ -146,21 +185,10 @@ func (m *Manager) Load(ctx context.Context, name string) (p dbus.ObjectPath, sta
 	return p, state, err
 }
 
-// row is one of ListUnitsByPatterns.
-type row struct {
-	Name, Description, Load, Active, Sub, Followed string
-	Path                                           dbus.ObjectPath
-	JobID                                          uint32
-	JobType                                        string
-	JobPath                                        dbus.ObjectPath
-}
-
 // rows lists loaded units by their states, of loading too, and a pattern.
-func (m *Manager) rows(ctx context.Context, states []string, pattern string) (rows []row, err error) {
-	if err := m.Call(ctx, "ListUnitsByPatterns", states, []string{pattern}).Store(&rows); err != nil {
-		return nil, fmt.Errorf("list systemd's units: %w", err)
-	}
-	return rows, nil
+func (m *Manager) rows(ctx context.Context, states []string, pattern string) ([]systemd.Listed, error) {
+	rows, _, err := systemd.List(ctx, m.conn, states, []string{pattern})
+	return rows, err
 }
 
 // own returns the units' own names of those loaded units that names are second ones

@@ -1,6 +1,7 @@
 package accounting
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -103,13 +104,11 @@ func open(ctx context.Context, cfg receiver.Config, name string) (*Source, error
 	var done sync.WaitGroup
 	done.Go(func() { _ = r.Run(running) }) // it ends with running and nothing else
 	s := &Source{rcv: r, stop: func() { cancel(); done.Wait() }}
-	ready, end := context.WithTimeout(ctx, connectTimeout)
-	defer end()
 	if r.Counting().Source == receiver.DBus {
-		err = reachable(ready, cfg)
+		err = reachable(ctx, cfg)
 	}
 	if err == nil {
-		err = r.Ready(ready)
+		err = ready(ctx, r)
 	}
 	if err != nil {
 		s.Close()
@@ -120,9 +119,25 @@ func open(ctx context.Context, cfg receiver.Config, name string) (*Source, error
 	return s, nil
 }
 
+// ready waits until the units have been listed, however many they are, as long as that
+// moves on.
+func ready(ctx context.Context, r *receiver.Receiver) error {
+	for {
+		before := r.Progress()
+		waiting, end := context.WithTimeout(ctx, connectTimeout)
+		err := r.Ready(waiting)
+		end()
+		if err == nil || ctx.Err() != nil || r.Progress() == before {
+			return err
+		}
+	}
+}
+
 // reachable is an error at once where there is no systemd. The receiver would wait
 // for one.
 func reachable(ctx context.Context, cfg receiver.Config) error {
+	ctx, end := context.WithTimeout(ctx, connectTimeout)
+	defer end()
 	m, err := Connect(ctx, cfg.Addresses()...)
 	if err == nil {
 		m.Close()
@@ -142,6 +157,25 @@ func (s *Source) Read(ctx context.Context) Sweep {
 	}
 	swept := s.rcv.Sweep(ctx)
 	return Sweep{swept.Time, s.rcv.Units(), swept.Partial}
+}
+
+// all reads all units, in as many sweeps as it takes. It is an error if one of them has
+// nothing new.
+func (s *Source) all(ctx context.Context) (Sweep, error) {
+	began := time.Now()
+	for before := -1; ; {
+		sweep := s.Read(ctx)
+		missing := 0
+		for _, u := range sweep.Units {
+			if u.Accounting == "unknown" || u.Accounting == "on" && u.Time.Before(began) {
+				missing++
+			}
+		}
+		if !sweep.Partial || ctx.Err() != nil || before >= 0 && missing >= before {
+			return sweep, cmp.Or(ctx.Err(), sweep.Err())
+		}
+		before = missing
+	}
 }
 
 // sparse reports whether more units are off than on, of those that carry traffic.
@@ -208,8 +242,8 @@ func Read(ctx context.Context, cfg receiver.Config, source string, patterns syst
 		return nil, err
 	}
 	defer s.Close()
-	now := s.Read(ctx)
-	if err := now.Err(); err != nil {
+	now, err := s.all(ctx)
+	if err != nil {
 		return nil, err
 	}
 	if s.Own && interval == 0 {
@@ -222,8 +256,8 @@ func Read(ctx context.Context, cfg receiver.Config, source string, patterns syst
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
-		before, now = now, s.Read(ctx)
-		if err := now.Err(); err != nil {
+		before = now
+		if now, err = s.all(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -303,7 +337,7 @@ func Choose(ctx context.Context, cfg receiver.Config, source string, units []Rea
 		return nil, err
 	}
 	for i := range units {
-		units[i].Masked = slices.ContainsFunc(masked, func(r row) bool { return r.Name == units[i].Name })
+		units[i].Masked = slices.ContainsFunc(masked, func(r systemd.Listed) bool { return r.Name == units[i].Name })
 	}
 	return choose(units, patterns.Named(m.own(ctx, patterns.Texts())))
 }

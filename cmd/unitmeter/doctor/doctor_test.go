@@ -362,27 +362,6 @@ func TestDoctorPartialSuccess(t *testing.T) {
 	}
 }
 
-func TestLockHolder(t *testing.T) {
-	dir, err := os.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
-	info, err := dir.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := lockHolder(info); got != "" {
-		t.Errorf("without a lock: %q", got)
-	}
-	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
-	if got, want := lockHolder(info), fmt.Sprintf("process %d (", os.Getpid()); !strings.HasPrefix(got, want) {
-		t.Errorf("with a lock of this process: %q, want %q", got, want)
-	}
-}
-
 func TestVersionFinding(t *testing.T) {
 	for _, test := range []struct{ version, status, fix string }{
 		{"219", statusFail, "upgrade to systemd 249"},

@@ -23,6 +23,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/store"
+	"github.com/unitmeter/unitmeter/exporter/store/database"
 )
 
 // userName is the name of a uid, or the number where it has none.
@@ -258,7 +259,7 @@ func stateFinding(dir string, outbox int64) finding {
 	free := int64(min(disk.Bavail, math.MaxInt64/uint64(disk.Bsize)) * uint64(disk.Bsize))
 	found := fmt.Sprintf("%s, mode %#o, %s free", dir, info.Mode().Perm(), tty.Bytes(float64(free)))
 	// No fault: it should be the agent.
-	if holder := lockHolder(info); holder != "" {
+	if holder := database.LockHolder(info); holder != "" {
 		found += ", in use by " + holder
 	}
 	if free < minFree {
@@ -365,32 +366,4 @@ func writable(dir string) error {
 	// One block, synced: some file systems report a full disk only then.
 	_, err = f.Write(make([]byte, 4096))
 	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
-}
-
-// lockHolder names the process that holds the store's lock on its directory,
-// or "". It looks without locking: even a short lock could keep an agent from
-// starting.
-func lockHolder(dir fs.FileInfo) string {
-	st, ok := dir.Sys().(*syscall.Stat_t)
-	if !ok {
-		return ""
-	}
-	// It shows the locks of all processes that can be seen from here.
-	locks, err := os.ReadFile("/proc/locks")
-	if err != nil {
-		return ""
-	}
-	// "1: FLOCK  ADVISORY  WRITE 708 fd:01:13894 0 EOF"
-	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev)), st.Ino)
-	for line := range strings.Lines(string(locks)) {
-		f := strings.Fields(line)
-		if len(f) < 6 || f[1] != "FLOCK" || f[5] != file {
-			continue
-		}
-		if name, err := os.ReadFile("/proc/" + f[4] + "/comm"); err == nil {
-			return fmt.Sprintf("process %s (%s)", f[4], strings.TrimSpace(string(name)))
-		}
-		return "process " + f[4]
-	}
-	return ""
 }

@@ -47,8 +47,8 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 		return busFailure(err, booted(), container(), apparmor())
 	}
 	d.m = m
-	if m.Address == bus.PrivateSocket {
-		return good("PID 1's own socket answers (%s), which costs half of the system bus", m.Address)
+	if m.Address == bus.PrivateSocket && d.cfg.Receiver.Bus != "private" {
+		return warning("systemctl start dbus.socket dbus.service", "only PID 1's own socket answers (%s): PID 1 grows for as long as the agent is stopped", m.Address)
 	}
 	return good("systemd answers at %s", m.Address)
 }
@@ -60,16 +60,16 @@ func booted() bool {
 	return err == nil && info.IsDir()
 }
 
-// busFailure says what to do about a bus that cannot be used. The last address
-// that was tried is the one that most systems have.
+// busFailure says what to do about a bus that cannot be used.
 func busFailure(err error, booted bool, container, profile string) finding {
 	address := systemd.UsualSystemBus
 	var last *accounting.BusError
 	// As root two addresses were tried. The private socket is there or not; what
 	// is wrong with the bus can be fixed.
 	for _, e := range flatten(err) {
-		if errors.As(e, &last) {
-			address = last.Address
+		var tried *accounting.BusError
+		if errors.As(e, &tried) && (last == nil || tried.Address != bus.PrivateSocket) {
+			last, address = tried, tried.Address
 		}
 	}
 	found := tty.Line(err)

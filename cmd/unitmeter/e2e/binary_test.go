@@ -27,16 +27,16 @@ import (
 )
 
 // update names the files to write: readme (docs/metrics.md), baselines (the
-// benchmarks' documents) or conformance (docs/conformance.md).
-var update = flag.String("update", "", "write the results: readme, baselines or conformance")
+// benchmarks' documents), conformance (docs/conformance.md) or faults (docs/faults.md).
+var update = flag.String("update", "", "write the results: readme, baselines, conformance or faults")
 
 func TestMain(m *testing.M) {
 	flag.Parse()
 	switch *update {
-	case "", "readme", "baselines", "conformance":
+	case "", "readme", "baselines", "conformance", "faults":
 		os.Exit(m.Run())
 	}
-	fmt.Fprintf(os.Stderr, "-update=%s: use readme, baselines or conformance\n", *update)
+	fmt.Fprintf(os.Stderr, "-update=%s: use readme, baselines, conformance or faults\n", *update)
 	os.Exit(2)
 }
 

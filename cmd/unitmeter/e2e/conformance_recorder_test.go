@@ -26,11 +26,14 @@ import (
 type recorder struct {
 	colmetricpb.UnimplementedMetricsServiceServer
 
-	mu       sync.Mutex
-	series   map[string]*trail
-	gauges   map[string]int64 // the last value of each of the agent's own instruments
-	reached  time.Time        // of the last point of these
-	problems []string
+	mu      sync.Mutex
+	series  map[string]*trail
+	gauges  map[string]int64 // the last value of each of the agent's own instruments
+	reached time.Time        // of the last point of these
+	// collections is how many times the agent has measured these, as of collected.
+	collections int
+	collected   time.Time
+	problems    []string
 	// redelivered counts points that came twice. An agent that is killed between
 	// the delivery and its note of it must send again (OTLP, "Duplicate Data").
 	redelivered int
@@ -91,6 +94,9 @@ func (r *recorder) Export(_ context.Context, request *colmetricpb.ExportMetricsS
 			r.take(p)
 		default:
 			r.gauges[p.Series()] = p.Value
+			if p.Metric == "unitmeter.sweep.partial" && p.Time.After(r.collected) {
+				r.collections, r.collected = r.collections+1, p.Time
+			}
 			r.reached = p.Time
 		}
 	}

@@ -17,20 +17,24 @@ import (
 var layers = map[string][]string{
 	"cmd/unitmeter": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/doctor", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
-		"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
+		"exporter", "exporter/otlp", "exporter/store", "exporter/store/history", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
 	"cmd/unitmeter/doctor": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "config",
-		"exporter/otlp", "exporter/store", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
+		"exporter/otlp", "exporter/store", "exporter/store/database", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
 	"cmd/unitmeter/top":        {"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "receiver", "receiver/systemd"},
 	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd", "receiver/systemd/bus"},
 	"cmd/unitmeter/tty":        {},
 
-	"config":         {"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/systemd"},
-	"exporter":       {"exporter/otlp", "exporter/store", "receiver", "receiver/ledger"},
-	"exporter/otlp":  {},
-	"exporter/store": {},
+	"config":        {"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/systemd"},
+	"exporter":      {"exporter/otlp", "exporter/store", "exporter/store/history", "receiver", "receiver/ledger"},
+	"exporter/otlp": {},
+
+	"exporter/store":          {"exporter/store/database", "exporter/store/history", "exporter/store/record"},
+	"exporter/store/database": {"exporter/store/record"},
+	"exporter/store/history":  {"exporter/store/database", "exporter/store/record"},
+	"exporter/store/record":   {},
 
 	"receiver":             {"receiver/ebpf", "receiver/ledger", "receiver/systemd"},
 	"receiver/ebpf":        {},

@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
@@ -57,12 +58,47 @@ type Signal struct {
 	Text []byte
 }
 
+// Line is a connection for Gets alone. Its methods may be called from several
+// goroutines at the same time.
+type Line struct {
+	connection *connection
+	ended      chan struct{} // closed when nothing reads the connection any more
+}
+
+// DialPrivate connects to a private socket for Gets alone. PID 1 sends its signals
+// there too: the less time the line is open, the fewer can wait in PID 1 for a process
+// that is stopped. ctx bounds the connecting. The caller closes the line.
+func DialPrivate(ctx context.Context, address string) (*Line, error) {
+	w, err := dial(ctx, address)
+	if err != nil {
+		return nil, fmt.Errorf("connect to PID 1 at %s: %w", address, err)
+	}
+	w.window, w.authed = maxInFlightPrivate, true
+	l := &Line{connection: w, ended: make(chan struct{})}
+	go func() {
+		defer close(l.ended)
+		_, _ = io.Copy(io.Discard, w) // replies go to Gets; its error is there too
+	}()
+	return l, nil
+}
+
+// Gets is that of Conn.
+func (l *Line) Gets(ctx context.Context, n int, call func(i int) Property, done func(i int, r Reply)) error {
+	return l.connection.gets(ctx, n, call, done)
+}
+
+// Close ends the connection, and calls in progress with it.
+func (l *Line) Close() error {
+	err := l.connection.Close()
+	<-l.ended
+	return err
+}
+
 // Conn is one connection. Its methods may be called from several goroutines at the
 // same time.
 type Conn struct {
 	connection *connection // for Gets
 	client     *dbus.Conn  // godbus, on top of it: for all that is rare
-	signals    chan *dbus.Signal
 }
 
 // Open connects to one address and asks for the signals that the inventory of units
@@ -79,14 +115,11 @@ func Open(ctx context.Context, cfg Config) (*Conn, error) {
 	if w.bus = !Private(cfg.Address); !w.bus {
 		w.window = maxInFlightPrivate
 	}
-	client, err := dbus.NewConn(w, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+	client, err := dbus.NewConn(w, dbus.WithSignalHandler(w.flood))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to systemd at %s: %w", cfg.Address, err), w.Close())
 	}
-	c := &Conn{connection: w, client: client, signals: make(chan *dbus.Signal, 64)}
-	if cfg.Wanted != nil {
-		client.Signal(c.signals)
-	}
+	c := &Conn{connection: w, client: client}
 	if err = c.hello(ctx); err == nil && cfg.Wanted != nil && w.bus {
 		err = c.subscribe(ctx)
 	}
@@ -143,7 +176,18 @@ func (c *Conn) Manager() dbus.BusObject { return c.Object(ManagerPath) }
 
 // Signals returns the channel of the signals that are wanted. It is closed when the
 // connection has ended.
-func (c *Conn) Signals() <-chan *dbus.Signal { return c.signals }
+func (c *Conn) Signals() <-chan *dbus.Signal { return c.connection.flood.queue }
+
+// Flooded has a token when there are more signals than can be taken. From then on all
+// are dropped, but those of reloads and of systemd's name, until Resume. The receiver
+// resumes, and then lists the units.
+func (c *Conn) Flooded() <-chan struct{} { return c.connection.flood.began }
+
+// Resume ends what Flooded has begun.
+func (c *Conn) Resume() { c.connection.flood.paused.Store(false) }
+
+// Dropped returns how many signals were more than could be taken.
+func (c *Conn) Dropped() int64 { return c.connection.flood.dropped.Load() }
 
 // Gets reads n properties with many calls outstanding. call names property i; done
 // is called once for each reply, in the order of arrival. Both are called from another

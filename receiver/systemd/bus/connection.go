@@ -80,6 +80,7 @@ type connection struct {
 	wake chan struct{} // has a token when gets has something to do
 
 	wanted func(Signal) bool // see Config
+	flood  *flood
 	// bus says that peers other than systemd can send messages here.
 	bus bool
 	// refused counts the messages that nobody asked for and that were skipped:
@@ -216,7 +217,7 @@ func handshake(ctx context.Context, conn net.Conn) (*connection, error) {
 	w := &connection{
 		conn: conn, in: in, auth: strings.NewReader(""), serial: firstOwnSerial,
 		sending: make(chan struct{}, 1), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1),
-		window: maxInFlight,
+		window: maxInFlight, flood: newFlood(),
 	}
 	return w, nil
 }
@@ -284,8 +285,8 @@ func (w *connection) Read(p []byte) (int, error) {
 		switch {
 		case h.isReply() && h.replySerial >= firstOwnSerial:
 			w.dispatch(h)
-		case h.kind == dbus.TypeSignal && w.bus && !w.genuine(h):
-			w.refused.Add(1)
+		case h.kind == dbus.TypeSignal && w.bus && !w.genuine(h), !h.isReply() && h.kind != dbus.TypeSignal:
+			w.refused.Add(1) // a call too: nothing is served here
 		case h.kind == dbus.TypeSignal && !w.delivers(h):
 		default:
 			w.unread = w.message
@@ -302,7 +303,8 @@ func (w *connection) Read(p []byte) (int, error) {
 // a NameAcquired or NameLost without a body.
 func (w *connection) delivers(h header) bool {
 	s := h.signal()
-	return w.wanted != nil && (string(s.Interface) != BusInterface || string(s.Member) == "NameOwnerChanged") && w.wanted(s)
+	return w.wanted != nil && (string(s.Interface) != BusInterface || string(s.Member) == "NameOwnerChanged") &&
+		w.wanted(s) && w.flood.admit(s, time.Now())
 }
 
 // Close ends the connection; sweeps in progress end with an error.

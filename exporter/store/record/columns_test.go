@@ -1,4 +1,4 @@
-package store
+package record
 
 import (
 	"encoding/binary"
@@ -30,9 +30,9 @@ func TestColumnRoundTrip(t *testing.T) {
 	}
 	for name, column := range columns {
 		rest := []byte("rest")
-		b := append(appendColumn([]byte("before"), column), rest...)
+		b := append(AppendColumn([]byte("before"), column), rest...)
 		got := make([]uint64, len(column))
-		after, err := readColumn(b[len("before"):], got)
+		after, err := ReadColumn(b[len("before"):], got)
 		if err != nil || !slices.Equal(got, column) || string(after) != "rest" {
 			t.Errorf("%s: wrote %v, read %v, rest %q, %v", name, column, got, after, err)
 		}
@@ -43,10 +43,10 @@ func TestColumnRoundTrip(t *testing.T) {
 func TestColumnSize(t *testing.T) {
 	idle, burst := make([]uint64, 60), make([]uint64, 60)
 	burst[30] = 1e12
-	if n := len(appendColumn(nil, idle)); n > 9 {
+	if n := len(AppendColumn(nil, idle)); n > 9 {
 		t.Errorf("60 zeros need %d bytes, want at most 9", n)
 	}
-	if n := len(appendColumn(nil, burst)); n > 19 {
+	if n := len(AppendColumn(nil, burst)); n > 19 {
 		t.Errorf("59 zeros and 1e12 need %d bytes, want at most 19", n)
 	}
 }
@@ -56,13 +56,13 @@ func FuzzColumn(f *testing.F) {
 	f.Add([]byte{0xff, 0, 0, 0, 0, 0, 0, 0x80, 1, 2, 3, 4, 5, 6, 7, 8}, uint8(2))
 	f.Fuzz(func(t *testing.T, b []byte, n uint8) {
 		// As input of the decoder: no panic. As numbers: they come back.
-		_, _ = readColumn(b, make([]uint64, n))
+		_, _ = ReadColumn(b, make([]uint64, n))
 		var column []uint64
 		for ; len(b) >= 8; b = b[8:] {
 			column = append(column, binary.LittleEndian.Uint64(b))
 		}
 		got := make([]uint64, len(column))
-		rest, err := readColumn(appendColumn(nil, column), got)
+		rest, err := ReadColumn(AppendColumn(nil, column), got)
 		if err != nil || len(rest) != 0 || !slices.Equal(got, column) {
 			t.Fatalf("wrote %v, read %v, rest %v, %v", column, got, rest, err)
 		}

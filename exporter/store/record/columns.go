@@ -1,4 +1,4 @@
-package store
+package record
 
 import (
 	"encoding/binary"
@@ -12,18 +12,18 @@ import (
 // tells its length. Small values cost little and a rare huge one costs no more
 // than 129 bits, which suits counters: mostly quiet, sometimes bursts.
 const (
-	columnDelta = 0x40 // mode bit: values are zigzag differences to the one before
+	columnDelta = 0x40 // mode bit: values are Zigzag differences to the one before
 	columnOrder = 0x3f // mode bits: k
 )
 
-// appendColumn appends the code of values to b, with the k, and with or without
+// AppendColumn appends the code of values to b, with the k, and with or without
 // differences, that make it shortest.
-func appendColumn(b []byte, values []uint64) []byte {
+func AppendColumn(b []byte, values []uint64) []byte {
 	var plain, delta [65]int // how many values have this many bits
 	last := uint64(0)
 	for _, v := range values {
 		plain[bits.Len64(v)]++
-		delta[bits.Len64(zigzag(int64(v-last)))]++
+		delta[bits.Len64(Zigzag(int64(v-last)))]++
 		last = v
 	}
 	k, size := bestOrder(&plain)
@@ -36,7 +36,7 @@ func appendColumn(b []byte, values []uint64) []byte {
 	last = 0
 	for _, v := range values {
 		if mode&columnDelta != 0 {
-			v, last = zigzag(int64(v-last)), v
+			v, last = Zigzag(int64(v-last)), v
 		}
 		q := v>>k + 1 // 0 stands for 1<<64
 		n := bits.Len64(q) - 1
@@ -72,10 +72,10 @@ func bestOrder(histogram *[65]int) (k, size int) {
 	return k, size
 }
 
-// readColumn decodes len(values) numbers from b and returns what follows them.
-func readColumn(b []byte, values []uint64) ([]byte, error) {
+// ReadColumn decodes len(values) numbers from b and returns what follows them.
+func ReadColumn(b []byte, values []uint64) ([]byte, error) {
 	if len(b) == 0 {
-		return nil, errDamaged
+		return nil, ErrDamaged
 	}
 	mode := b[0]
 	k := int(mode & columnOrder)
@@ -84,15 +84,15 @@ func readColumn(b []byte, values []uint64) ([]byte, error) {
 	for i := range values {
 		n := r.ones()
 		if n > 64-k {
-			return nil, errDamaged
+			return nil, ErrDamaged
 		}
-		q := r.get(n) | 1<<n // 1<<64 is 0, as in appendColumn
+		q := r.get(n) | 1<<n // 1<<64 is 0, as in AppendColumn
 		if n == 64 && q != 0 {
-			return nil, errDamaged
+			return nil, ErrDamaged
 		}
 		v := (q-1)<<k | r.get(k)
 		if mode&columnDelta != 0 {
-			v = last + uint64(unzigzag(v))
+			v = last + uint64(Unzigzag(v))
 			last = v
 		}
 		values[i] = v
@@ -100,10 +100,10 @@ func readColumn(b []byte, values []uint64) ([]byte, error) {
 	return r.close()
 }
 
-// zigzag maps small numbers of either sign to small numbers.
-func zigzag(v int64) uint64 { return uint64(v)<<1 ^ uint64(v>>63) }
+// Zigzag maps small numbers of either sign to small numbers.
+func Zigzag(v int64) uint64 { return uint64(v)<<1 ^ uint64(v>>63) }
 
-func unzigzag(v uint64) int64 { return int64(v>>1) ^ -int64(v&1) }
+func Unzigzag(v uint64) int64 { return int64(v>>1) ^ -int64(v&1) }
 
 // bitWriter appends bits, lowest first.
 type bitWriter struct {
@@ -206,7 +206,7 @@ func (r *bitReader) ones() (count int) {
 // close skips the padding and returns the rest of the input.
 func (r *bitReader) close() ([]byte, error) {
 	if r.short {
-		return nil, errDamaged
+		return nil, ErrDamaged
 	}
 	return r.b[r.pos-r.n/8:], nil
 }
