@@ -147,6 +147,8 @@ func TestGoodInput(t *testing.T) {
 		{"UNITMETER_FOLD=job-*.service,job-*.service", "Receiver.Fold=[job-*.service]"},
 		{"UNITMETER_UNIT_TYPES=slice, Service,service", "Receiver.Types=[slice service]"},
 		{"UNITMETER_ATTRIBUTES=systemd.unit.slice", "Receiver.UnitSlice=true Receiver.UnitType=false"},
+		{"UNITMETER_SOURCE=ebpf\nUNITMETER_USER_UNITS=Yes\nUNITMETER_CONTAINERS=yes\nUNITMETER_WIRE=no\nUNITMETER_ATTRIBUTES=unitmeter.loopback",
+			"Receiver.UserUnits=true Receiver.Containers=true Receiver.Wire=false Receiver.Loopback=true Receiver.UnitType=false"},
 		{"UNITMETER_MAX_UNITS=1000000", "Receiver.MaxSeries=1000000"},
 		{"UNITMETER_STOP_RECORDS=Off", "Receiver.StopRecords=off"},
 
@@ -286,6 +288,10 @@ func TestWarnings(t *testing.T) {
 		{[]string{"UNITMETER_INCLUDE=*.slice,a.service", "UNITMETER_EXCLUDE=a.service"}, []string{
 			"UNITMETER_INCLUDE has *.slice, and UNITMETER_UNIT_TYPES does not have slice",
 			"UNITMETER_INCLUDE has a.service, and so does UNITMETER_EXCLUDE, which wins"}},
+		{[]string{"UNITMETER_USER_UNITS=yes", "UNITMETER_WIRE=no", "UNITMETER_ATTRIBUTES=unitmeter.loopback"}, []string{
+			"UNITMETER_USER_UNITS=yes has no effect: systemd does not count units of users' managers; set UNITMETER_SOURCE=ebpf, or remove it",
+			"UNITMETER_ATTRIBUTES=unitmeter.loopback has no effect: systemd does not count unitmeter.loopback; set UNITMETER_SOURCE=ebpf, or remove it"}},
+		{[]string{"UNITMETER_SOURCE=ebpf", "UNITMETER_USER_UNITS=yes"}, nil},
 		{[]string{"UNITMETER_STATE_DIR=none", "UNITMETER_HISTORY=1d", "UNITMETER_OUTBOX_MAX_AGE=1d"}, []string{
 			"UNITMETER_OUTBOX_MAX_AGE has no effect with UNITMETER_STATE_DIR=none",
 			"UNITMETER_HISTORY has no effect with UNITMETER_STATE_DIR=none"}},

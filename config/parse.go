@@ -32,6 +32,12 @@ func boolean(v Variable, to *bool) entry {
 	}}
 }
 
+// yesNo is a row for what is on or off.
+func yesNo(v Variable, to *bool) entry {
+	v.Values, v.Default = "yes, no", "no"
+	return entry{Variable: v, parse: func(text string, bad report) { *to = choose(text, []string{"yes", "no"}, bad) == "yes" }}
+}
+
 // enum is a row for one of a few words.
 func enum(v Variable, to *string, choices ...string) entry {
 	v.Values = strings.Join(choices, ", ")

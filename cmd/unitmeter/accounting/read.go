@@ -64,9 +64,6 @@ func Sources() []string { return []string{receiver.Auto, receiver.DBus, receiver
 // units have IP accounting off than on: then it attaches a program, which ends with
 // Close or with the process. The caller closes the source.
 func Open(ctx context.Context, cfg receiver.Config, name string) (*Source, error) {
-	if name == receiver.Auto && slices.Contains(cfg.Types, "slice") {
-		name = receiver.DBus // which alone meters slices
-	}
 	if name != receiver.Auto {
 		return open(ctx, cfg, name)
 	}
@@ -97,6 +94,7 @@ func open(ctx context.Context, cfg receiver.Config, name string) (*Source, error
 	cfg.ReadOnly = true
 	if name != receiver.DBus { // each unit by itself
 		cfg.Fold, cfg.MaxSeries = []string{}, math.MaxInt
+		cfg.UserUnits, cfg.Containers, cfg.Wire, cfg.Loopback = true, true, false, false
 	}
 	r, err := receiver.New(cfg)
 	if err != nil {
