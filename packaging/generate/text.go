@@ -80,6 +80,7 @@ func manPage(commands []command) string {
 	var b strings.Builder
 	b.WriteString(`.\" Written by packaging/generate; "go generate ./packaging/..." renews it.
 .TH UNITMETER 8 "" unitmeter "System Administration"
+.ad l
 .SH NAME
 unitmeter \- network traffic of every systemd unit, as OpenTelemetry metrics
 .SH SYNOPSIS
