@@ -112,7 +112,7 @@ exec sleep 1000
 func missedLater(r *Receiver) int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.ledger.Finish(time.Now(), true, false)
+	r.ledger.Finish(time.Now(), true, false) // all that has no Mark is over
 	r.ledger.Finish(time.Now().Add(time.Hour), true, false)
 	return r.ledger.Missed()
 }

@@ -406,10 +406,12 @@ func (s *series) grow(start time.Time, delta Counters, at time.Time) {
 // returns false for a record of a run that may be in the totals already and is
 // remembered no more. now is the present time.
 func (l *Ledger) Take(record Record, now time.Time) bool {
-	if record.Counters == (Counters{}) || !l.cfg.Metered(record.Unit) {
-		if r, ok := l.runs[record.Epoch]; ok {
-			r.final = true // nothing is missing of it
-		}
+	if !l.cfg.Metered(record.Unit) {
+		return true
+	}
+	if record.Counters == (Counters{}) {
+		r := l.runOf(record.Unit, record.Epoch) // Place may yet come
+		r.final, r.boot = true, cmp.Or(r.boot, record.Boot)
 		return true
 	}
 	at := record.Time
