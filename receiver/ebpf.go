@@ -332,7 +332,7 @@ func cgroupName(who *ebpf.Identity) string {
 	}
 	for component := range strings.SplitSeq(strings.Trim(who.Path, "/"), "/") {
 		if !strings.HasSuffix(component, ".slice") {
-			return component
+			return strings.ToValidUTF8(component, "\uFFFD") // a directory may have any bytes, OTLP may not
 		}
 	}
 	return ""
