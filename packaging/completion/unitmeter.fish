@@ -46,6 +46,7 @@ complete -c unitmeter -n '__fish_seen_subcommand_from doctor' -l json -d 'print 
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l csv -d 'print comma-separated values'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l json -d 'print JSON'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l quarantined -d 'list the requests that the Collector refused'
+complete -c unitmeter -n '__fish_seen_subcommand_from history' -l retry -d 'with --quarantined: have the agent send those requests again'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l since -x -d 'begin: a duration ago (90m, 24h, 7d), a day (2026-11-23) or a time (2026-11-23T14:00) (default 24h)'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l step -x -d 'one row for each step of this length (1m, 1h, 1d); default: one row for each unit'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l until -x -d 'end, in the same forms'
