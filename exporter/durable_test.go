@@ -464,7 +464,7 @@ func TestDeltaGoesOnAfterARestart(t *testing.T) {
 			t.Errorf("no interval: %v", p)
 		}
 	}
-	for _, name := range []string{"unitmeter.outbox.bytes", "unitmeter.outbox.requests", "unitmeter.outbox.age", "unitmeter.outbox.thinned", "unitmeter.outbox.dropped"} {
+	for _, name := range []string{"unitmeter.outbox.bytes", "unitmeter.outbox.requests", "unitmeter.outbox.age", "unitmeter.outbox.thinned", "unitmeter.outbox.dropped", "unitmeter.state.replaced"} {
 		if !names[name] {
 			t.Errorf("%s did not arrive", name)
 		}

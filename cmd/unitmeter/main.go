@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
@@ -37,11 +38,21 @@ const (
 	exitUsage   = 2 // the command line or the environment is wrong
 )
 
+// endLimit is the longest time from the first signal to the end. It is above
+// stopTimeout and below the packaged unit's TimeoutStopSec.
+const endLimit = 15 * time.Second
+
 func main() {
 	// A second signal ends the process at once: the first one has restored
 	// the default by then.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	context.AfterFunc(ctx, stop)
+	context.AfterFunc(ctx, func() {
+		stop()
+		time.AfterFunc(endLimit, func() {
+			fmt.Fprintf(os.Stderr, "unitmeter: did not end within %s of the signal, and ends now; look for a disk or a reader that hangs\n", endLimit)
+			os.Exit(exitFailure)
+		})
+	})
 	t := &terminal{args: os.Args[1:], environ: os.Environ(), stdout: os.Stdout, stderr: os.Stderr}
 	withhold()
 	os.Exit(dispatch(ctx, t))
