@@ -178,6 +178,7 @@ func (l *Ledger) restore(state State) {
 	}
 	take := func(s *series, saved Series) {
 		s.total, s.start, s.time, s.fresh, s.restored = saved.Total, saved.Start, past(saved.Time), false, true
+		s.shown = s.time // by the earlier Ledger
 	}
 	for _, saved := range state.Series {
 		if _, ok := l.series[saved.ID]; !ok && saved.Total.Valid() {

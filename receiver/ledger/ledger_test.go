@@ -517,6 +517,22 @@ func TestRecordIsShown(t *testing.T) {
 }
 
 // TestSwitched: another source has counted the same traffic until the State.
+// An agent is killed when it has committed a reading of a run, of which the stop record
+// is from before the reading arrived. What the record adds must not change the point
+// that was committed: nobody would take it, and deltas go on from the committed total.
+func TestRecordBeforeTheCommittedReading(t *testing.T) {
+	cfg := config()
+	l := New(cfg)
+	cfg.State = sweep(l, 20, reading("a.service", "one", 20, all(3)))
+	cfg.Began = at(30)
+	l = New(cfg)
+	l.Take(record("a.service", "one", 19, all(9)), at(31))
+	a := want(t, sweep(l, 32), "a.service", all(9))
+	if !a.Observed || !a.Time.After(at(20)) {
+		t.Errorf("the point of %v is shown again, with another total: %+v", at(20), a)
+	}
+}
+
 func TestSwitched(t *testing.T) {
 	first := New(config())
 	sweep(first, 1, reading("a.service", "1", 1, all(5)), reading("run-x", "2", 1, all(7)))
