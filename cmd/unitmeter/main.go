@@ -109,7 +109,7 @@ func dispatch(ctx context.Context, t *terminal) int {
 	all := commands()
 	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
 	if i < 0 {
-		fmt.Fprintf(t.stderr, "unitmeter: there is no command %q; see \"unitmeter help\"\n", name)
+		fmt.Fprintf(t.stderr, "unitmeter: %v\n", noCommand(name))
 		return exitUsage
 	}
 	t.args = rest
@@ -176,7 +176,7 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 			if errors.Is(err, flag.ErrHelp) {
 				return nil, err
 			}
-			return nil, usageError{fmt.Errorf("%w; see \"unitmeter help %s\"", err, flags.Name())}
+			return nil, usageError{explainFlag(err, flags, t.args)}
 		}
 		if flags.NArg() == 0 {
 			break

@@ -19,6 +19,7 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/resource"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
@@ -53,7 +54,7 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		const text = "nothing to do: OTEL_SDK_DISABLED is true"
 		log.Info(text)
 		notify(log, daemon.SdNotifyReady)
-		status(ctx, log, cfg, func() (string, time.Time) { return text, time.Now() })
+		status(ctx, log, cfg, nil, func() (string, time.Time) { return text, time.Now() })
 		return nil
 	}
 	trimMemory()
@@ -175,13 +176,19 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 		out.prometheus.Serve() // not before: a first scrape without units would look like their end
 	}
 	notify(log, daemon.SdNotifyReady)
-	began := time.Now()
-	status(ctx, log, cfg, func() (string, time.Time) {
+	began, counting := time.Now(), make(chan struct{})
+	receiving.Go(func() { // until the first sweep
+		defer close(counting)
+		if sweep := first(running, rcv); sweep != nil {
+			report(log, sweep, rcv.Counting().Source)
+		}
+	})
+	status(ctx, log, cfg, counting, func() (string, time.Time) {
 		sweep := rcv.Last()
 		if sweep == nil {
 			return "", began
 		}
-		return statusText(sweep, out.main.Health()), sweep.Time
+		return statusText(sweep, rcv.Counting().Source, out.main.Health()), sweep.Time
 	})
 
 	log.Info("stopping")
@@ -195,6 +202,31 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 	stopReceiver()
 	receiving.Wait()
 	return err
+}
+
+// first waits for the first sweep; nil where ctx ends before.
+func first(ctx context.Context, rcv *receiver.Receiver) *receiver.Sweep {
+	ticker := time.NewTicker(50 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		if sweep := rcv.Last(); sweep != nil {
+			return sweep
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// report logs how many units are metered, and what to do where none is.
+func report(log *slog.Logger, sweep *receiver.Sweep, source string) {
+	text, level := metering(sweep, source), slog.LevelInfo
+	if sweep.Accounted == 0 {
+		level = slog.LevelWarn
+	}
+	log.Log(context.Background(), level, text)
 }
 
 // outputs are the exporters of a run.
@@ -263,8 +295,9 @@ func (o *outputs) close(ctx context.Context) error {
 // status reports the state to the service manager, and feeds its watchdog for as
 // long as there are signs of life, until ctx ends: ask gives what to say ("" is
 // nothing), and when the last sign was. What it says is in "systemctl status", and
-// where the doctor finds why nothing is delivered.
-func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func() (text string, alive time.Time)) {
+// where the doctor finds why nothing is delivered. It asks at each tick, and once
+// when ready is closed, if it is not nil.
+func status(ctx context.Context, log *slog.Logger, cfg config.Config, ready <-chan struct{}, ask func() (text string, alive time.Time)) {
 	if os.Getenv("NOTIFY_SOCKET") == "" { // nobody listens
 		<-ctx.Done()
 		return
@@ -285,6 +318,8 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func()
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
+		case <-ready:
+			ready = nil
 		}
 		text, alive := ask()
 		if text != last {
@@ -299,10 +334,19 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func()
 	}
 }
 
-func statusText(sweep *receiver.Sweep, health exporter.Health) string {
-	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
+func statusText(sweep *receiver.Sweep, source string, health exporter.Health) string {
+	text := metering(sweep, source)
 	if health.Err != nil {
 		text += doctor.FailingSince + health.Since.UTC().Format(time.RFC3339) + ": " + tty.Line(health.Err)
+	}
+	return text
+}
+
+// metering says how many units are metered, and where none is, what to do.
+func metering(sweep *receiver.Sweep, source string) string {
+	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
+	if sweep.Accounted == 0 && sweep.Units > 0 && source == receiver.DBus {
+		text += ": IP accounting is off; run " + accounting.EnableAll + ", or use the eBPF source (unitmeter enable --ebpf)"
 	}
 	return text
 }
