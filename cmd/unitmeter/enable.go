@@ -62,13 +62,13 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if s.ebpf && s.dry {
 		return switchSource(ctx, t, on, s.dry)
 	}
-	cfg, err := loadConfig(t)
+	cfg, err := loadUnits(ctx, t)
 	if err != nil {
 		return err
 	}
-	m, err := accounting.Connect(ctx, cfg.Receiver.Addresses()...)
+	m, err := accounting.Connect(ctx, cfg.Addresses()...)
 	if err != nil {
-		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
+		return fmt.Errorf("%w; see \"unitmeter doctor\"", accounting.Explain(err))
 	}
 	defer m.Close()
 	w := &switcher{m: m, out: t.stdout, verb: flags.Name(), on: on, selection: s}
@@ -81,7 +81,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	case s.byDefault:
 		return w.setDefault(ctx)
 	}
-	units, err := w.choose(ctx, cfg.Receiver)
+	units, err := w.choose(ctx, cfg)
 	if err != nil {
 		return err
 	}

@@ -21,6 +21,7 @@ import (
 	"syscall"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -214,6 +215,32 @@ func sourceFlag(flags *flag.FlagSet, to *string) {
 		*to = name
 		return nil
 	})
+}
+
+// loadUnits reads what the environment says of units. On a host with the service, root
+// gets the service's settings: a command is about what that meters.
+func loadUnits(ctx context.Context, t *terminal) (receiver.Config, error) {
+	// The timeouts go with UNITMETER_SWEEP_TIMEOUT.
+	names := []string{"OTEL_METRIC_EXPORT_TIMEOUT", "DBUS_SYSTEM_BUS_ADDRESS"}
+	for _, v := range config.Variables() {
+		if v.Group == config.GroupUnits && v.Name != "UNITMETER_SOURCE" { // which has a flag
+			names = append(names, v.Name)
+		}
+	}
+	var taken, shown []string
+	for _, kv := range doctor.ServiceVariables(ctx, t.environ) {
+		if name, value, _ := strings.Cut(kv, "="); slices.Contains(names, name) && value != "" {
+			taken, shown = append(taken, kv), append(shown, tty.Clean(kv))
+		}
+	}
+	if len(taken) > 0 {
+		fmt.Fprintf(t.stderr, "with the settings of unitmeter.service: %s\n", strings.Join(shown, " "))
+	}
+	cfg, err := config.Load(append(taken, t.environ...))
+	if err != nil {
+		return cfg.Receiver, usageError{err}
+	}
+	return cfg.Receiver, nil
 }
 
 // loadConfig reads the environment.

@@ -28,11 +28,11 @@ func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if interval < 0 {
 		return usageError{fmt.Errorf("--interval %s is negative; use seconds, or a duration such as 1m", interval)}
 	}
-	cfg, err := loadConfig(t)
+	cfg, err := loadUnits(ctx, t)
 	if err != nil {
 		return err
 	}
-	readings, err := accounting.Read(ctx, cfg.Receiver, source, patterns, interval)
+	readings, err := accounting.Read(ctx, cfg, source, patterns, interval)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -180,7 +181,7 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 	receiving.Go(func() { // until the first sweep
 		defer close(counting)
 		if sweep := first(running, rcv); sweep != nil {
-			report(log, sweep, rcv.Counting().Source)
+			report(log, metering(sweep, rcv))
 		}
 	})
 	status(ctx, log, cfg, counting, func() (string, time.Time) {
@@ -188,7 +189,7 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 		if sweep == nil {
 			return "", began
 		}
-		return statusText(sweep, rcv.Counting().Source, out.main.Health()), sweep.Time
+		return statusText(metering(sweep, rcv), out.main.Health()), sweep.Time
 	})
 
 	log.Info("stopping")
@@ -220,13 +221,13 @@ func first(ctx context.Context, rcv *receiver.Receiver) *receiver.Sweep {
 	}
 }
 
-// report logs how many units are metered, and what to do where none is.
-func report(log *slog.Logger, sweep *receiver.Sweep, source string) {
-	text, level := metering(sweep, source), slog.LevelInfo
-	if sweep.Accounted == 0 {
-		level = slog.LevelWarn
+// report logs how many units are metered, and what to do where most are not.
+func report(log *slog.Logger, text string) {
+	if strings.Contains(text, accounting.EnableAll) {
+		log.Warn(text)
+	} else {
+		log.Info(text)
 	}
-	log.Log(context.Background(), level, text)
 }
 
 // outputs are the exporters of a run.
@@ -334,19 +335,25 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, ready <-ch
 	}
 }
 
-func statusText(sweep *receiver.Sweep, source string, health exporter.Health) string {
-	text := metering(sweep, source)
+func statusText(text string, health exporter.Health) string {
 	if health.Err != nil {
 		text += doctor.FailingSince + health.Since.UTC().Format(time.RFC3339) + ": " + tty.Line(health.Err)
 	}
 	return text
 }
 
-// metering says how many units are metered, and where none is, what to do.
-func metering(sweep *receiver.Sweep, source string) string {
+// metering says how many units are metered, and what to do where most have IP
+// accounting off. The agent's own unit has it on as a rule.
+func metering(sweep *receiver.Sweep, rcv *receiver.Receiver) string {
 	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
-	if sweep.Accounted == 0 && sweep.Units > 0 && source == receiver.DBus {
-		text += ": IP accounting is off; run " + accounting.EnableAll + ", or use the eBPF source (unitmeter enable --ebpf)"
+	off := 0
+	for _, u := range rcv.Units() {
+		if u.Accounting == "off" && accounting.CarriesTraffic(u.Name) {
+			off++
+		}
+	}
+	if rcv.Counting().Source == receiver.DBus && off > sweep.Accounted {
+		text += fmt.Sprintf(": IP accounting is off for %d; run %s, or use the eBPF source (unitmeter enable --ebpf)", off, accounting.EnableAll)
 	}
 	return text
 }

@@ -35,10 +35,8 @@ func showSpeeds(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if !cfg.Once && slices.Contains(t.environ, "TERM=dumb") {
 		return usageError{errors.New("this terminal (TERM=dumb) has no screen to draw on; use --once for one table")}
 	}
-	settings, err := loadConfig(t)
-	if err != nil {
+	if cfg.Receiver, err = loadUnits(ctx, t); err != nil {
 		return err
 	}
-	cfg.Receiver = settings.Receiver
 	return top.Run(ctx, cfg)
 }
