@@ -74,7 +74,7 @@ func checkSuffix(pattern string) (reason, hint string) {
 		return "is of a type that has no network counters", "use " + strings.Join(unitTypes(), ", ")
 	}
 	if dot >= 0 {
-		if guess := nearest(suffix, unitTypes(), 2); guess != "" {
+		if guess := Nearest(suffix, unitTypes(), 2); guess != "" {
 			return "does not end in a type of unit", "did you mean ." + guess + "?"
 		}
 	}
@@ -126,7 +126,7 @@ func parseBus(text string, bad report) string {
 	}
 	if !strings.Contains(text, ":") {
 		hint := "use auto, system, private, or an address such as unix:path=/run/dbus/system_bus_socket"
-		if guess := nearest(strings.ToLower(text), choices, 2); guess != "" {
+		if guess := Nearest(strings.ToLower(text), choices, 2); guess != "" {
 			hint = "did you mean " + guess + "?"
 		} else if strings.HasPrefix(text, "/") {
 			hint = "write unix:path=" + shorten(text)

@@ -36,7 +36,7 @@ const (
 	groupGeneral = "General"
 	groupExport  = "Export"
 	groupOTLP    = "OTLP"
-	groupUnits   = "Units"
+	GroupUnits   = "Units"
 	groupState   = "State"
 	groupSystem  = "Read from the system"
 )
@@ -126,7 +126,7 @@ func (l *loader) table() []entry {
 		in(groupGeneral, l.general(c)),
 		in(groupExport, l.export(c)),
 		in(groupOTLP, l.otlp(&c.OTLP)),
-		in(groupUnits, l.units(c)),
+		in(GroupUnits, l.units(c)),
 		in(groupState, l.state(c)),
 		in(groupSystem, l.system(c)),
 	)

@@ -58,7 +58,7 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if s.ebpf && s.dry {
 		return switchSource(ctx, t, on, s.dry)
 	}
-	cfg, err := loadConfig(t)
+	cfg, err := loadUnits(ctx, t)
 	if err != nil {
 		return err
 	}
@@ -66,9 +66,9 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if s.follow {
 		connect = accounting.Follow
 	}
-	m, err := connect(ctx, cfg.Receiver.Addresses()...)
+	m, err := connect(ctx, cfg.Addresses()...)
 	if err != nil {
-		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
+		return fmt.Errorf("%w; see \"unitmeter doctor\"", accounting.Explain(err))
 	}
 	defer m.Close()
 	w := &switcher{m: m, out: t.stdout, verb: flags.Name(), on: on, selection: s}
@@ -83,11 +83,11 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	case s.reset:
 		return reset(ctx, t, s.dry)
 	case s.follow:
-		return w.follow(ctx, cfg.Receiver)
+		return w.follow(ctx, cfg)
 	case s.byDefault:
 		return w.setDefault(ctx)
 	}
-	units, err := w.choose(ctx, cfg.Receiver)
+	units, err := w.choose(ctx, cfg)
 	if err != nil {
 		return err
 	}

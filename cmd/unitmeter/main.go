@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -120,7 +121,7 @@ func dispatch(ctx context.Context, t *terminal) int {
 	all := commands()
 	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
 	if i < 0 {
-		fmt.Fprintf(t.stderr, "unitmeter: there is no command %q; see \"unitmeter help\"\n", name)
+		fmt.Fprintf(t.stderr, "unitmeter: %v\n", noCommand(name))
 		return exitUsage
 	}
 	t.args = rest
@@ -187,7 +188,7 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 			if errors.Is(err, flag.ErrHelp) {
 				return nil, err
 			}
-			return nil, usageError{fmt.Errorf("%w; see \"unitmeter help %s\"", err, flags.Name())}
+			return nil, usageError{explainFlag(err, flags, t.args)}
 		}
 		if flags.NArg() == 0 {
 			break
@@ -225,6 +226,32 @@ func sourceFlag(flags *flag.FlagSet, to *string) {
 		*to = name
 		return nil
 	})
+}
+
+// loadUnits reads what the environment says of units. On a host with the service, root
+// gets the service's settings: a command is about what that meters.
+func loadUnits(ctx context.Context, t *terminal) (receiver.Config, error) {
+	// The timeouts go with UNITMETER_SWEEP_TIMEOUT.
+	names := []string{"OTEL_METRIC_EXPORT_TIMEOUT", "DBUS_SYSTEM_BUS_ADDRESS"}
+	for _, v := range config.Variables() {
+		if v.Group == config.GroupUnits && v.Name != "UNITMETER_SOURCE" { // which has a flag
+			names = append(names, v.Name)
+		}
+	}
+	var taken, shown []string
+	for _, kv := range doctor.ServiceVariables(ctx, t.environ) {
+		if name, value, _ := strings.Cut(kv, "="); slices.Contains(names, name) && value != "" {
+			taken, shown = append(taken, kv), append(shown, tty.Clean(kv))
+		}
+	}
+	if len(taken) > 0 {
+		fmt.Fprintf(t.stderr, "with the settings of unitmeter.service: %s\n", strings.Join(shown, " "))
+	}
+	cfg, err := config.Load(append(taken, t.environ...))
+	if err != nil {
+		return cfg.Receiver, usageError{err}
+	}
+	return cfg.Receiver, nil
 }
 
 // loadConfig reads the environment.

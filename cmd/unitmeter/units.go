@@ -41,16 +41,16 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	cfg, err := loadConfig(t)
+	cfg, err := loadUnits(ctx, t)
 	if err != nil {
 		return err
 	}
-	selection, err := accounting.Selection(ctx, cfg.Receiver)
+	selection, err := accounting.Selection(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	// All units that could be metered, so that it can be said why they are not.
-	everything := cfg.Receiver
+	everything := cfg
 	everything.Include, everything.Exclude, everything.Types = nil, nil, accounting.Types()
 	source, err := accounting.Open(ctx, everything, receiver.DBus)
 	if err != nil {

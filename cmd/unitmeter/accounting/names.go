@@ -74,12 +74,16 @@ func ownNames(ctx context.Context, cfg receiver.Config, names []string) (map[str
 	return m.own(ctx, names), nil
 }
 
-// EnableCommand switches on units that are off. It names a few units and not
-// "--all": the rest may be off on purpose.
+// EnableAll is the command that gives numbers to all units. It is what every command
+// advises.
+const EnableAll = "unitmeter enable --default"
+
+// EnableCommand switches on units that are off. It names a few units and not all:
+// the rest may be off on purpose.
 func EnableCommand(off []string) string {
 	const few = 3
 	if len(off) > few {
-		return "unitmeter enable --all"
+		return EnableAll
 	}
 	command := "unitmeter enable"
 	for _, name := range off {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"slices"
@@ -141,6 +142,16 @@ func reachable(ctx context.Context, cfg receiver.Config) error {
 	m, err := Connect(ctx, cfg.Addresses()...)
 	if err == nil {
 		m.Close()
+	}
+	return Explain(err)
+}
+
+// Explain adds to an error of Connect that there is no systemd on this host, if that
+// is so.
+func Explain(err error) error {
+	// sd_booted(3)
+	if _, missing := os.Lstat("/run/systemd/system"); err != nil && errors.Is(missing, fs.ErrNotExist) {
+		return fmt.Errorf("%w; this host does not run systemd (there is no /run/systemd/system)", err)
 	}
 	return err
 }

@@ -170,6 +170,41 @@ func withRootChecks(ctx context.Context, m *accounting.Manager, findings []findi
 	return findings
 }
 
+// ServiceVariables returns the environment that systemd gives to unitmeter.service, as
+// NAME=value. It is nil where there is no such unit, for others than root, and where
+// environ has a setting of its own.
+func ServiceVariables(ctx context.Context, environ []string) []string {
+	if os.Geteuid() != 0 || slices.ContainsFunc(environ, ours) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	m, err := accounting.Connect(ctx, receiver.Config{}.Addresses()...)
+	if err != nil {
+		return nil // whatever the command does next reports it
+	}
+	defer m.Close()
+	a, err := findAgent(ctx, m)
+	if err != nil || a == nil {
+		return nil
+	}
+	// systemd reads its files best by itself.
+	args := []string{"--pipe", "--wait", "--quiet", "--collect", fmt.Sprintf("--unit=unitmeter-environment-%d", os.Getpid())}
+	for _, property := range a.properties {
+		if strings.HasPrefix(property, "--setenv=") || strings.HasPrefix(property, "--property=EnvironmentFile=") {
+			args = append(args, property)
+		}
+	}
+	if len(args) == 5 { // it has none
+		return nil
+	}
+	out, err := exec.CommandContext(ctx, "systemd-run", append(args, "/usr/bin/env", "-0")...).Output()
+	if err != nil {
+		return nil
+	}
+	return strings.Split(strings.TrimRight(string(out), "\x00"), "\x00")
+}
+
 // next says where settings go and what makes a running agent take them: a fix
 // such as "set VARIABLE=..." leaves both open. It is empty where no fix needs
 // it.

@@ -144,7 +144,7 @@ func TestDoctorFixes(t *testing.T) {
 		apply string
 		fixed string // the prefix after that, if it is another
 	}{
-		{name: "nothing is accounted", check: "accounting", status: "fail", fix: "unitmeter enable --all"},
+		{name: "nothing is accounted", check: "accounting", status: "fail", fix: "unitmeter enable --default"},
 		{name: "one service is not", plant: "unitmeter disable demo", check: "accounting", status: "warn", fix: "unitmeter enable demo.service"},
 		{name: "default off", check: "accounting-default", status: "warn", fix: "unitmeter enable --default"},
 		{name: "own unit not accounted", prefix: "systemd-run --quiet --pipe --wait -p IPAccounting=no", check: "own-traffic", status: "skip",

@@ -299,7 +299,7 @@ func TestTopScreen(t *testing.T) {
 	}
 	for i, want := range map[int]string{
 		0: "unitmeter top   in 5.01 MB/s   out 2.09 MB/s                            12:00:29",
-		1: "3 units by systemd; 1 with accounting off (unitmeter enable --all)              ",
+		1: "3 units by systemd; 1 with accounting off (unitmeter enable --default)          ",
 		2: "UNIT                               IN/s       OUT/s       TOTAL LAST MINUTE▼    ",
 		3: "nats.service                  5.00 MB/s   2.00 MB/s      203 MB         ████████",
 		4: "postgresql.service            10.0 kB/s   90.0 kB/s     2.90 MB         ████████",

@@ -158,7 +158,7 @@ func (m *topModel) status() string {
 	// What is missing is said with the command that fixes it, or it would be
 	// taken for silence.
 	if n := m.board.others["off"]; n > 0 {
-		parts = append(parts, fmt.Sprintf("%d with accounting off (unitmeter enable --all)", n))
+		parts = append(parts, fmt.Sprintf("%d with accounting off (%s)", n, accounting.EnableAll))
 	}
 	if n := m.board.others["lost"]; n > 0 {
 		parts = append(parts, fmt.Sprintf("%d lost (unitmeter enable --lost)", n))
@@ -190,7 +190,7 @@ func (m *topModel) emptiness() string {
 	if m.origin.Source == receiver.EBPF {
 		return tty.Fit("there is no unit that the settings leave in", m.width, false)
 	}
-	return tty.Fit("no unit has IP accounting on: unitmeter enable --all", m.width, false)
+	return tty.Fit("no unit has IP accounting on: "+accounting.EnableAll, m.width, false)
 }
 
 // line is one row of a list.
@@ -452,5 +452,5 @@ func printTop(w io.Writer, b *board, origin accounting.Origin, exact bool) error
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	return accounting.WriteHints(w, origin, b.others["off"], b.others["lost"], "unitmeter enable --all")
+	return accounting.WriteHints(w, origin, b.others["off"], b.others["lost"], accounting.EnableAll)
 }
