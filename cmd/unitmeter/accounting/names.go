@@ -42,6 +42,13 @@ func Patterns(args []string) (systemd.Patterns, error) {
 	return systemd.ParsePatterns(full)
 }
 
+// UnitName is the unit in a name as eBPF gives it: without the user before it and the
+// container behind it.
+func UnitName(text string) string {
+	name, _, _ := strings.Cut(text, " ")
+	return name[strings.IndexByte(name, '/')+1:]
+}
+
 // Resolve replaces aliases by the names of the units that have them. Patterns and
 // names of units that are not loaded stay.
 func Resolve(ctx context.Context, cfg receiver.Config, patterns systemd.Patterns) (systemd.Patterns, error) {

@@ -356,7 +356,7 @@ func Choose(ctx context.Context, cfg receiver.Config, source string, units []Rea
 func choose(units []Reading, patterns systemd.Patterns) ([]Reading, error) {
 	used := make([]bool, patterns.Len())
 	chosen := slices.DeleteFunc(units, func(u Reading) bool {
-		all := patterns.All(u.Name)
+		all := patterns.All(UnitName(u.Name))
 		for _, i := range all {
 			used[i] = true
 		}
