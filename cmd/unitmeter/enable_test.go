@@ -44,10 +44,10 @@ func TestEnableEBPF(t *testing.T) {
 	}
 }
 
-// fakeUnit is a service of the fake.
-func fakeUnit(name string, accounting bool, traffic uint64) systemdtest.Unit {
+// fakeUnit is a service of the fake, with accounting.
+func fakeUnit(name string, traffic uint64) systemdtest.Unit {
 	return systemdtest.Unit{
-		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: accounting,
+		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: true,
 		IngressBytes: traffic, IngressPackets: traffic, EgressBytes: traffic, EgressPackets: traffic,
 	}
 }
@@ -57,8 +57,8 @@ func fakeUnit(name string, accounting bool, traffic uint64) systemdtest.Unit {
 func losing(t *testing.T) *systemdtest.Fake {
 	t.Helper()
 	fake := systemdtest.StartFake(t)
-	fake.SetUnit(fakeUnit("fine.service", true, 7))
-	fake.SetUnit(fakeUnit("gone.service", true, systemdtest.NoData))
+	fake.SetUnit(fakeUnit("fine.service", 7))
+	fake.SetUnit(fakeUnit("gone.service", systemdtest.NoData))
 	fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
 		switch {
 		case property == "Version":
@@ -77,7 +77,7 @@ func losing(t *testing.T) *systemdtest.Fake {
 		if name, runtime := args[0], args[1]; name != "gone.service" || runtime != true {
 			t.Errorf("SetUnitProperties(%v, %v), want gone.service at run time", name, runtime)
 		}
-		go fake.SetUnit(fakeUnit("gone.service", true, 0)) // the fake is locked now
+		go fake.SetUnit(fakeUnit("gone.service", 0)) // the fake is locked now
 		return []any{}, nil, 0, true
 	})
 	return fake
@@ -100,7 +100,7 @@ func TestRearm(t *testing.T) {
 		if !lines.Scan() || lines.Text() != "gone.service: counting again" {
 			t.Fatalf("it said %q", lines.Text())
 		}
-		fake.SetUnit(fakeUnit("gone.service", true, systemdtest.NoData))
+		fake.SetUnit(fakeUnit("gone.service", systemdtest.NoData))
 		fake.EmitReloading(true)
 		fake.EmitReloading(false)
 	}

@@ -630,7 +630,7 @@ func (l *Ledger) close(now time.Time, listed bool) {
 		over := listed && !r.closed.IsZero() && now.Sub(r.closed) > keep
 		// No list shows what the settings leave out, and they may change again.
 		over = over && (!r.restored || r.boot != "" || TopSlice(r.unit) || l.cfg.Metered(r.unit))
-		if over && !r.final && r.boot == "" {
+		if over && !r.final && r.boot == "" && !TopSlice(r.unit) { // slices lose nothing: their units have it
 			l.missed++
 		}
 		if over && r.closed.After(l.forgotten) {
