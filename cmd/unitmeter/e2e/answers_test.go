@@ -137,9 +137,8 @@ func (r *road) write(name, text string) string {
 func (r *road) start(listens string, program string, args ...string) {
 	r.starting = append(r.starting, listens)
 	var log bytes.Buffer
-	cmd := exec.Command(program, args...)
+	cmd := lifeline(program, args...)
 	cmd.Stdout, cmd.Stderr = &log, &log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		r.t.Fatalf("%v; run \"make tools\"", err)
 	}
@@ -151,6 +150,11 @@ func (r *road) start(listens string, program string, args ...string) {
 			r.t.Logf("%s %q:\n%s", program, args, text[max(0, len(text)-3000):])
 		}
 	})
+}
+
+// lifeline is a program that does not outlive the test, however that ends.
+func lifeline(program string, args ...string) *exec.Cmd {
+	return exec.Command("setpriv", append([]string{"--pdeathsig", "KILL", program}, args...)...)
 }
 
 // await waits until all programs listen.
@@ -461,9 +465,8 @@ func (h *holding) start(env ...string) {
 		h.t.Fatal(err)
 	}
 	defer log.Close()
-	agent := exec.Command(binary, "run")
+	agent := lifeline(binary, "run")
 	agent.Env, agent.Stderr = slices.Concat(h.env, env), log
-	agent.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := agent.Start(); err != nil {
 		h.t.Fatal(err)
 	}
