@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
@@ -137,20 +136,30 @@ func (r *road) write(name, text string) string {
 func (r *road) start(listens string, program string, args ...string) {
 	r.starting = append(r.starting, listens)
 	var log bytes.Buffer
-	cmd := exec.Command(program, args...)
+	cmd, end := lifeline(r.t, program, args...)
 	cmd.Stdout, cmd.Stderr = &log, &log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		r.t.Fatalf("%v; run \"make tools\"", err)
 	}
 	r.t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait()
+		end()
+		_ = cmd.Wait() // the log has what it tells
 		if r.t.Failed() {
 			text := log.String()
 			r.t.Logf("%s %q:\n%s", program, args, text[max(0, len(text)-3000):])
 		}
 	})
+}
+
+// lifeline is a program that is asked to end when the function is called, or this
+// process ends. A death signal would come with the end of a mere thread.
+func lifeline(t *testing.T, program string, args ...string) (cmd *exec.Cmd, end func()) {
+	cmd = exec.Command("sh", append([]string{"-c", `"$@" & child=$!; read -r _; kill $child; wait $child`, "sh", program}, args...)...)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cmd, func() { stdin.Close() }
 }
 
 // await waits until all programs listen.
@@ -418,6 +427,7 @@ type holding struct {
 	way      *turnout
 	good     string // the Collector that will take them
 	agent    *exec.Cmd
+	end      func() // of the agent, which delivers what it can before
 }
 
 // hold starts an agent that sends to the program.
@@ -461,21 +471,13 @@ func (h *holding) start(env ...string) {
 		h.t.Fatal(err)
 	}
 	defer log.Close()
-	agent := exec.Command(binary, "run")
+	agent, end := lifeline(h.t, binary, "run")
 	agent.Env, agent.Stderr = slices.Concat(h.env, env), log
-	agent.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := agent.Start(); err != nil {
 		h.t.Fatal(err)
 	}
-	h.agent = agent
-	h.t.Cleanup(func() { _ = agent.Process.Kill(); _ = agent.Wait() })
-}
-
-// end ends the agent, which delivers what it can before.
-func (h *holding) end() {
-	if err := h.agent.Process.Signal(syscall.SIGTERM); err != nil {
-		h.t.Fatal(err)
-	}
+	h.agent, h.end = agent, end
+	h.t.Cleanup(func() { end(); _ = agent.Wait() })
 }
 
 func (h *holding) log() string {
