@@ -100,7 +100,7 @@ func (r *Receiver) Register(meter metric.Meter) error {
 		}
 	}
 	host := attribute.String("host.name", r.cfg.HostName)
-	plain := metric.WithAttributes(host)
+	plain := []metric.ObserveOption{metric.WithAttributes(host)} // once: it is passed with "..."
 
 	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
 		sweep, given := ctx.Value(sweepKey{}).(*Sweep)
@@ -117,9 +117,9 @@ func (r *Receiver) Register(meter metric.Meter) error {
 				o.ObserveInt64(counters[attrs.Packets], int64(s.Total.Sent.Packets), attrs.transmit...)
 			}
 		}
-		o.ObserveFloat64(seconds["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain)
+		o.ObserveFloat64(seconds["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain...)
 		for name, n := range r.counts() {
-			o.ObserveInt64(counters[name], n, plain)
+			o.ObserveInt64(counters[name], n, plain...)
 		}
 		if r.systemd == nil {
 			return nil
@@ -132,13 +132,13 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			"unitmeter.dbus.reconnects":      h.Reconnects,
 			"unitmeter.units.skipped":        h.BadNames,
 		} {
-			o.ObserveInt64(counters[name], n, plain)
+			o.ObserveInt64(counters[name], n, plain...)
 		}
 		states, counts := r.systemd.States()
 		for i, state := range states {
 			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
 		}
-		o.ObserveFloat64(seconds["unitmeter.systemd.reload.duration"], h.Reloading.Seconds(), plain)
+		o.ObserveFloat64(seconds["unitmeter.systemd.reload.duration"], h.Reloading.Seconds(), plain...)
 		for kind, n := range map[string]int64{"reload": h.Reloads, "reexec": h.Reexecs} {
 			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
 		}
