@@ -201,7 +201,7 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 
 // The kinds of series in the store.
 const (
-	kindNone = iota // of no series: a run that has none
+	_ = iota // of no series: a run that has none
 	kindUnit
 	kindOverflow
 	kindUnattributed
@@ -247,7 +247,7 @@ func keep(kept *store.Ledger, state *ledger.State) {
 	}
 	for i := range state.Runs {
 		r := &state.Runs[i]
-		run := store.Run{Key: r.Epoch, Unit: r.Unit, Boot: r.Boot, SeriesKind: measure | kindNone, Last: amountsOf(r.Last), Seen: r.Time}
+		run := store.Run{Key: r.Epoch, Unit: r.Unit, Boot: r.Boot, SeriesKind: measure, Last: amountsOf(r.Last), Seen: r.Time}
 		if measure != 0 {
 			run.Key += measureSuffix(state.Measure)
 		}

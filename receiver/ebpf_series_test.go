@@ -37,7 +37,7 @@ func wantAttributes(t *testing.T, s Series, want map[string]string) {
 	t.Helper()
 	got := map[string]string{}
 	for _, kv := range s.Transmit.ToSlice() {
-		got[string(kv.Key)] = kv.Value.Emit()
+		got[string(kv.Key)] = kv.Value.String()
 	}
 	for _, key := range []string{"host.name", "network.io.direction"} {
 		delete(got, key)
@@ -440,7 +440,7 @@ func TestMeasures(t *testing.T) {
 	pointsOf := func(m ledger.Measure) []string {
 		got := measure(s, "away@3.service", m)
 		loopback, _ := got.Transmit.Value("unitmeter.loopback")
-		return []string{got.Bytes, got.Packets, loopback.Emit()}
+		return []string{got.Bytes, got.Packets, loopback.String()}
 	}
 	for m, want := range map[ledger.Measure][]string{
 		ledger.Total: {"", "", ""}, ledger.Remote: {IOName, PacketCountName, "false"}, ledger.Loopback: {IOName, PacketCountName, "true"},
