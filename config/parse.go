@@ -118,6 +118,10 @@ func whole(v Variable, to *int, low, high int) entry {
 func milliseconds(v Variable, to *time.Duration) entry {
 	v.Values = "milliseconds, 1 to 2147483647"
 	return entry{Variable: v, parse: func(text string, bad report) {
+		if d, err := time.ParseDuration(text); err == nil && d >= time.Millisecond {
+			bad("has a unit", fmt.Sprintf("write %d, which is in milliseconds", d.Milliseconds()))
+			return
+		}
 		if n, ok := parseWhole(text, 1, math.MaxInt32, "a number of milliseconds without a unit,", bad); ok {
 			*to = time.Duration(n) * time.Millisecond
 		}

@@ -182,7 +182,7 @@ func guessOwn(rest string, known []string) string {
 	if slices.Contains(known, "OTEL_"+rest) {
 		return "OTEL_" + rest
 	}
-	for _, prefix := range []string{"UNITMETER_PROMETHEUS_", "UNITMETER_OUTBOX_", "UNITMETER_OTLP_", "OTEL_METRIC_EXPORT_", "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_", "OTEL_METRICS_", "OTEL_EXPORTER_PROMETHEUS_", "UNITMETER_STOP_"} {
+	for _, prefix := range []string{"UNITMETER_PROMETHEUS_", "UNITMETER_OUTBOX_", "UNITMETER_OTLP_", "OTEL_METRIC_EXPORT_", "OTEL_METRIC_", "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_", "OTEL_METRICS_", "OTEL_EXPORTER_PROMETHEUS_", "UNITMETER_STOP_"} {
 		if slices.Contains(known, prefix+rest) {
 			return prefix + rest
 		}
@@ -190,7 +190,8 @@ func guessOwn(rest string, known []string) string {
 	if guess := Nearest("UNITMETER_"+rest, known, 2); guess != "" {
 		return guess
 	}
-	// What other agents call it. The first word that is part of the name decides.
+	// What other agents call it. The first of these words that begins a part
+	// of the name decides.
 	for _, other := range []struct{ words, variable string }{
 		{"INTERVAL PERIOD FREQUENCY", "OTEL_METRIC_EXPORT_INTERVAL"},
 		{"TOKEN AUTH API_KEY APIKEY PASSWORD SECRET BEARER", "UNITMETER_OTLP_HEADERS_FILE"},
@@ -211,7 +212,7 @@ func guessOwn(rest string, known []string) string {
 		{"STATE DATA_DIR DATADIR STORAGE", "UNITMETER_STATE_DIR"},
 	} {
 		for word := range strings.FieldsSeq(other.words) {
-			if strings.Contains(rest, word) && slices.Contains(known, other.variable) {
+			if strings.Contains("_"+rest, "_"+word) && slices.Contains(known, other.variable) {
 				return other.variable
 			}
 		}

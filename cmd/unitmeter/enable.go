@@ -119,6 +119,11 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 		return s, err
 	}
 	s.names = patterns.Texts()
+	for _, arg := range t.args {
+		if flags.Lookup(arg) != nil {
+			return s, usageError{fmt.Errorf("%q is a flag: write \"unitmeter %s --%s\"; for a unit of that name write %s.service", arg, flags.Name(), arg, arg)}
+		}
+	}
 	ways := 0
 	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf, s.rearm, s.reset} {
 		if given {

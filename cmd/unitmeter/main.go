@@ -114,7 +114,7 @@ func dispatch(ctx context.Context, t *terminal) int {
 		switch rest[0] {
 		case "-h", "-help", "--help":
 			name, rest = "help", rest[1:]
-		case "-version", "--version":
+		case "-v", "-V", "-version", "--version":
 			name, rest = "version", rest[1:]
 		}
 	}

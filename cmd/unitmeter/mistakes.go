@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,15 +24,13 @@ func noCommand(name string) error {
 	others := map[string]string{
 		"status": "doctor", "check": "doctor", "list": "units", "ls": "units", "start": "run", "daemon": "run", "serve": "run",
 		"show": "once", "stats": "once", "live": "top", "watch": "top", "monitor": "top", "load": "meter load", "unload": "meter unload",
-		"env": "help environment", "config": "help environment", "log": "history", "report": "history",
+		"environment": "help environment", "env": "help environment", "config": "help environment", "log": "history", "report": "history",
 	}
 	lower := strings.ToLower(name)
 	guess := others[lower]
 	if guess == "" {
-		guess = nearest(lower, append(commandNames(), "environment"))
-	}
-	if guess == "environment" {
-		guess = "help environment"
+		guess = nearest(lower, append(commandNames(), slices.Sorted(maps.Keys(others))...))
+		guess = cmp.Or(others[guess], guess)
 	}
 	if guess == "" {
 		return fmt.Errorf("there is no command %q; see \"unitmeter help\"", tty.Clean(name))
@@ -48,15 +48,16 @@ func commandNames() []string {
 
 // nearest is the known word that was probably meant, or "".
 func nearest(word string, known []string) string {
-	if guess := config.Nearest(word, known, min(2, len(word)/2)); guess != "" {
-		return guess
-	}
+	var longer []string
 	for _, k := range known {
-		if len(word) > 1 && strings.HasPrefix(k, word) {
-			return k
+		if strings.HasPrefix(k, word) {
+			longer = append(longer, k)
 		}
 	}
-	return ""
+	if len(longer) == 1 {
+		return longer[0]
+	}
+	return config.Nearest(word, known, min(2, len(word)-1))
 }
 
 // explainFlag says of an error of the flag package what to write instead.
@@ -83,6 +84,9 @@ func explainFlag(err error, flags *flag.FlagSet, args []string) error {
 		if i := slices.IndexFunc(args, func(arg string) bool { return slices.Contains(commandNames(), arg) }); i >= 0 && args[i] != "run" {
 			return fmt.Errorf("%s stands before the command; write \"unitmeter %s\" first, and flags behind it", dashed, args[i])
 		}
+		if slices.Contains(commandNames(), name) {
+			return fmt.Errorf("there is no flag %s; did you mean \"unitmeter %s\"? %s", dashed, name, strings.ToUpper(see[:1])+see[1:])
+		}
 		if variable := variableOf(name); variable != "" {
 			return fmt.Errorf("there is no flag %s: environment variables configure the agent; set %s, or see \"unitmeter help environment\"", dashed, variable)
 		}
@@ -93,9 +97,9 @@ func explainFlag(err error, flags *flag.FlagSet, args []string) error {
 		return fmt.Errorf("there is no flag %s; did you mean --%s? %s", dashed, guess, strings.ToUpper(see[:1])+see[1:])
 	}
 	if len(known) == 0 {
-		return fmt.Errorf("there is no flag %s: %s has none; %s", dashed, flags.Name(), see)
+		return fmt.Errorf("there is no flag %s: %s has none; %s, and \"unitmeter help environment\" for the settings", dashed, flags.Name(), see)
 	}
-	return fmt.Errorf("there is no flag %s; %s has --%s", dashed, flags.Name(), strings.Join(known, ", --"))
+	return fmt.Errorf("there is no flag %s; %s has --%s; %s", dashed, flags.Name(), strings.Join(known, ", --"), see)
 }
 
 // variableOf names the variable that does what a flag of run was meant to do, or "".

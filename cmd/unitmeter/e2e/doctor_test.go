@@ -146,7 +146,7 @@ func TestDoctorFixes(t *testing.T) {
 	}{
 		{name: "nothing is accounted", check: "accounting", status: "fail", fix: "unitmeter enable --default"},
 		{name: "one service is not", plant: "unitmeter disable demo", check: "accounting", status: "warn", fix: "unitmeter enable demo.service"},
-		{name: "default off", check: "accounting-default", status: "warn", fix: "unitmeter enable --default"},
+		{name: "default off", plant: "unitmeter disable --default", check: "accounting-default", status: "warn", fix: "unitmeter enable --default"},
 		{name: "own unit not accounted", prefix: "systemd-run --quiet --pipe --wait -p IPAccounting=no", check: "own-traffic", status: "skip",
 			fix: "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here", apply: ":", fixed: "systemd-run --quiet --pipe --wait -p IPAccounting=yes"},
 		{name: "dbus is stopped", plant: "systemctl stop dbus.socket dbus.service", prefix: system, check: "bus", status: "fail",
