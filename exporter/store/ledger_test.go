@@ -152,7 +152,7 @@ func TestLedgerRecords(t *testing.T) {
 		reader := newLedgerState()
 		for n, body := range chain {
 			if err := reader.replay(body, n == 0); err != nil {
-				t.Fatalf("step %d, body %d: %v", i, n, err)
+				t.Fatalf("step %d, record %d: %v", i, n, err)
 			}
 		}
 		if err := sameLedger(reader.ledger(), current); err != nil {
@@ -169,7 +169,7 @@ func TestLedgerRecords(t *testing.T) {
 }
 
 // Series with the same key, the position, and a run that names no series are the
-// same after commits, a start, and a body that replaces all earlier ones.
+// same after commits, a start, and a record that replaces all earlier ones.
 func TestLedgerKindsAndPosition(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 8))
 	now := time.Date(2026, 11, 23, 0, 0, 0, 0, time.UTC)
@@ -218,7 +218,7 @@ func TestLedgerKindsAndPosition(t *testing.T) {
 		}
 	}
 	if bases == 0 {
-		t.Error("no body has replaced the others: the test is too short")
+		t.Error("no record has replaced the others: the test is too short")
 	}
 }
 
