@@ -208,7 +208,7 @@ func (s *Source) leftOver(ctx context.Context, b *bus.Conn, patterns []string) (
 	s.mu.Lock()
 	for _, row := range rows {
 		name := unitOfPath(string(row.Path))
-		if u := s.units[name]; row.Load == "loaded" && (u == nil || u.run == nil) && s.cfg.Metered(name) {
+		if u := s.units[name]; row.Load == "loaded" && (u == nil || u.run == nil) && ValidUnitName(name) && s.cfg.Metered(name) {
 			ended = append(ended, name)
 		}
 	}
