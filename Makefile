@@ -52,7 +52,7 @@ test-matrix: tools ## conformance suite on systemd 247 to 26x (root; fetches fiv
 	.ci/matrix
 
 test-kernels: ## eBPF meter on four kernels of Debian, in virtual machines without KVM (root; half an hour or more)
-	.ci/kernels
+	nice .ci/kernels
 
 tools: ## build the pinned programs that the tests run, install Debian packages they need
 	.ci/tools

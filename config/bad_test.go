@@ -190,7 +190,7 @@ var badInputs = [][]string{
 	{"UNITMETER_SWEEP_TIMEOUT=30s"},
 	{"UNITMETER_STOP_RECORDS=journal"},
 	{"UNITMETER_SOURCE=bpf"},
-	{"UNITMETER_SOURCE=auto", "UNITMETER_UNIT_TYPES=service,slice"},
+	{"UNITMETER_SOURCE=ebpf", "UNITMETER_WIRE=true"},
 	// State
 	{"UNITMETER_STATE_DIR=state"},
 	{"UNITMETER_STATE_DIR=~/state"},

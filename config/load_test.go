@@ -84,6 +84,9 @@ func TestGoodInput(t *testing.T) {
 		{"HTTPS_PROXY=socks5://proxy:1080\nNO_PROXY=.example.com\nOTEL_EXPORTER_OTLP_ENDPOINT=https://c.example.com:4317", "OTLP.Endpoint=c.example.com:4317"},
 		{"HTTPS_PROXY=socks5://proxy:1080\nOTEL_EXPORTER_OTLP_ENDPOINT=unix:/run/otel.sock", "OTLP.Endpoint=unix:/run/otel.sock"},
 		{"https_proxy=socks5://proxy:1080", "OTLP.Endpoint=localhost:4317"},
+		{"https_proxy=http://proxy:1080\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:4317", "OTLP.ProxyVariable=https_proxy"},
+		{"HTTP_PROXY=http://proxy:1080\nHTTPS_PROXY=http://p:1\nOTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318", "OTLP.ProxyVariable=HTTP_PROXY"},
+		{"HTTPS_PROXY=http://proxy:1080\nNO_PROXY=.example.com\nOTEL_EXPORTER_OTLP_ENDPOINT=https://c.example.com:4317", "OTLP.ProxyVariable="},
 		{"HTTP_PROXY=https://proxy:3128\nOTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf\nOTEL_EXPORTER_OTLP_ENDPOINT=http://c:4318", "OTLP.Endpoint=http://c:4318/v1/metrics"},
 		{"OTEL_SERVICE_NAME=  a b  ", "ResourceAttributes=map[service.name:a b]"},
 		{"OTEL_RESOURCE_ATTRIBUTES= a = 1%2C2 ,b=,c=x%3Dy=z", "ResourceAttributes=map[a:1,2 b: c:x=y=z]"},
@@ -144,6 +147,8 @@ func TestGoodInput(t *testing.T) {
 		{"UNITMETER_FOLD=job-*.service,job-*.service", "Receiver.Fold=[job-*.service]"},
 		{"UNITMETER_UNIT_TYPES=slice, Service,service", "Receiver.Types=[slice service]"},
 		{"UNITMETER_ATTRIBUTES=systemd.unit.slice", "Receiver.UnitSlice=true Receiver.UnitType=false"},
+		{"UNITMETER_SOURCE=ebpf\nUNITMETER_USER_UNITS=Yes\nUNITMETER_CONTAINERS=yes\nUNITMETER_WIRE=no\nUNITMETER_ATTRIBUTES=unitmeter.loopback",
+			"Receiver.UserUnits=true Receiver.Containers=true Receiver.Wire=false Receiver.Loopback=true Receiver.UnitType=false"},
 		{"UNITMETER_MAX_UNITS=1000000", "Receiver.MaxSeries=1000000"},
 		{"UNITMETER_STOP_RECORDS=Off", "Receiver.StopRecords=off"},
 
@@ -283,6 +288,10 @@ func TestWarnings(t *testing.T) {
 		{[]string{"UNITMETER_INCLUDE=*.slice,a.service", "UNITMETER_EXCLUDE=a.service"}, []string{
 			"UNITMETER_INCLUDE has *.slice, and UNITMETER_UNIT_TYPES does not have slice",
 			"UNITMETER_INCLUDE has a.service, and so does UNITMETER_EXCLUDE, which wins"}},
+		{[]string{"UNITMETER_USER_UNITS=yes", "UNITMETER_WIRE=no", "UNITMETER_ATTRIBUTES=unitmeter.loopback"}, []string{
+			"UNITMETER_USER_UNITS=yes has no effect: systemd does not count units of users' managers; set UNITMETER_SOURCE=ebpf, or remove it",
+			"UNITMETER_ATTRIBUTES=unitmeter.loopback has no effect: systemd does not count unitmeter.loopback; set UNITMETER_SOURCE=ebpf, or remove it"}},
+		{[]string{"UNITMETER_SOURCE=ebpf", "UNITMETER_USER_UNITS=yes"}, nil},
 		{[]string{"UNITMETER_STATE_DIR=none", "UNITMETER_HISTORY=1d", "UNITMETER_OUTBOX_MAX_AGE=1d"}, []string{
 			"UNITMETER_OUTBOX_MAX_AGE has no effect with UNITMETER_STATE_DIR=none",
 			"UNITMETER_HISTORY has no effect with UNITMETER_STATE_DIR=none"}},

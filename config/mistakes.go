@@ -119,12 +119,15 @@ func (l *loader) checkProxies(endpoint string) {
 	}
 	rules := httpproxy.Config{HTTPSProxy: secure.text, HTTPProxy: plain.text, NoProxy: l.eitherCase("NO_PROXY").text}
 	proxy, err := rules.ProxyFunc()(target)
-	if err != nil || proxy == nil || slices.Contains(usable, proxy.Scheme) {
+	if err != nil || proxy == nil {
 		return
 	}
 	s := plain
 	if target.Scheme == "https" {
 		s = secure
+	}
+	if l.cfg.OTLP.ProxyVariable = s.name; slices.Contains(usable, proxy.Scheme) {
+		return
 	}
 	l.bad(s, fmt.Sprintf("%s cannot go through a proxy of the kind %s", l.cfg.OTLP.Protocol, shorten(proxy.Scheme)),
 		hint+"name a proxy of the kind "+strings.Join(usable, ", ")+", or put the endpoint's host into NO_PROXY")

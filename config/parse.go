@@ -32,6 +32,12 @@ func boolean(v Variable, to *bool) entry {
 	}}
 }
 
+// yesNo is a row for what is on or off.
+func yesNo(v Variable, to *bool) entry {
+	v.Values, v.Default = "yes, no", "no"
+	return entry{Variable: v, parse: func(text string, bad report) { *to = choose(text, []string{"yes", "no"}, bad) == "yes" }}
+}
+
 // enum is a row for one of a few words.
 func enum(v Variable, to *string, choices ...string) entry {
 	v.Values = strings.Join(choices, ", ")
@@ -112,6 +118,10 @@ func whole(v Variable, to *int, low, high int) entry {
 func milliseconds(v Variable, to *time.Duration) entry {
 	v.Values = "milliseconds, 1 to 2147483647"
 	return entry{Variable: v, parse: func(text string, bad report) {
+		if d, err := time.ParseDuration(text); err == nil && d >= time.Millisecond {
+			bad("has a unit", fmt.Sprintf("write %d, which is in milliseconds", d.Milliseconds()))
+			return
+		}
 		if n, ok := parseWhole(text, 1, math.MaxInt32, "a number of milliseconds without a unit,", bad); ok {
 			*to = time.Duration(n) * time.Millisecond
 		}

@@ -88,8 +88,9 @@ func shorten(text string) string {
 	return strings.ToValidUTF8(text[:limit], "") + "..."
 }
 
-// nearest returns the one of known that name was probably meant to be, or "".
-func nearest(name string, known []string, limit int) string {
+// Nearest returns the one of known that name was probably meant to be, or "": the
+// one with the smallest edit distance that is not above limit.
+func Nearest(name string, known []string, limit int) string {
 	best, found := limit+1, ""
 	for _, k := range known {
 		if d := distance(name, k); d < best {
@@ -123,7 +124,7 @@ func distance(a, b string) int {
 // oneOf is the hint for a value from a list, with a guess if one is close.
 func oneOf(text string, choices []string) string {
 	list := strings.Join(choices, ", ")
-	guess := nearest(text, choices, 2)
+	guess := Nearest(text, choices, 2)
 	for _, c := range choices {
 		if guess == "" && len(text) > 2 && (strings.HasPrefix(text, c) || strings.HasPrefix(c, text)) {
 			guess = c
@@ -160,7 +161,11 @@ func (l *loader) checkNames(table []entry) {
 		case own:
 			hint := "remove it; 'unitmeter help environment' lists what there is"
 			if guess := guessOwn(rest, known); guess != "" {
-				hint = "did you mean " + guess + "?"
+				hint = "did you mean " + guess
+				if strings.HasPrefix(guess, "OTEL_METRIC_EXPORT_") || strings.HasSuffix(guess, "_OTLP_TIMEOUT") {
+					hint += " (in milliseconds)"
+				}
+				hint += "?"
 			}
 			// The value may be a secret that was meant for another variable.
 			l.bad(setting{name: shown}, "there is no such variable", hint)
@@ -171,17 +176,48 @@ func (l *loader) checkNames(table []entry) {
 }
 
 // guessOwn finds the variable that UNITMETER_rest was meant to be: the same name
-// under OTEL_, a longer name with the same end, or a similar one.
+// under OTEL_, a longer name with the same end, one with the same subject, or a
+// similar one.
 func guessOwn(rest string, known []string) string {
 	if slices.Contains(known, "OTEL_"+rest) {
 		return "OTEL_" + rest
 	}
-	for _, k := range known {
-		if strings.HasPrefix(k, "UNITMETER_") && strings.HasSuffix(k, "_"+rest) {
-			return k
+	for _, prefix := range []string{"UNITMETER_PROMETHEUS_", "UNITMETER_OUTBOX_", "UNITMETER_OTLP_", "OTEL_METRIC_EXPORT_", "OTEL_METRIC_", "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_", "OTEL_METRICS_", "OTEL_EXPORTER_PROMETHEUS_", "UNITMETER_STOP_"} {
+		if slices.Contains(known, prefix+rest) {
+			return prefix + rest
 		}
 	}
-	return nearest("UNITMETER_"+rest, known, max(2, len(rest)/2))
+	if guess := Nearest("UNITMETER_"+rest, known, 2); guess != "" {
+		return guess
+	}
+	// What other agents call it. The first of these words that begins a part
+	// of the name decides.
+	for _, other := range []struct{ words, variable string }{
+		{"INTERVAL PERIOD FREQUENCY", "OTEL_METRIC_EXPORT_INTERVAL"},
+		{"TOKEN AUTH API_KEY APIKEY PASSWORD SECRET BEARER", "UNITMETER_OTLP_HEADERS_FILE"},
+		{"CA_CERT CAFILE CA_FILE TLS_CA CERT", "OTEL_EXPORTER_OTLP_CERTIFICATE"},
+		{"ENDPOINT URL COLLECTOR SERVER TARGET", "OTEL_EXPORTER_OTLP_ENDPOINT"},
+		{"LISTEN ADDRESS BIND", "OTEL_EXPORTER_PROMETHEUS_HOST"},
+		{"PORT", "OTEL_EXPORTER_PROMETHEUS_PORT"},
+		{"EXPORTER OUTPUT", "OTEL_METRICS_EXPORTER"},
+		{"LOGLEVEL LOG_LVL DEBUG VERBOSE QUIET", "OTEL_LOG_LEVEL"},
+		{"LABEL TAG HOSTNAME HOST_NAME RESOURCE", "OTEL_RESOURCE_ATTRIBUTES"},
+		{"TEMPORALITY DELTA", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"},
+		{"EXCLUDE IGNORE BLACKLIST BLOCKLIST DENY SKIP", "UNITMETER_EXCLUDE"},
+		{"MAX_", "UNITMETER_MAX_UNITS"},
+		{"TYPE", "UNITMETER_UNIT_TYPES"},
+		{"INCLUDE UNITS ALLOW WHITELIST FILTER", "UNITMETER_INCLUDE"},
+		{"EBPF BPF MODE BACKEND", "UNITMETER_SOURCE"},
+		{"RETENTION", "UNITMETER_HISTORY"},
+		{"STATE DATA_DIR DATADIR STORAGE", "UNITMETER_STATE_DIR"},
+	} {
+		for word := range strings.FieldsSeq(other.words) {
+			if strings.Contains("_"+rest, "_"+word) && slices.Contains(known, other.variable) {
+				return other.variable
+			}
+		}
+	}
+	return Nearest("UNITMETER_"+rest, known, max(2, len(rest)/2))
 }
 
 // warnUnread warns of an OTEL_ variable that looks like one of ours.
@@ -199,7 +235,7 @@ func (l *loader) warnUnread(name string, known []string) {
 	if ours {
 		limit = 4
 	}
-	guess := nearest(name, known, limit)
+	guess := Nearest(name, known, limit)
 	switch {
 	case guess != "":
 		l.warn(name + " is set and not read: did you mean " + guess + "?")

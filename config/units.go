@@ -74,7 +74,7 @@ func checkSuffix(pattern string) (reason, hint string) {
 		return "is of a type that has no network counters", "use " + strings.Join(unitTypes(), ", ")
 	}
 	if dot >= 0 {
-		if guess := nearest(suffix, unitTypes(), 2); guess != "" {
+		if guess := Nearest(suffix, unitTypes(), 2); guess != "" {
 			return "does not end in a type of unit", "did you mean ." + guess + "?"
 		}
 	}
@@ -84,11 +84,21 @@ func checkSuffix(pattern string) (reason, hint string) {
 	return "does not end in a type of unit", "end it in *, or in a type such as .service"
 }
 
-// finishUnits refuses types that the source does not count, and warns of patterns
-// that the other variables leave no effect.
+// finishUnits warns of what the other variables leave no effect.
 func (l *loader) finishUnits() {
-	if types, set := l.given["UNITMETER_UNIT_TYPES"]; set && slices.Contains([]string{receiver.EBPF, receiver.Auto}, l.cfg.Receiver.Source) && slices.Contains(l.cfg.Receiver.Types, "slice") {
-		l.bad(types, "has slice, and only UNITMETER_SOURCE=dbus counts slices", "remove slice, or UNITMETER_SOURCE")
+	r := &l.cfg.Receiver
+	for _, option := range []struct {
+		name, what string
+		on         bool
+	}{
+		{"UNITMETER_USER_UNITS", "units of users' managers", r.UserUnits},
+		{"UNITMETER_CONTAINERS", "containers", r.Containers},
+		{"UNITMETER_WIRE", "what is on the wire", r.Wire},
+		{"UNITMETER_ATTRIBUTES", "unitmeter.loopback", r.Loopback},
+	} {
+		if s, set := l.given[option.name]; set && option.on && r.Source == receiver.DBus {
+			l.warn(fmt.Sprintf("%s=%s has no effect: systemd does not count %s; set UNITMETER_SOURCE=ebpf, or remove it", s.name, shorten(s.shown), option.what))
+		}
 	}
 	check := func(name string, patterns []string) {
 		if _, set := l.given[name]; !set {
@@ -116,7 +126,7 @@ func parseBus(text string, bad report) string {
 	}
 	if !strings.Contains(text, ":") {
 		hint := "use auto, system, private, or an address such as unix:path=/run/dbus/system_bus_socket"
-		if guess := nearest(strings.ToLower(text), choices, 2); guess != "" {
+		if guess := Nearest(strings.ToLower(text), choices, 2); guess != "" {
 			hint = "did you mean " + guess + "?"
 		} else if strings.HasPrefix(text, "/") {
 			hint = "write unix:path=" + shorten(text)

@@ -36,7 +36,7 @@ const (
 	groupGeneral = "General"
 	groupExport  = "Export"
 	groupOTLP    = "OTLP"
-	groupUnits   = "Units"
+	GroupUnits   = "Units"
 	groupState   = "State"
 	groupSystem  = "Read from the system"
 )
@@ -126,7 +126,7 @@ func (l *loader) table() []entry {
 		in(groupGeneral, l.general(c)),
 		in(groupExport, l.export(c)),
 		in(groupOTLP, l.otlp(&c.OTLP)),
-		in(groupUnits, l.units(c)),
+		in(GroupUnits, l.units(c)),
 		in(groupState, l.state(c)),
 		in(groupSystem, l.system(c)),
 	)
@@ -372,14 +372,27 @@ func (l *loader) units(c *Config) []entry {
 			Default: strings.Join(receiver.DefaultTypes(), ", "),
 			Meaning: "The types of units to meter. A slice holds the traffic of the units in it: with slice in the list, sums over units count it twice.",
 		}, parse: func(text string, bad report) { c.Receiver.Types = parseChoices(text, unitTypes(), bad) }},
+		yesNo(Variable{
+			Name:    "UNITMETER_USER_UNITS",
+			Meaning: "Meter the units of users' managers, each with the attribute user.id. user@UID.service then has the rest. Needs UNITMETER_SOURCE=ebpf.",
+		}, &c.Receiver.UserUnits),
+		yesNo(Variable{
+			Name:    "UNITMETER_CONTAINERS",
+			Meaning: "Give each container series of its own, with container.runtime and container.name or container.id, and in Kubernetes k8s.pod.name and k8s.namespace.name. Needs UNITMETER_SOURCE=ebpf.",
+		}, &c.Receiver.Containers),
+		yesNo(Variable{
+			Name:    "UNITMETER_WIRE",
+			Meaning: "Also send the counters after segmentation, systemd.unit.network.wire.*. Needs UNITMETER_SOURCE=ebpf.",
+		}, &c.Receiver.Wire),
 		{Variable: Variable{
 			Name:    "UNITMETER_ATTRIBUTES",
-			Values:  "a comma list of systemd.unit.type, systemd.unit.slice",
-			Meaning: "Attributes to add to each point.",
+			Values:  "a comma list of systemd.unit.type, systemd.unit.slice, unitmeter.loopback",
+			Meaning: "Attributes to add to each point. unitmeter.loopback splits each series into traffic over the loopback device (true) and the rest (false); it needs UNITMETER_SOURCE=ebpf.",
 		}, parse: func(text string, bad report) {
-			attributes := parseChoices(text, []string{"systemd.unit.type", "systemd.unit.slice"}, bad)
+			attributes := parseChoices(text, []string{"systemd.unit.type", "systemd.unit.slice", "unitmeter.loopback"}, bad)
 			c.Receiver.UnitType = slices.Contains(attributes, "systemd.unit.type")
 			c.Receiver.UnitSlice = slices.Contains(attributes, "systemd.unit.slice")
+			c.Receiver.Loopback = slices.Contains(attributes, "unitmeter.loopback")
 		}},
 		whole(Variable{
 			Name:    "UNITMETER_MAX_UNITS",

@@ -160,6 +160,7 @@ func heldAgainst(t *testing.T, script []said, m manners) {
 				settle(time.Minute)
 			}
 		}
+		synctest.Wait()
 		for wait := 0; box.pending() > 0 && (next < len(script) || wait < 3); wait++ {
 			settle(10 * time.Minute)
 		}

@@ -70,11 +70,11 @@ func (c *counts) failed(a otlp.Answer, kept string) {
 	c.delivery.failed(level, a.Cause(), "cannot deliver metrics; "+kept, a.Err, "endpoint", c.target, "next", c.hint(a))
 }
 
-// poisoned counts the points of a request that is given up; fate says what
+// poisoned counts the points of a request that are given up; fate says what
 // becomes of it.
 func (c *counts) poisoned(points int, a otlp.Answer, fate string) {
 	c.rejected.Add(int64(points))
-	c.log.Error("the receiver refuses a request again and again; "+fate,
+	c.log.Error("the receiver refuses points again and again; "+fate,
 		"points", points, "err", a.Err, "endpoint", c.target, "next", c.hint(a))
 }
 

@@ -18,12 +18,12 @@
 //   - Cycle: one collection: a sweep, the request made from it, and the ledger
 //     after it.
 //   - Handed over: a cycle is handed over when it is committed to the outbox or,
-//     where there is none, accepted by the receiver of the request. Deltas are
-//     taken from the last total that was handed over, so that a failure delays
-//     bytes and never loses them.
+//     where that takes none, kept in memory. Deltas are taken from the last total
+//     that was handed over, so that a failure delays bytes and never loses them.
 //   - Span: what one series says in a cycle: its values from a start to an end.
 //   - Mark: where the last delta of a series ended.
 //   - Outbox: where committed requests wait until they are delivered.
+//   - Queue: the outbox, and before it the requests that are in memory only.
 //   - Entry: one request in the outbox.
 //   - Sender: the one goroutine that delivers entries, in order, one call at a
 //     time.

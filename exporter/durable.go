@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/unitmeter/unitmeter/exporter/store"
@@ -94,7 +96,7 @@ func (d *Durable) samples(state ledger.State) []history.Sample {
 	samples := make([]history.Sample, 0, len(state.Series))
 	var began map[ledger.ID]bool // made when it is needed
 	for s := range state.All() {
-		if !s.Observed || s.Kind == ledger.Unattributed {
+		if !s.Observed || s.Kind == ledger.Unattributed || s.Measure != ledger.Total {
 			continue
 		}
 		prev, known := d.last[s.ID]
@@ -115,7 +117,7 @@ func (d *Durable) samples(state ledger.State) []history.Sample {
 		if s.Time.Equal(prev.time) {
 			continue // no new reading
 		}
-		name := s.Name
+		name := s.ID.Text()
 		if s.Kind == ledger.Overflow {
 			name = "(overflow)"
 		}
@@ -137,7 +139,7 @@ func (d *Durable) began(runs []ledger.Run) map[ledger.ID]bool {
 	}
 	began := map[ledger.ID]bool{}
 	for _, r := range runs {
-		id, ok := r.SeriesID()
+		id, ok := r.SeriesID(ledger.Total)
 		if !ok || !r.Time.After(d.last[id].time) {
 			continue // it is over, and was read before
 		}
@@ -199,58 +201,148 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 
 // The kinds of series in the store.
 const (
-	kindNone = iota // of no series: a run that has none
+	_ = iota // of no series: a run that has none
 	kindUnit
 	kindOverflow
 	kindUnattributed
 	kindAhead   // Balance.Ahead, by the slice's name
 	kindWaiting // Balance.Waiting, by the slice's name
+	kindOwned   // a unit with an Owner, by ownedKey
+
+	// measureShift is where a kind has its Measure, above one of these numbers.
+	measureShift = 4
 )
 
 // ledgerOf is what the store keeps of a state.
 func ledgerOf(state ledger.State) store.Ledger {
+	others := state.Others
+	state.Others = nil
 	kept := store.Ledger{
 		Time:     state.Time,
 		Series:   make([]store.Series, 0, len(state.Series)+1+3*len(state.Balances)),
-		Runs:     make([]store.Run, len(state.Runs)),
+		Runs:     make([]store.Run, 0, len(state.Runs)),
 		Position: [2]string{state.Journal.Cursor, state.Journal.Boot},
 		Source:   state.Source,
 	}
-	kind := [...]uint8{ledger.Unit: kindUnit, ledger.Overflow: kindOverflow, ledger.Unattributed: kindUnattributed}
-	// The rows of a balance are seen at the same time, so that the store gives up
-	// all of them together, or the last ones first: those of the totals.
-	for _, b := range state.Balances {
-		kept.Series = append(kept.Series,
-			store.Series{Kind: kindAhead, Key: b.Slice, Total: amountsOf(b.Ahead), Seen: b.Unattributed.Time},
-			store.Series{Kind: kindWaiting, Key: b.Slice, Total: amountsOf(b.Waiting), Seen: b.Unattributed.Time})
-	}
-	for s := range state.All() {
-		kept.Series = append(kept.Series, store.Series{Kind: kind[s.Kind], Key: s.Name, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time})
-	}
-	for i, r := range state.Runs {
-		run := store.Run{Key: r.Epoch, Unit: r.Unit, Boot: r.Boot, Last: amountsOf(r.Last), Seen: r.Time}
-		if id, ok := r.SeriesID(); ok {
-			run.SeriesKind, run.Series = kind[id.Kind], id.Name
-		}
-		kept.Runs[i] = run
+	keep(&kept, &state)
+	for i := range others {
+		keep(&kept, &others[i])
 	}
 	return kept
 }
 
-// stateOf undoes ledgerOf. A balance whose total the store has given up begins anew.
+// keep adds the series and runs of a state.
+func keep(kept *store.Ledger, state *ledger.State) {
+	measure := uint8(state.Measure) << measureShift
+	// The rows of a balance are seen at the same time, so that the store gives up
+	// all of them together, or the last ones first: those of the totals.
+	for _, b := range state.Balances {
+		kept.Series = append(kept.Series,
+			store.Series{Kind: measure | kindAhead, Key: b.Slice, Total: amountsOf(b.Ahead), Seen: b.Unattributed.Time},
+			store.Series{Kind: measure | kindWaiting, Key: b.Slice, Total: amountsOf(b.Waiting), Seen: b.Unattributed.Time})
+	}
+	for s := range state.All() {
+		kind, key := rowOf(s.ID)
+		kept.Series = append(kept.Series, store.Series{Kind: kind, Key: key, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time})
+	}
+	for i := range state.Runs {
+		r := &state.Runs[i]
+		run := store.Run{Key: r.Epoch, Unit: r.Unit, Boot: r.Boot, SeriesKind: measure, Last: amountsOf(r.Last), Seen: r.Time}
+		if measure != 0 {
+			run.Key += measureSuffix(state.Measure)
+		}
+		if id, ok := r.SeriesID(state.Measure); ok {
+			run.SeriesKind, run.Series = rowOf(id)
+		}
+		kept.Runs = append(kept.Runs, run)
+	}
+}
+
+// measureSuffix tells the runs of one epoch apart.
+func measureSuffix(m ledger.Measure) string { return " " + strconv.Itoa(int(m)) }
+
+// rowOf returns the kind and key of a series' row.
+func rowOf(id ledger.ID) (kind uint8, key string) {
+	kind, key = uint8(id.Measure)<<measureShift, id.Name
+	switch {
+	case id.Kind == ledger.Overflow:
+		return kind | kindOverflow, key
+	case id.Kind == ledger.Unattributed:
+		return kind | kindUnattributed, key
+	case id.Owner != ledger.Owner{}:
+		return kind | kindOwned, ownedKey(id)
+	}
+	return kind | kindUnit, key
+}
+
+// ownedKey is the name and the labels, with a NUL between any two, which no name has.
+func ownedKey(id ledger.ID) string {
+	l := id.Owner.Labels()
+	return strings.Join([]string{id.Name, l.User, l.Runtime, l.ContainerID, l.ContainerName, l.Pod, l.Namespace}, "\x00")
+}
+
+// parseOwned undoes ownedKey; ok is false for what is none.
+func parseOwned(key string) (name string, owner ledger.Owner, ok bool) {
+	p := strings.Split(key, "\x00")
+	if len(p) != 7 {
+		return "", owner, false
+	}
+	return p[0], ledger.OwnerOf(ledger.Labels{User: p[1], Runtime: p[2], ContainerID: p[3], ContainerName: p[4], Pod: p[5], Namespace: p[6]}), true
+}
+
+// stateOf undoes ledgerOf.
 func stateOf(kept store.Ledger) ledger.State {
-	state := ledger.State{Time: kept.Time, Source: kept.Source, Journal: ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}}
+	byMeasure := map[ledger.Measure]*store.Ledger{ledger.Total: {}}
+	of := func(kind *uint8) (*store.Ledger, ledger.Measure) {
+		measure := ledger.Measure(*kind >> measureShift)
+		*kind &= 1<<measureShift - 1
+		if byMeasure[measure] == nil {
+			byMeasure[measure] = &store.Ledger{}
+		}
+		return byMeasure[measure], measure
+	}
+	for _, row := range kept.Series {
+		part, _ := of(&row.Kind)
+		part.Series = append(part.Series, row)
+	}
+	for _, row := range kept.Runs {
+		part, measure := of(&row.SeriesKind)
+		row.Key = strings.TrimSuffix(row.Key, measureSuffix(measure))
+		part.Runs = append(part.Runs, row)
+	}
+	var state ledger.State
+	for _, measure := range slices.Sorted(maps.Keys(byMeasure)) {
+		one := restored(byMeasure[measure], measure)
+		one.Time, one.Source = kept.Time, kept.Source
+		if measure == ledger.Total {
+			state = one
+			state.Journal = ledger.Position{Cursor: kept.Position[0], Boot: kept.Position[1]}
+		} else {
+			state.Others = append(state.Others, one)
+		}
+	}
+	return state
+}
+
+// restored undoes keep. A balance whose total the store has given up begins anew.
+func restored(kept *store.Ledger, measure ledger.Measure) ledger.State {
+	state := ledger.State{Measure: measure}
 	balances := map[string]*ledger.Balance{}
 	for _, row := range kept.Series {
-		s := ledger.Series{ID: ledger.ID{Name: row.Key}, Total: amounts(row.Total).counters(), Start: row.Start, Time: row.Seen}
+		s := ledger.Series{ID: ledger.ID{Name: row.Key, Measure: measure}, Total: amounts(row.Total).counters(), Start: row.Start, Time: row.Seen}
 		b := balances[row.Key]
-		if b == nil && row.Kind >= kindUnattributed {
+		if b == nil && row.Kind >= kindUnattributed && row.Kind != kindOwned {
 			b = &ledger.Balance{Slice: row.Key}
 			balances[row.Key] = b
 		}
 		switch row.Kind {
 		case kindUnit:
 			state.Series = append(state.Series, s)
+		case kindOwned:
+			var ok bool
+			if s.Name, s.Owner, ok = parseOwned(row.Key); ok {
+				state.Series = append(state.Series, s)
+			}
 		case kindOverflow:
 			s.Kind = ledger.Overflow
 			state.Overflow = &s
@@ -270,8 +362,11 @@ func stateOf(kept store.Ledger) ledger.State {
 	}
 	for _, row := range kept.Runs {
 		r := ledger.Run{Unit: row.Unit, Epoch: row.Key, Boot: row.Boot, Last: amounts(row.Last).counters(), Time: row.Seen, Overflow: row.SeriesKind == kindOverflow}
-		if row.SeriesKind == kindUnit {
+		switch row.SeriesKind {
+		case kindUnit:
 			r.Series = row.Series
+		case kindOwned:
+			r.Series, r.Owner, _ = parseOwned(row.Series)
 		}
 		state.Runs = append(state.Runs, r)
 	}

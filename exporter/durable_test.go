@@ -68,6 +68,33 @@ func saved() ledger.State {
 	return s
 }
 
+// apart is a state with owners and other measures.
+func apart() ledger.State {
+	labels := ledger.Labels{User: "1000", Runtime: "podman", ContainerID: "0a", ContainerName: "web", Pod: "p-1", Namespace: "shop"}
+	of := func(measure ledger.Measure) ledger.State {
+		user := ledger.ID{Name: "a.service", Owner: ledger.OwnerOf(ledger.Labels{User: "1000"}), Measure: measure}
+		pod := ledger.ID{Name: "run-*.scope", Owner: ledger.OwnerOf(labels), Measure: measure}
+		n := uint64(measure) + 1
+		s := state(series(ledger.ID{Name: "a.service", Measure: measure}, at(0), at(99), n), series(user, at(1), at(98), 2*n), series(pod, at(2), at(97), 3*n),
+			series(ledger.ID{Kind: ledger.Overflow, Measure: measure}, at(3), at(96), 4*n),
+			series(ledger.ID{Kind: ledger.Unattributed, Name: "-.slice", Measure: measure}, at(4), at(95), 5*n))
+		for series := range s.All() {
+			series.Observed = false
+		}
+		s.Time, s.Measure = at(100), measure
+		s.Runs = []ledger.Run{
+			{Unit: "a.service", Series: "a.service", Owner: user.Owner, Epoch: "b/cgroup/1/2", Boot: "b", Last: counters(n), Time: at(98)},
+			{Unit: "run-1.scope", Series: "run-*.scope", Owner: pod.Owner, Epoch: "b/cgroup/2/3", Boot: "b", Last: counters(n), Time: at(97)},
+			{Unit: "b.service", Overflow: true, Epoch: "b/cgroup/3/4", Boot: "b", Last: counters(n), Time: at(96)},
+			{Unit: "-.slice", Epoch: "b/cgroup/lost/5", Boot: "b", Last: counters(n), Time: at(95)},
+		}
+		return s
+	}
+	s := of(ledger.Total)
+	s.Others = []ledger.State{of(ledger.Loopback), of(ledger.WireLoopback)}
+	return s
+}
+
 func TestStateOfUndoesLedgerOf(t *testing.T) {
 	all := saved()
 	for name, want := range map[string]ledger.State{
@@ -80,6 +107,7 @@ func TestStateOfUndoesLedgerOf(t *testing.T) {
 		"source":         {Time: at(100), Source: all.Source},
 		"position":       {Journal: all.Journal},
 		"no stop so far": {Journal: ledger.Position{Boot: "b"}},
+		"apart":          apart(),
 	} {
 		if got := stateOf(ledgerOf(want)); !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: came back as %+v, want %+v", name, got, want)
@@ -88,8 +116,12 @@ func TestStateOfUndoesLedgerOf(t *testing.T) {
 }
 
 func TestDurableKeepsTheLedger(t *testing.T) {
+	t.Run("units", func(t *testing.T) { keepsTheLedger(t, saved()) })
+	t.Run("apart", func(t *testing.T) { keepsTheLedger(t, apart()) })
+}
+
+func keepsTheLedger(t *testing.T, want ledger.State) {
 	dir := filepath.Join(t.TempDir(), "state")
-	want := saved()
 	s, d := openStore(t, dir)
 	if got := d.State(); !reflect.DeepEqual(got, ledger.State{}) {
 		t.Errorf("the first day begins with %+v", got)
@@ -107,6 +139,9 @@ func TestDurableKeepsTheLedger(t *testing.T) {
 	_, d = openStore(t, dir)
 	got := d.State()
 	want.Time = got.Time // of the second commit
+	for i := range want.Others {
+		want.Others[i].Time = got.Time
+	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("came back as\n%+v, want\n%+v", got, want)
 	}
@@ -429,7 +464,7 @@ func TestDeltaGoesOnAfterARestart(t *testing.T) {
 			t.Errorf("no interval: %v", p)
 		}
 	}
-	for _, name := range []string{"unitmeter.outbox.bytes", "unitmeter.outbox.requests", "unitmeter.outbox.age", "unitmeter.outbox.thinned", "unitmeter.outbox.dropped"} {
+	for _, name := range []string{"unitmeter.outbox.bytes", "unitmeter.outbox.requests", "unitmeter.outbox.age", "unitmeter.outbox.thinned", "unitmeter.outbox.dropped", "unitmeter.state.replaced"} {
 		if !names[name] {
 			t.Errorf("%s did not arrive", name)
 		}

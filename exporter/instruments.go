@@ -41,6 +41,7 @@ func outboxInstruments() []receiver.Instrument {
 		instrument("unitmeter.outbox.age", gauge, "s", "Age of the oldest undelivered request; 0 if there is none."),
 		instrument("unitmeter.outbox.thinned", counter, "{data_point}", "Data points merged into later ones because the outbox was full. Totals stay exact."),
 		instrument("unitmeter.outbox.dropped", counter, "{data_point}", "Data points dropped undelivered, because the outbox was full or they were too old."),
+		instrument("unitmeter.state.replaced", counter, "{file}", "State files that were damaged, of another version or machine, or deleted, and replaced by a new one."),
 	}
 }
 
@@ -53,7 +54,7 @@ func outboxValues(s store.Stats) []int64 {
 	if s.OutboxEntries == 0 {
 		size = 0 // what there is helps to compress the requests to come
 	}
-	return []int64{size, s.OutboxEntries, age, s.ThinnedPoints, s.DroppedPoints}
+	return []int64{size, s.OutboxEntries, age, s.ThinnedPoints, s.DroppedPoints, s.Replaced}
 }
 
 // Register makes the exporter's own instruments on the meter (see Health). Their
@@ -64,7 +65,7 @@ func (e *Exporter) Register(meter metric.Meter, hostName string) error {
 	})
 }
 
-// Register makes the instruments unitmeter.outbox.* on the meter. Their points
+// Register makes the instruments unitmeter.outbox.* and unitmeter.state.* on the meter. Their points
 // carry host.name as those of the units do.
 func (d *Durable) Register(meter metric.Meter, hostName string) error {
 	return register(meter, hostName, outboxInstruments(), func() []int64 { return outboxValues(d.store.Stats()) })

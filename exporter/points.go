@@ -18,18 +18,8 @@ import (
 // have its start time, which would make a long-lived counter look like a burst,
 // and another order each time, in which the outbox compresses worse.
 type unitMetric struct {
-	name         string
-	packets      bool // not bytes
-	unattributed bool // of the top-level slices, not of the units
-	collected    int  // points that the SDK had
-}
-
-func unitMetricOf(name string) (m unitMetric, ok bool) {
-	switch name {
-	case receiver.IOName, receiver.PacketCountName, receiver.UnattributedName:
-		return unitMetric{name: name, packets: name == receiver.PacketCountName, unattributed: name == receiver.UnattributedName}, true
-	}
-	return unitMetric{}, false
+	name      string
+	collected int // points that the SDK had
 }
 
 // takeUnitMetrics empties the metrics of the unit instruments in rm and returns
@@ -37,15 +27,14 @@ func unitMetricOf(name string) (m unitMetric, ok bool) {
 // and so has no points.
 func takeUnitMetrics(rm *metricdata.ResourceMetrics) (taken []unitMetric) {
 	eachSum(rm, func(name string, sum *metricdata.Sum[int64]) (keep bool) {
-		m, ok := unitMetricOf(name)
-		if !ok {
+		if !receiver.OfSeries(name) {
 			return true
 		}
 		if slices.ContainsFunc(taken, func(other unitMetric) bool { return other.name == name }) {
 			return false
 		}
-		m.collected, sum.DataPoints = len(sum.DataPoints), nil
-		taken = append(taken, m)
+		taken = append(taken, unitMetric{name, len(sum.DataPoints)})
+		sum.DataPoints = nil
 		return true
 	})
 	return taken
@@ -84,15 +73,15 @@ func eachPoint(metrics []unitMetric, sweep *receiver.Sweep, read func(*ledger.Se
 		if !s.Observed {
 			continue
 		}
-		r, ofSlice := read(s), s.Kind == ledger.Unattributed
+		r := read(s)
 		for i := range metrics {
-			m := &metrics[i]
-			if m.unattributed != ofSlice {
-				continue
-			}
-			at := 0
-			if m.packets {
+			m, at := &metrics[i], 0
+			switch m.name {
+			case attrs.Bytes:
+			case attrs.Packets:
 				at = 1
+			default:
+				continue
 			}
 			for _, attributes := range [...]attribute.Set{attrs.Receive, attrs.Transmit} {
 				switch {

@@ -67,7 +67,8 @@ type work struct {
 	left    []part            // at least one, unless it is over
 	over    bool              // it was delivered before older ones
 	cuts    int               // how often a part was cut in two since it was refused
-	poison  string            // why a part was given up
+	refused int               // points of the parts that were given up
+	poison  otlp.Answer       // why
 	partial Partial           // what was refused of parts that were accepted
 }
 
@@ -324,13 +325,9 @@ func (s *sender) single(ctx context.Context, e Entry) (wait time.Duration) {
 	case blamed && (w.cuts == 0 || w.partial.Points > 0) && w.search(0):
 		return 0 // some of its points may be good
 	case blamed:
-		fate := fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", e.ID)
-		if s.queue.inSpare {
-			fate = "it is dropped, since no state can keep it"
-		}
-		s.counts.poisoned(otlp.Count(p.request), a, fate)
 		s.failures = 0
-		w.left, w.poison = w.left[1:], a.Err.Error()
+		w.left, w.poison = w.left[1:], a
+		w.refused += otlp.Count(p.request)
 		if len(w.left) == 0 {
 			s.ended(ctx, e, w)
 		}
@@ -482,5 +479,14 @@ func (s *sender) pause(e Entry, w *work) {
 // ended notes that the delivery of the first entry is over.
 func (s *sender) ended(ctx context.Context, e Entry, w *work) {
 	delete(s.begun, e.ID)
-	s.queue.done(ctx, Outcome{ID: e.ID, Poison: w.poison, Partial: w.partial})
+	outcome := Outcome{ID: e.ID, Partial: w.partial}
+	if w.refused > 0 {
+		outcome.Poison = w.poison.Err.Error()
+		fate := fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", e.ID)
+		if s.queue.inSpare {
+			fate = "they are dropped, since no state can keep the request"
+		}
+		s.counts.poisoned(w.refused, w.poison, fate)
+	}
+	s.queue.done(ctx, outcome)
 }

@@ -43,7 +43,7 @@ pack() { gzip -9nc >"$stage/$1"; }
 
 GOOS=linux GOARCH=$arch GOARM=7 GOFLAGS=-mod=readonly make -s build BINARY="$stage/unitmeter"
 
-cp -r packaging/{unitmeter.service,unitmeter-meter.service,unitmeter.sysusers,unitmeter.env,completion,examples,scripts,copyright,nfpm.yaml} "$stage/"
+cp -r packaging/{unitmeter.service,unitmeter-meter.service,unitmeter-rearm.service,unitmeter.sysusers,unitmeter.env,completion,examples,scripts,copyright,nfpm.yaml} "$stage/"
 pack unitmeter.8.gz <packaging/unitmeter.8
 pack changelog.gz <<END
 unitmeter ($version) stable; urgency=medium
@@ -78,7 +78,7 @@ for format; do
   tar.gz)
     name=unitmeter-$version-linux-$arch
     mkdir -p "$stage/tar/$name"
-    cp -r "$stage"/{unitmeter,unitmeter.service,unitmeter-meter.service,unitmeter.sysusers,unitmeter.env,completion,examples,LICENSES} "$stage/tar/$name/"
+    cp -r "$stage"/{unitmeter,unitmeter.service,unitmeter-meter.service,unitmeter-rearm.service,unitmeter.sysusers,unitmeter.env,completion,examples,LICENSES} "$stage/tar/$name/"
     cp packaging/unitmeter.8 "$stage/tar/$name/"
     tar -C "$stage/tar" --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" \
       --mode=u=rwX,go=rX --format=ustar -cf - "$name" | gzip -9n >"$out/$name.tar.gz"

@@ -56,7 +56,7 @@ func newUser(t testing.TB) time.Duration {
 		t.Errorf("before the fixes doctor ends with %d, want 1:\n%s", code, report)
 	}
 	fixes := fixesOf(report)
-	for _, want := range []string{"unitmeter enable --default", "unitmeter enable --all", "usermod -aG systemd-journal unitmeter"} {
+	for _, want := range []string{"unitmeter enable --default", "usermod -aG systemd-journal unitmeter"} {
 		if !slices.Contains(fixes, want) {
 			t.Errorf("doctor does not name %q:\n%s", want, report)
 		}

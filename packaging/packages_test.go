@@ -135,6 +135,7 @@ func testContents(t *testing.T, dir string) {
 		"usr/bin/unitmeter":                                    "-rwxr-xr-x",
 		"usr/lib/systemd/system/unitmeter.service":             "-rw-r--r--",
 		"usr/lib/systemd/system/unitmeter-meter.service":       "-rw-r--r--",
+		"usr/lib/systemd/system/unitmeter-rearm.service":       "-rw-r--r--",
 		"usr/lib/sysusers.d/unitmeter.conf":                    "-rw-r--r--",
 		"etc/unitmeter/unitmeter.env":                          "-rw-r-----",
 		"usr/share/man/man8/unitmeter.8.gz":                    "-rw-r--r--",

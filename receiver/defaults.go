@@ -37,6 +37,7 @@ func DefaultFold() []string {
 	return []string{
 		"run-*.service", "run-*.scope", "session-*.scope",
 		"docker-*.scope", "libpod-*.scope", "nerdctl-*.scope", "cri-containerd-*.scope", "crio-*.scope",
+		`machine-qemu\x2d*.scope`, `machine-lxc\x2d*.scope`,
 		"*@[0-9]*-*:[0-9]*-*:[0-9]*.service", "systemd-*@[0-9]*-[0-9]*-[0-9]*.service", "sshd*@[0-9]*-[0-9]*-[0-9]*.service",
 		"dbus-:*@*.service", strings.Repeat("[0-9a-f]", 6) + strings.Repeat("?", 18) + "*.service", "unitmeter-doctor-*.service",
 	}

@@ -52,8 +52,11 @@ type meter struct {
 	cfg     ebpf.Config
 	dirs    []string
 	metered func(unit string) bool
-	credit  func(ledger.Reading)
+	credit  func(reading ledger.Reading, received, sent ebpf.Counters)
 	log     *slog.Logger
+	// What has series of its own: see Config.
+	userUnits, slices bool
+	containers        *containers // nil: they have none
 
 	mu     sync.Mutex
 	reader *ebpf.Reader          // nil while there is nothing to read
@@ -71,30 +74,30 @@ type cgroup struct{ id, born uint64 }
 
 // cgroupRun is what the readings of one entry have in common.
 type cgroupRun struct {
-	reading ledger.Reading
-	out     bool  // the settings leave it out
-	gone    bool  // the cgroup was removed
-	sweep   int64 // the last one that has it
+	reading        ledger.Reading
+	out            bool          // the settings leave it out
+	gone           bool          // the cgroup was removed
+	sweep          int64         // the last one that has it
+	received, sent ebpf.Counters // of the last reading that was credited
 }
 
 // open opens the pinned maps. Where there are none and attach is true, it attaches
 // the program for this process alone.
 func (m *meter) open(attach bool) error {
-	const next = "or set UNITMETER_SOURCE=dbus"
 	reader, err := openMeter(m.cfg, m.dirs)
 	if err == nil {
 		m.reader, m.own = reader, false
 		return nil
 	}
 	if !attach || !errors.Is(err, ebpf.ErrNotLoaded) {
-		return fmt.Errorf("%w, %s", err, next)
+		return err
 	}
 	// It walks the cgroups once, which takes a fraction of a second.
 	alone := m.cfg
 	alone.ReadOnly = false
 	reader, attachErr := ebpf.Attach(context.Background(), alone)
 	if attachErr != nil {
-		return fmt.Errorf("%w, %s; this process cannot count by itself: %w", err, next, attachErr)
+		return fmt.Errorf("%w, and this process cannot count by itself: %w", ebpf.ErrNotLoaded, attachErr)
 	}
 	m.reader, m.own = reader, true
 	m.log.Info("no eBPF meter is loaded: counting for as long as this process runs")
@@ -113,21 +116,24 @@ func (m *meter) Run(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// living calls f for each unit that has a cgroup, with or without traffic.
-func (m *meter) living(f func(ledger.Reading)) {
+// living calls f for each metered unit that has a cgroup, with or without traffic.
+func (m *meter) living(f func(*ledger.Reading)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, run := range m.runs {
-		if !run.out && !run.gone && !run.reading.Unattributed {
-			f(run.reading)
+	each := func(run *cgroupRun) {
+		if r := &run.reading; !run.gone && !r.Unmetered && !r.Unattributed {
+			f(r)
 		}
+	}
+	for _, run := range m.list {
+		each(run)
 	}
 	if m.reader == nil {
 		return // Read has failed, and has said so
 	}
 	_ = m.fault("list the cgroups", m.reader.Idle(func(who *ebpf.Identity) {
-		if reading := firstReading(&m.header, &ebpf.Meter{Identity: who}); !reading.Unattributed && m.metered(reading.Unit) {
-			f(reading)
+		if run := m.first(&m.header, &ebpf.Meter{Identity: who}, m.swept); run != nil {
+			each(run)
 		}
 	}))
 }
@@ -145,11 +151,23 @@ func (m *meter) Each(f func(unit, epoch string, reading bool)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, run := range m.list {
-		if run.out {
-			continue
+		if !run.out {
+			f(run.reading.Unit, run.reading.Epoch, !run.gone)
 		}
-		f(run.reading.Unit, run.reading.Epoch, !run.gone)
 	}
+}
+
+// units returns how many units have a cgroup with traffic.
+func (m *meter) units() int {
+	units := map[ledger.ID]struct{}{}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, run := range m.list {
+		if r := &run.reading; !run.gone && !r.Unmetered && !r.Unattributed {
+			units[ledger.ID{Name: r.Unit, Owner: r.Owner}] = struct{}{}
+		}
+	}
+	return len(units)
 }
 
 // Read implements source. It takes milliseconds, and does not look at ctx.
@@ -204,23 +222,27 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 		key := cgroup{one.Identity.ID, one.Born}
 		run := m.runs[key]
 		if run == nil {
-			run = &cgroupRun{reading: firstReading(sweep, one)}
-			run.out = !run.reading.Unattributed && !m.metered(run.reading.Unit)
+			if run = m.first(sweep, one, asked); run == nil {
+				continue
+			}
 			run.reading.Young = moment(one.Born).After(m.swept)
 			m.runs[key] = run
 		}
+		// What is gone and quiet says nothing new, so its series can have its last point.
+		quiet := run.gone && one.Gone && one.Received == run.received && one.Sent == run.sent
 		run.gone, run.sweep = one.Gone, number
 		if one.Deleted { // these are its last values
 			run.sweep = 0
 		} else {
 			m.list = append(m.list, run)
 		}
-		if run.out {
+		if run.out || quiet {
 			continue
 		}
+		run.received, run.sent = one.Received, one.Sent
 		reading := run.reading
-		reading.Counters, reading.Asked, reading.Time, reading.Final = sumOf(one.Received, one.Sent), asked, read, one.Gone
-		m.credit(reading)
+		reading.Asked, reading.Time, reading.Final = asked, read, one.Gone
+		m.credit(reading, one.Received, one.Sent)
 	}
 	m.takeLost(sweep, asked, read, number)
 	if len(m.runs) == len(m.list) {
@@ -235,54 +257,82 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 
 // takeLost credits what found no room in the maps. It has the id of no cgroup.
 func (m *meter) takeLost(sweep *ebpf.Sweep, asked, read time.Time, number int64) {
-	counters := sumOf(sweep.Lost.Received, sweep.Lost.Sent)
-	if counters == (ledger.Counters{}) {
+	if sweep.Lost.Received == (ebpf.Counters{}) && sweep.Lost.Sent == (ebpf.Counters{}) {
 		return
 	}
 	run := &cgroupRun{sweep: number, reading: ledger.Reading{
 		Unit: rootSlice, Unattributed: true, Epoch: epochOf(sweep.BootID, "lost", sweep.Loaded),
-		Counters: counters, Start: sweep.Since, Asked: asked, Time: read,
+		Slices: m.slicesOf("/"), Start: sweep.Since, Asked: asked, Time: read,
 	}}
 	m.runs[cgroup{0, sweep.Loaded}] = run
 	m.list = append(m.list, run)
-	m.credit(run.reading)
+	m.credit(run.reading, sweep.Lost.Received, sweep.Lost.Sent)
 }
 
-// firstReading is what does not change in the readings of an entry.
-func firstReading(sweep *ebpf.Sweep, one *ebpf.Meter) ledger.Reading {
+// first is what does not change in the readings of an entry, nil while the name of its
+// container is still to come.
+func (m *meter) first(sweep *ebpf.Sweep, one *ebpf.Meter, now time.Time) *cgroupRun {
 	who := one.Identity
-	reading := ledger.Reading{
-		Epoch: epochOf(sweep.BootID, strconv.FormatUint(who.ID, 10), one.Born), Slice: who.Cgroup.Slice, Start: who.Made,
-	}
+	run := &cgroupRun{reading: ledger.Reading{
+		Epoch: epochOf(sweep.BootID, strconv.FormatUint(who.ID, 10), one.Born), Slice: who.Cgroup.Slice,
+		Slices: m.slicesOf(who.Path), Start: who.Made,
+	}}
+	reading := &run.reading
 	if reading.Start.IsZero() {
 		reading.Start = sweep.Since
 	}
-	switch {
+	switch reading.Unit = cgroupName(who); {
 	case who.ID == sweep.RootID:
 		reading.Unit, reading.Slice = kernelName, ""
 	case !who.Named:
 		reading.Unit, reading.Unattributed = rootSlice, true
-	case cgroupName(who) == "": // a process in a slice itself
+		return run
+	case reading.Unit == "": // a process in a slice itself
 		reading.Unit, reading.Unattributed = who.Cgroup.Slice, true
-	default:
-		reading.Unit = cgroupName(who)
+		return run
 	}
-	return reading
+	var labels ledger.Labels
+	// What of a user's manager has no series of its own is in that of the manager.
+	if u := who.Cgroup.User; m.userUnits && u != nil && u.Unit != "" && m.metered(u.Unit) {
+		reading.Unit, reading.Slice, labels.User = u.Unit, u.Slice, strconv.FormatUint(uint64(u.UID), 10)
+	}
+	if c := who.Cgroup.Container; m.containers != nil && c != nil {
+		fresh := !one.Gone && now.Sub(who.Made) < namePatience
+		if !m.containers.label(&labels, c, reading.Unit, now) && fresh {
+			return nil
+		}
+	}
+	reading.Owner = ledger.OwnerOf(labels)
+	if !m.metered(reading.Unit) {
+		reading.Unmetered, run.out = true, len(reading.Slices) == 0
+	}
+	return run
 }
 
-// cgroupName is the unit of a cgroup. One that systemd does not manage has the id
-// of its container, or else the first component of its path behind the slices. A
-// slice itself has none.
+// slicesOf returns the slices with series at the beginning of a path.
+func (m *meter) slicesOf(path string) (names []string) {
+	if !m.slices {
+		return nil
+	}
+	for name := rootSlice; strings.HasSuffix(name, ".slice") && systemd.ValidUnitName(name); {
+		if m.metered(name) {
+			names = append(names, name)
+		}
+		name, path, _ = strings.Cut(strings.TrimPrefix(path, "/"), "/")
+		name = strings.TrimPrefix(name, "_") // systemd's escape
+	}
+	return names
+}
+
+// cgroupName is the unit of a cgroup. One that systemd does not manage has the first
+// component of its path behind the slices. A slice itself has none.
 func cgroupName(who *ebpf.Identity) string {
 	if who.Cgroup.Unit != "" {
 		return who.Cgroup.Unit
 	}
-	if c := who.Cgroup.Container; c != nil && c.ID != "" {
-		return c.ID
-	}
 	for component := range strings.SplitSeq(strings.Trim(who.Path, "/"), "/") {
 		if !strings.HasSuffix(component, ".slice") {
-			return component
+			return strings.ToValidUTF8(component, "\uFFFD") // a directory may have any bytes, OTLP may not
 		}
 	}
 	return ""
@@ -293,17 +343,36 @@ func epochOf(boot, id string, born uint64) string {
 	return boot + "/cgroup/" + id + "/" + strconv.FormatUint(born, 10)
 }
 
-func sumOf(received, sent ebpf.Counters) ledger.Counters {
-	return ledger.Counters{
-		Received: ledger.Traffic{Bytes: received.Bytes, Packets: received.Packets},
-		Sent:     ledger.Traffic{Bytes: sent.Bytes, Packets: sent.Packets},
+// measured are the counters of a measure.
+func measured(measure ledger.Measure, received, sent ebpf.Counters) ledger.Counters {
+	traffic := func(c *ebpf.Counters) ledger.Traffic {
+		t, local := c.Traffic, &c.Loopback
+		switch measure {
+		case ledger.Loopback, ledger.WireLoopback:
+			t = *local
+		case ledger.Remote, ledger.WireRemote:
+			t.Bytes, t.Packets = t.Bytes-local.Bytes, t.Packets-local.Packets
+			t.WireBytes, t.WirePackets = t.WireBytes-local.WireBytes, t.WirePackets-local.WirePackets
+		}
+		if measure >= ledger.Wire {
+			return ledger.Traffic{Bytes: t.WireBytes, Packets: t.WirePackets}
+		}
+		return ledger.Traffic{Bytes: t.Bytes, Packets: t.Packets}
 	}
+	return ledger.Counters{Received: traffic(&received), Sent: traffic(&sent)}
 }
 
-// typeOf is the type of a unit; a cgroup that is none has the type "cgroup".
+// noType is the type of a cgroup that is no unit.
+const noType = "cgroup"
+
+// typeOf is the type of a unit, or noType, as for lxc.payload.web.
 func typeOf(name string) string {
-	if systemd.ValidUnitName(name) {
-		return systemd.TypeOf(name)
+	t := systemd.TypeOf(name)
+	switch t {
+	case "service", "scope", "socket", "slice", "mount", "swap", "timer", "path", "target", "device", "automount":
+		if systemd.ValidUnitName(name) {
+			return t
+		}
 	}
-	return "cgroup"
+	return noType
 }

@@ -33,6 +33,8 @@ type insideReport struct {
 
 	Connections, Answered int // private
 
+	Start time.Time // starts
+
 	Sweeps               int // thousand
 	MissingByName        map[string]int
 	WrongByName          map[string]uint64
@@ -52,6 +54,8 @@ func runInside(mode string) int {
 		err = report.private(ctx)
 	case "thousand":
 		err = report.thousand(ctx)
+	case "starts":
+		err = report.starts(ctx)
 	case "relay":
 		err = relay()
 	default:
@@ -115,6 +119,28 @@ func privateSource(ctx context.Context) error {
 	cancel()
 	<-done
 	return err
+}
+
+// starts reads when the series of one unit starts.
+func (report *insideReport) starts(ctx context.Context) error {
+	unit := os.Getenv("UNIT")
+	r, err := New(Config{Include: []string{unit}, HostName: "host", StopRecords: "off"})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = r.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	if err := r.Ready(ctx); err != nil {
+		return err
+	}
+	s, ok := r.Sweep(ctx).seriesOf(unit)
+	if !ok {
+		return fmt.Errorf("%s has no series", unit)
+	}
+	report.Start = s.Start
+	return nil
 }
 
 // private makes 500 connections to PID 1's own socket, one after the other.

@@ -6,8 +6,6 @@ import (
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
-
-	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // Names of the instruments that have points for each series. The first two follow the pattern of the semantic
@@ -15,10 +13,22 @@ import (
 const (
 	IOName          = "systemd.unit.network.io"
 	PacketCountName = "systemd.unit.network.packet.count"
+	// WireIOName and WirePacketCountName are the same after segmentation.
+	WireIOName          = "systemd.unit.network.wire.io"
+	WirePacketCountName = "systemd.unit.network.wire.packet.count"
 	// UnattributedName is the instrument for what a top-level slice counted and no
 	// series has.
 	UnattributedName = "unitmeter.unattributed"
 )
+
+// OfSeries reports whether an instrument has points for each series.
+func OfSeries(name string) bool {
+	switch name {
+	case IOName, PacketCountName, WireIOName, WirePacketCountName, UnattributedName:
+		return true
+	}
+	return false
+}
 
 // Instrument describes one instrument of the agent, for its documentation.
 type Instrument struct {
@@ -46,6 +56,8 @@ func Instruments() []Instrument {
 	return []Instrument{
 		{IOName, "observable counter", "By", "Bytes that a systemd unit received or sent, IP headers included. Forwarded packets, AF_PACKET sockets and the kernel's own sockets are not counted.", unit},
 		{PacketCountName, "observable counter", "{packet}", "IP packets that a systemd unit received or sent. A packet that segmentation offload splits later counts once, so this is not the number on the wire.", unit},
+		{WireIOName, "observable counter", "By", "Bytes after segmentation offload: each segment has its IP and TCP or UDP headers. Without the frames of the link. Opt-in: UNITMETER_WIRE=yes, with UNITMETER_SOURCE=ebpf.", unit},
+		{WirePacketCountName, "observable counter", "{packet}", "IP packets after segmentation offload. Opt-in as above.", unit},
 		{UnattributedName, "observable counter", "By", "Bytes of a top-level slice that are in no series: from units that are not metered, or that ended before they could be read. The slice needs IP accounting. With UNITMETER_SOURCE=ebpf, -.slice has what the eBPF program had no room for.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
 		{"unitmeter.units", "observable gauge", "{unit}", "Loaded units of the metered types, by state of their IP accounting: on, off (IPAccounting=no), no_data (nothing to count), lost (systemd lost the counters), failed (invalid answer), unknown (not read yet).", append([]string{"unitmeter.accounting.state"}, host...)},
 		{"unitmeter.series", "observable gauge", "{series}", "Series in the ledger, including those whose unit no longer runs.", host},
@@ -87,7 +99,6 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			return err
 		}
 	}
-	io, packets, unattributed := counters[IOName], counters[PacketCountName], counters[UnattributedName]
 	host := attribute.String("host.name", r.cfg.HostName)
 	plain := []metric.ObserveOption{metric.WithAttributes(host)} // once: it is passed with "..."
 
@@ -97,16 +108,13 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			sweep = r.Sweep(ctx)
 		}
 		for s, attrs := range sweep.All() {
-			switch {
-			case !s.Observed:
-			case s.Kind == ledger.Unattributed:
-				o.ObserveInt64(unattributed, int64(s.Total.Received.Bytes), attrs.receive...)
-				o.ObserveInt64(unattributed, int64(s.Total.Sent.Bytes), attrs.transmit...)
-			default:
-				o.ObserveInt64(io, int64(s.Total.Received.Bytes), attrs.receive...)
-				o.ObserveInt64(io, int64(s.Total.Sent.Bytes), attrs.transmit...)
-				o.ObserveInt64(packets, int64(s.Total.Received.Packets), attrs.receive...)
-				o.ObserveInt64(packets, int64(s.Total.Sent.Packets), attrs.transmit...)
+			if s.Observed && attrs.Bytes != "" {
+				o.ObserveInt64(counters[attrs.Bytes], int64(s.Total.Received.Bytes), attrs.receive...)
+				o.ObserveInt64(counters[attrs.Bytes], int64(s.Total.Sent.Bytes), attrs.transmit...)
+			}
+			if s.Observed && attrs.Packets != "" {
+				o.ObserveInt64(counters[attrs.Packets], int64(s.Total.Received.Packets), attrs.receive...)
+				o.ObserveInt64(counters[attrs.Packets], int64(s.Total.Sent.Packets), attrs.transmit...)
 			}
 		}
 		o.ObserveFloat64(seconds["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain...)
@@ -146,8 +154,12 @@ func (r *Receiver) Register(meter metric.Meter) error {
 // those about the connection to systemd.
 func (r *Receiver) counts() map[string]int64 {
 	r.mu.Lock()
+	series := 0
+	for l := range r.ledgers() {
+		series += l.Size()
+	}
 	counts := map[string]int64{
-		"unitmeter.series":        int64(r.ledger.Size()),
+		"unitmeter.series":        int64(series),
 		"unitmeter.sweep.partial": r.partial,
 	}
 	if r.systemd != nil {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
 	"os"
@@ -28,8 +29,7 @@ type Config struct {
 	// With EBPF there is no connection to systemd, no journal is read, and Bus,
 	// SystemBus and StopRecords mean nothing. Traffic of cgroups that are no unit's
 	// is metered under a name of theirs. Where no maps are pinned, New attaches the
-	// program for this process, which takes the rights of ebpf.Attach. Slices cannot
-	// be metered.
+	// program for this process, which takes the rights of ebpf.Attach.
 	Source string
 	// Bus is "private" for PID 1's own socket (root only, half the cost),
 	// "system" for the system bus, a D-Bus address, or "auto" for the private
@@ -52,6 +52,12 @@ type Config struct {
 	// UnitType and UnitSlice put systemd.unit.type and systemd.unit.slice on
 	// each point.
 	UnitType, UnitSlice bool
+	// UserUnits gives units of users' managers series of their own, which
+	// user@UID.service has without it. Containers does so for containers, which else
+	// have a series with the unit or fold that they are in. Wire adds the counters
+	// after segmentation, and Loopback splits all of them into what crossed the
+	// loopback device and the rest. All four mean nothing with DBus.
+	UserUnits, Containers, Wire, Loopback bool
 	// ReadOnly leaves the entries of removed cgroups in the pinned maps of EBPF to the
 	// Receiver that delivers them.
 	ReadOnly bool
@@ -87,6 +93,8 @@ type Config struct {
 	// metered with all below it. Tests set them.
 	meterDirs []string
 	meterRoot string
+	// containerLogs and generator are instead of the directories of the host.
+	containerLogs, generator string
 }
 
 // source is where readings come from. It credits them to the ledger.
@@ -120,9 +128,30 @@ type Receiver struct {
 	// mu guards what follows. It is held for arithmetic only. The source calls in
 	// with its own lock held, so that nothing here may call the source under mu.
 	mu         sync.Mutex
-	ledger     *ledger.Ledger
+	ledger     *ledger.Ledger // of all traffic
+	others     []otherLedger  // of other measures of it
 	attributes map[ledger.ID]*Attributes
 	partial    int64 // sweeps that the deadline or an error cut short
+}
+
+// otherLedger counts another measure of the same traffic.
+type otherLedger struct {
+	measure ledger.Measure
+	ledger  *ledger.Ledger
+}
+
+// ledgers yields all ledgers.
+func (r *Receiver) ledgers() iter.Seq[*ledger.Ledger] {
+	return func(yield func(*ledger.Ledger) bool) {
+		if !yield(r.ledger) {
+			return
+		}
+		for _, o := range r.others {
+			if !yield(o.ledger) {
+				return
+			}
+		}
+	}
 }
 
 // New checks cfg and returns a Receiver that is not connected yet. With EBPF it has
@@ -142,14 +171,15 @@ func New(cfg Config) (*Receiver, error) {
 	if err != nil {
 		return nil, err
 	}
-	r.ledger = ledger.New(ledger.Config{
+	keeping := ledger.Config{
 		MaxSeries: cfg.MaxSeries, KeepEnded: cfg.KeepEnded, Patterns: cfg.Fold, Metered: metered,
 		Fold: func(unit string) (string, bool) {
 			pattern := r.selection.Load().Fold.Match(unit)
 			return pattern, pattern != ""
 		},
 		Boot: cfg.BootID, Began: time.Now(), Source: r.cfg.Source, State: cfg.State,
-	})
+	}
+	r.newLedgers(keeping)
 	r.cfg.State = ledger.State{} // it may be large
 	if counting != nil {
 		r.source, r.meter = counting, counting
@@ -178,28 +208,77 @@ func New(cfg Config) (*Receiver, error) {
 	return r, nil
 }
 
+// newLedgers makes the ledgers. One of a measure that was off begins with what passes
+// from now on: what another series of it had before must not count again.
+func (r *Receiver) newLedgers(cfg ledger.Config) {
+	state := cfg.State
+	if r.cfg.Source == EBPF && !slices.Contains(r.cfg.Types, "slice") {
+		// They would have a gap when they come back.
+		cfg.State.Series = slices.DeleteFunc(slices.Clone(state.Series), func(s ledger.Series) bool {
+			return s.Owner == ledger.Owner{} && systemd.TypeOf(s.Name) == "slice"
+		})
+	}
+	r.ledger = ledger.New(cfg)
+	for _, measure := range r.cfg.measures() {
+		i := slices.IndexFunc(state.Others, func(other ledger.State) bool { return other.Measure == measure })
+		cfg.Measure, cfg.State = measure, ledger.State{Time: state.Time} // as if of another source
+		if i >= 0 {
+			cfg.State = state.Others[i]
+		}
+		r.others = append(r.others, otherLedger{measure, ledger.New(cfg)})
+	}
+}
+
+// measures are those of the ledgers beside the first.
+func (cfg *Config) measures() []ledger.Measure {
+	switch {
+	case cfg.Source != EBPF:
+		return nil
+	case cfg.Wire && cfg.Loopback:
+		return []ledger.Measure{ledger.Remote, ledger.Loopback, ledger.WireRemote, ledger.WireLoopback}
+	case cfg.Wire:
+		return []ledger.Measure{ledger.Wire}
+	case cfg.Loopback:
+		return []ledger.Measure{ledger.Remote, ledger.Loopback}
+	}
+	return nil
+}
+
 // newMeter decides between the sources: nil is systemd.
 func (r *Receiver) newMeter(metered func(unit string) bool) (*meter, error) {
 	if r.cfg.Source == DBus {
+		r.cfg.Loopback = false
 		return nil, nil
 	}
 	m := &meter{
 		cfg: ebpf.Config{Root: r.cfg.meterRoot, ReadOnly: r.cfg.ReadOnly}, dirs: r.cfg.meterDirs, metered: metered,
+		userUnits: r.cfg.UserUnits, slices: slices.Contains(r.cfg.Types, "slice"),
 		runs: map[cgroup]*cgroupRun{}, swept: r.cfg.State.Time, log: r.cfg.Logger,
-		credit: func(reading ledger.Reading) {
+		credit: func(reading ledger.Reading, received, sent ebpf.Counters) {
 			r.mu.Lock()
 			defer r.mu.Unlock()
+			reading.Counters = measured(ledger.Total, received, sent)
 			r.ledger.Credit(reading)
+			for _, o := range r.others {
+				reading.Counters = measured(o.measure, received, sent)
+				o.ledger.Credit(reading)
+			}
 		},
+	}
+	if r.cfg.Containers {
+		m.containers = newContainers(r.cfg.containerLogs, r.cfg.generator)
 	}
 	err := m.open(r.cfg.Source == EBPF)
 	if err != nil && r.cfg.Source == Auto {
-		r.cfg.Source = DBus
+		r.cfg.Source, r.cfg.Loopback = DBus, false
 		r.cfg.Logger.Info("systemd counts, over D-Bus: the eBPF meter cannot be read", "err", err)
 		return nil, nil
 	}
+	if err != nil {
+		return nil, fmt.Errorf("count by eBPF: %w; or set UNITMETER_SOURCE=dbus, which counts the units with IP accounting on", err)
+	}
 	r.cfg.Source = EBPF
-	return m, err
+	return m, nil
 }
 
 // setDefaults fills in what is not set, and refuses what makes no sense.
@@ -225,9 +304,6 @@ func (cfg *Config) setDefaults() error {
 		if systemd.CounterInterface(t) == "" {
 			return fmt.Errorf("meter units of type %q: systemd has no IP accounting for them; use any of service, scope, socket, mount, swap, slice", t)
 		}
-	}
-	if slices.Contains(cfg.Types, "slice") && cfg.Source != DBus {
-		return fmt.Errorf("meter slices with the source %s: it counts the units in them only; leave slice out of the types, or use the source dbus", cfg.Source)
 	}
 	cfg.StopRecords = cmp.Or(cfg.StopRecords, DefaultStopRecords)
 	if !slices.Contains([]string{"auto", "on", "off"}, cfg.StopRecords) {
@@ -336,8 +412,11 @@ func (r *Receiver) Units() []systemd.Unit {
 	}
 	units := map[string]*systemd.Unit{}
 	for s := range last.State.All() {
-		name, accounting := s.Name, "ended"
-		if s.Kind != ledger.Unit {
+		name, accounting := s.ID.Text(), "ended"
+		switch {
+		case s.Measure != ledger.Total:
+			continue
+		case s.Kind != ledger.Unit:
 			name, accounting = Unattributed, "on"
 		}
 		u := units[name]
@@ -350,13 +429,14 @@ func (r *Receiver) Units() []systemd.Unit {
 		u.Counters.EgressBytes += s.Total.Sent.Bytes
 		u.Counters.EgressPackets += s.Total.Sent.Packets
 	}
-	r.meter.living(func(reading ledger.Reading) {
-		if u := units[reading.Unit]; u != nil {
+	r.meter.living(func(reading *ledger.Reading) {
+		name := ledger.ID{Name: reading.Unit, Owner: reading.Owner}.Text()
+		if u := units[name]; u != nil {
 			u.Accounting = "on"
 			return
 		}
-		units[reading.Unit] = &systemd.Unit{
-			Name: reading.Unit, Accounting: "on", Slice: reading.Slice, Start: reading.Start, Time: last.Time,
+		units[name] = &systemd.Unit{
+			Name: name, Accounting: "on", Slice: reading.Slice, Start: reading.Start, Time: last.Time,
 		}
 	})
 	list := make([]systemd.Unit, 0, len(units))

@@ -29,8 +29,9 @@ func (cfg Config) Selection() (s Selection, err error) {
 
 // Metered reports whether a unit is metered.
 func (s Selection) Metered(unit string) bool {
-	// Types are of units: a cgroup that is none has no type to leave out.
-	typed := len(s.Types) == 0 || !systemd.ValidUnitName(unit) || slices.Contains(s.Types, systemd.TypeOf(unit))
+	// A cgroup that is no unit has no type to leave out.
+	t := typeOf(unit)
+	typed := len(s.Types) == 0 || t == noType || slices.Contains(s.Types, t)
 	return typed && (s.Include.Len() == 0 || s.Include.Index(unit) >= 0) && s.Exclude.Index(unit) < 0
 }
 

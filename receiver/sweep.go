@@ -34,7 +34,10 @@ type Sweep struct {
 type Attributes struct {
 	// Receive and Transmit are the sets of the two directions.
 	Receive, Transmit attribute.Set
-	slice             string
+	// Bytes and Packets are the names of the instruments that have the points; empty
+	// for none.
+	Bytes, Packets string
+	slice          string
 	// What the points are observed with. It is made once, since it is passed with
 	// "...".
 	receive, transmit []metric.ObserveOption
@@ -154,18 +157,24 @@ func (r *Receiver) sweep(ctx context.Context, began time.Time) *Sweep {
 		r.journal.Located(ctx)
 	}
 	r.mu.Lock()
-	r.ledger.Begin()
+	for l := range r.ledgers() {
+		l.Begin()
+	}
 	r.mu.Unlock()
 	r.source.Each(func(unit, _ string, _ bool) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.ledger.Load(unit)
+		for l := range r.ledgers() {
+			l.Load(unit)
+		}
 	})
 	err := r.source.Read(ctx)
 	r.source.Each(func(_, epoch string, reading bool) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.ledger.Mark(epoch, reading)
+		for l := range r.ledgers() {
+			l.Mark(epoch, reading)
+		}
 	})
 	sweep := r.finish(began, err != nil)
 	r.last.Store(sweep)
@@ -191,6 +200,9 @@ func (r *Receiver) finish(began time.Time, partial bool) *Sweep {
 	}
 	now := time.Now()
 	state := r.ledger.Finish(now, listed, partial)
+	for _, o := range r.others {
+		state.Others = append(state.Others, o.ledger.Finish(now, listed, partial))
+	}
 	return &Sweep{
 		Time: now, Duration: now.Sub(began), Partial: partial, Units: units, Accounted: accounted,
 		State: state, attributes: r.attributesOf(&state),
@@ -204,19 +216,14 @@ func (r *Receiver) present(partial bool) (units, accounted int, listed bool) {
 		units, accounted = r.systemd.Accounted()
 		return units, accounted, r.systemd.Listed()
 	}
-	names := map[string]struct{}{}
-	r.source.Each(func(unit, _ string, reading bool) {
-		if reading {
-			names[unit] = struct{}{}
-		}
-	})
-	return len(names), len(names), !partial
+	units = r.meter.units()
+	return units, units, !partial
 }
 
 // attributesOf returns the attributes of the series of a state, which it makes for
 // each series once. The caller holds mu.
 func (r *Receiver) attributesOf(state *ledger.State) []*Attributes {
-	list := make([]*Attributes, 0, len(state.Series)+1+len(state.Balances))
+	list := make([]*Attributes, 0, (1+len(state.Others))*(len(state.Series)+1+len(state.Balances)))
 	for s := range state.All() {
 		a, ok := r.attributes[s.ID]
 		if !ok || r.cfg.UnitSlice && a.slice != s.Slice {
@@ -248,6 +255,22 @@ func (r *Receiver) describe(s *ledger.Series) *Attributes {
 		if r.cfg.UnitSlice && s.Slice != "" {
 			attrs = append(attrs, attribute.String("systemd.unit.slice", s.Slice))
 		}
+		owner := s.Owner.Labels()
+		for _, label := range []struct{ key, value string }{
+			{"user.id", owner.User}, {"container.runtime", owner.Runtime},
+			{"container.id", owner.ContainerID}, {"container.name", owner.ContainerName},
+			{"k8s.pod.name", owner.Pod}, {"k8s.namespace.name", owner.Namespace},
+		} {
+			if label.value != "" {
+				attrs = append(attrs, attribute.String(label.key, label.value))
+			}
+		}
+	}
+	switch s.Measure {
+	case ledger.Loopback, ledger.WireLoopback:
+		attrs = append(attrs, attribute.Bool("unitmeter.loopback", true))
+	case ledger.Remote, ledger.WireRemote:
+		attrs = append(attrs, attribute.Bool("unitmeter.loopback", false))
 	}
 	direction := attribute.Key("network.io.direction")
 	a := &Attributes{
@@ -255,7 +278,21 @@ func (r *Receiver) describe(s *ledger.Series) *Attributes {
 		Transmit: attribute.NewSet(append(slices.Clone(attrs), direction.String("transmit"))...),
 		slice:    s.Slice,
 	}
+	a.Bytes, a.Packets = r.instrumentsOf(s.ID)
 	a.receive = []metric.ObserveOption{metric.WithAttributeSet(a.Receive)}
 	a.transmit = []metric.ObserveOption{metric.WithAttributeSet(a.Transmit)}
 	return a
+}
+
+// instrumentsOf returns the instruments with the points of a series.
+func (r *Receiver) instrumentsOf(id ledger.ID) (bytes, packets string) {
+	switch {
+	case id.Kind == ledger.Unattributed && id.Measure == ledger.Total:
+		return UnattributedName, ""
+	case id.Kind == ledger.Unattributed, id.Measure == ledger.Total && r.cfg.Loopback:
+		return "", ""
+	case id.Measure >= ledger.Wire:
+		return WireIOName, WirePacketCountName
+	}
+	return IOName, PacketCountName
 }

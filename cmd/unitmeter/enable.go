@@ -35,7 +35,7 @@ const (
 type selection struct {
 	names                              []string
 	all, lost, byDefault, runtime, dry bool
-	ebpf                               bool
+	ebpf, rearm, follow, reset         bool
 }
 
 // enable switches IP accounting on. It needs root, or polkit's manage-units.
@@ -58,13 +58,17 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	if s.ebpf && s.dry {
 		return switchSource(ctx, t, on, s.dry)
 	}
-	cfg, err := loadConfig(t)
+	cfg, err := loadUnits(ctx, t)
 	if err != nil {
 		return err
 	}
-	m, err := accounting.Connect(ctx, cfg.Receiver.Addresses()...)
+	connect := accounting.Connect
+	if s.follow {
+		connect = accounting.Follow
+	}
+	m, err := connect(ctx, cfg.Addresses()...)
 	if err != nil {
-		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
+		return fmt.Errorf("%w; see \"unitmeter doctor\"", accounting.Explain(err))
 	}
 	defer m.Close()
 	w := &switcher{m: m, out: t.stdout, verb: flags.Name(), on: on, selection: s}
@@ -74,10 +78,16 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 	switch {
 	case s.ebpf:
 		return switchSource(ctx, t, on, s.dry)
+	case s.rearm:
+		return switchRearm(ctx, t, on, s.dry)
+	case s.reset:
+		return reset(ctx, t, s.dry)
+	case s.follow:
+		return w.follow(ctx, cfg)
 	case s.byDefault:
 		return w.setDefault(ctx)
 	}
-	units, err := w.choose(ctx, cfg.Receiver)
+	units, err := w.choose(ctx, cfg)
 	if err != nil {
 		return err
 	}
@@ -86,16 +96,20 @@ func switchAccounting(ctx context.Context, t *terminal, flags *flag.FlagSet, on 
 
 // parseSelection reads the command line.
 func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err error) {
-	choices := "names of units, or one of --all, --default and --ebpf"
+	choices := "names of units, or one of --all, --default, --ebpf, --rearm and --reset"
 	if on {
-		choices = "names of units, or one of --all, --lost, --default and --ebpf"
+		choices = "names of units, or one of --all, --lost, --default, --ebpf and --rearm"
 		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting off, and lost ones")
 		flags.BoolVar(&s.lost, "lost", false, "the units whose counters systemd has lost")
 		flags.BoolVar(&s.byDefault, "default", false, "all units, future ones too: set DefaultIPAccounting=yes and reload systemd")
+		flags.BoolVar(&s.follow, "follow", false, "with --lost: now and after each reload of systemd, until stopped")
+		flags.BoolVar(&s.rearm, "rearm", false, "no unit: let unitmeter-rearm.service do what --lost --follow does")
 		flags.BoolVar(&s.ebpf, "ebpf", false, "no unit: let unitmeter.service count all units by its own eBPF program, and restart it")
 	} else {
 		flags.BoolVar(&s.all, "all", false, "all metered and running units with IP accounting on")
 		flags.BoolVar(&s.byDefault, "default", false, "undo \"enable --default\", and reload systemd")
+		flags.BoolVar(&s.rearm, "rearm", false, "undo \"enable --rearm\"")
+		flags.BoolVar(&s.reset, "reset", false, "undo all that enable and systemctl set-property IPAccounting= ever switched, and reload systemd")
 		flags.BoolVar(&s.ebpf, "ebpf", false, "undo \"enable --ebpf\", and restart unitmeter.service")
 	}
 	flags.BoolVar(&s.runtime, "runtime", false, "until the next boot only")
@@ -105,14 +119,22 @@ func parseSelection(t *terminal, flags *flag.FlagSet, on bool) (s selection, err
 		return s, err
 	}
 	s.names = patterns.Texts()
+	for _, arg := range t.args {
+		if flags.Lookup(arg) != nil {
+			return s, usageError{fmt.Errorf("%q is a flag: write \"unitmeter %s --%s\"; for a unit of that name write %s.service", arg, flags.Name(), arg, arg)}
+		}
+	}
 	ways := 0
-	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf} {
+	for _, given := range []bool{len(s.names) > 0, s.all, s.lost, s.byDefault, s.ebpf, s.rearm, s.reset} {
 		if given {
 			ways++
 		}
 	}
-	if s.ebpf && s.runtime {
-		return s, usageError{errors.New("--runtime does not go with --ebpf, which is for good")}
+	if (s.ebpf || s.rearm || s.reset) && s.runtime {
+		return s, usageError{errors.New("--runtime does not go with --ebpf, --rearm and --reset, which are for good")}
+	}
+	if s.follow && (!s.lost || s.dry) {
+		return s, usageError{errors.New("--follow goes with --lost only")}
 	}
 	if ways != 1 {
 		return s, usageError{fmt.Errorf("want %s; see \"unitmeter help %s\"", choices, flags.Name())}
@@ -138,6 +160,12 @@ func (w *switcher) onHost() string {
 		return "rm /etc/systemd/" + defaultFile + " && systemctl daemon-reload"
 	case w.ebpf:
 		return "unitmeter " + w.verb + " --ebpf"
+	case w.rearm:
+		return "unitmeter " + w.verb + " --rearm"
+	case w.reset:
+		return "unitmeter disable --reset"
+	case w.lost:
+		return "unitmeter enable --lost"
 	case len(w.names) == 0:
 		return "unitmeter " + w.verb + " --all"
 	}

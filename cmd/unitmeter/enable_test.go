@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"testing"
@@ -42,20 +44,21 @@ func TestEnableEBPF(t *testing.T) {
 	}
 }
 
-// fakeUnit is a service of the fake.
-func fakeUnit(name string, accounting bool, traffic uint64) systemdtest.Unit {
+// fakeUnit is a service of the fake, with accounting.
+func fakeUnit(name string, traffic uint64) systemdtest.Unit {
 	return systemdtest.Unit{
-		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: accounting,
+		Name: name, InvocationID: strings.Repeat("a", 30) + fmt.Sprintf("%02x", name[0]), Accounting: true,
 		IngressBytes: traffic, IngressPackets: traffic, EgressBytes: traffic, EgressPackets: traffic,
 	}
 }
 
-// TestEnableLost plants the fault of systemd 256 and 257, which no systemd of
-// this machine has: running units without data.
-func TestEnableLost(t *testing.T) {
+// losing plants the fault of systemd 256 and 257, which no systemd of this machine
+// has: a running unit, gone.service, without data until it is set again.
+func losing(t *testing.T) *systemdtest.Fake {
+	t.Helper()
 	fake := systemdtest.StartFake(t)
-	fake.SetUnit(fakeUnit("fine.service", true, 7))
-	fake.SetUnit(fakeUnit("gone.service", true, systemdtest.NoData))
+	fake.SetUnit(fakeUnit("fine.service", 7))
+	fake.SetUnit(fakeUnit("gone.service", systemdtest.NoData))
 	fake.OnGet(func(_ dbus.ObjectPath, _, property string) (dbus.Variant, *dbus.Error, time.Duration, bool) {
 		switch {
 		case property == "Version":
@@ -74,9 +77,53 @@ func TestEnableLost(t *testing.T) {
 		if name, runtime := args[0], args[1]; name != "gone.service" || runtime != true {
 			t.Errorf("SetUnitProperties(%v, %v), want gone.service at run time", name, runtime)
 		}
-		go fake.SetUnit(fakeUnit("gone.service", true, 0)) // the fake is locked now
+		go fake.SetUnit(fakeUnit("gone.service", 0)) // the fake is locked now
 		return []any{}, nil, 0, true
 	})
+	return fake
+}
+
+// TestRearm: enable --lost --follow restores what each reload takes, until the
+// connection ends.
+func TestRearm(t *testing.T) {
+	fake := losing(t)
+	out, stdout := io.Pipe()
+	var errs bytes.Buffer
+	ended := make(chan int)
+	go func() {
+		code := dispatch(t.Context(), &terminal{args: []string{"enable", "--lost", "--follow"}, environ: []string{"UNITMETER_BUS=" + fake.Address()}, stdout: stdout, stderr: &errs})
+		_ = stdout.Close()
+		ended <- code
+	}()
+	lines := bufio.NewScanner(out)
+	for range 3 {
+		if !lines.Scan() || lines.Text() != "gone.service: counting again" {
+			t.Fatalf("it said %q", lines.Text())
+		}
+		fake.SetUnit(fakeUnit("gone.service", systemdtest.NoData))
+		fake.EmitReloading(true)
+		fake.EmitReloading(false)
+	}
+	if !lines.Scan() {
+		t.Error("the last reload was missed")
+	}
+	fake.KillBus()
+	if lines.Scan() {
+		t.Errorf("it also said %q", lines.Text())
+	}
+	if code := <-ended; code != exitFailure {
+		t.Errorf("it ends with %d, %s", code, &errs)
+	}
+	for _, args := range [][]string{{"--follow"}, {"--follow", "--all"}, {"--rearm", "--runtime"}, {"--rearm", "--lost"}} {
+		if code, _, _ := runCommand(t, nil, append([]string{"enable"}, args...)...); code != exitUsage {
+			t.Errorf("enable %q ends with %d", args, code)
+		}
+	}
+}
+
+// TestEnableLost: the doctor finds the units, and the command that it names helps.
+func TestEnableLost(t *testing.T) {
+	fake := losing(t)
 	environ := []string{"UNITMETER_BUS=" + fake.Address(), "UNITMETER_STATE_DIR=none", "OTEL_METRICS_EXPORTER=console"}
 	// The doctor finds it, and names the command that fixes it.
 	_, report, _ := runCommand(t, environ, "doctor", "--here")

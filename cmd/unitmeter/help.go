@@ -28,7 +28,7 @@ func help(_ context.Context, t *terminal, flags *flag.FlagSet) error {
 	all := commands()
 	i := slices.IndexFunc(all, func(c command) bool { return c.name == args[0] })
 	if i < 0 {
-		return usageError{fmt.Errorf("there is no command %q; see \"unitmeter help\"", args[0])}
+		return usageError{noCommand(args[0])}
 	}
 	// Every command declares its flags before it parses them.
 	sub := flag.NewFlagSet(args[0], flag.ContinueOnError)

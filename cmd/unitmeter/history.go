@@ -30,6 +30,7 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print JSON")
 	asCSV := flags.Bool("csv", false, "print comma-separated values")
 	quarantined := flags.Bool("quarantined", false, "list the requests that the Collector refused")
+	retry := flags.Bool("retry", false, "with --quarantined: have the agent send those requests again")
 	units, err := parse(t, flags, -1)
 	if err != nil {
 		return err
@@ -37,8 +38,11 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if *asJSON && *asCSV {
 		return usageError{errors.New("--json and --csv exclude each other; give one of them")}
 	}
-	if *quarantined && (flags.NFlag() > 1 || len(units) > 0) {
-		return usageError{errors.New("--quarantined takes no other argument; give it alone")}
+	if *retry && !*quarantined {
+		return usageError{errors.New("--retry is for refused requests; give it with --quarantined")}
+	}
+	if others := flags.NFlag() > 1 && !*retry || flags.NFlag() > 2; *quarantined && (others || len(units) > 0) {
+		return usageError{errors.New("--quarantined takes no other argument than --retry; give it alone")}
 	}
 	query, err := parseQuery(*since, *until, *step, units)
 	if err != nil {
@@ -50,6 +54,9 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	}
 	if cfg.Store.Dir == "" {
 		return usageError{errors.New("there is no state directory and so no history; set UNITMETER_STATE_DIR to the agent's, such as /var/lib/unitmeter")}
+	}
+	if *retry {
+		return retryQuarantined(ctx, t.stdout, historyDir(cfg))
 	}
 	reader, err := store.OpenReader(ctx, historyDir(cfg))
 	if err != nil {
@@ -293,6 +300,19 @@ func bar(in, out, most float64) string {
 	}
 	scaled := func(v float64) int { return int(v/most*chartWidth + 0.5) }
 	return strings.Repeat("▒", scaled(in)) + strings.Repeat("█", scaled(in+out)-scaled(in))
+}
+
+func retryQuarantined(ctx context.Context, w io.Writer, dir string) error {
+	n, err := store.Retry(ctx, dir)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w; set UNITMETER_STATE_DIR to the agent's directory if it is another", err)
+	case n == 0:
+		_, err = fmt.Fprintln(w, "No request is in quarantine.")
+	default:
+		_, err = fmt.Fprintf(w, "The agent sends %d quarantined requests again after its next cycle, or after its next start.\n", n)
+	}
+	return err
 }
 
 func printQuarantined(ctx context.Context, w io.Writer, reader *store.Reader) error {

@@ -125,6 +125,8 @@ func TestHistoryMistakes(t *testing.T) {
 	}{
 		{[]string{"--quarantined", "--json"}, "give it alone"},
 		{[]string{"--quarantined", "nats"}, "give it alone"},
+		{[]string{"--quarantined", "--retry", "--json"}, "give it alone"},
+		{[]string{"--retry"}, "with --quarantined"},
 		{[]string{"--since", "2999-01-01"}, "give an earlier --since"},
 		{[]string{"--json", "--csv"}, "exclude each other"},
 	} {
@@ -136,6 +138,44 @@ func TestHistoryMistakes(t *testing.T) {
 	if code, _, stderr := runCommand(t, []string{state}, "history"); code != 1 || !strings.Contains(stderr, "set UNITMETER_STATE_DIR to the agent's directory") {
 		t.Errorf("without a history: code %d: %s", code, stderr)
 	}
+}
+
+func TestHistoryRetry(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(t.Context(), store.Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	retry := func(want string) {
+		t.Helper()
+		code, stdout, stderr := runCommand(t, []string{"UNITMETER_STATE_DIR=" + dir}, "history", "--quarantined", "--retry")
+		if code != 0 || stdout != want {
+			t.Errorf("code %d: %q, want %q; %s", code, stdout, want, stderr)
+		}
+	}
+	retry("No request is in quarantine.\n")
+	if err := s.Commit(t.Context(), store.Cycle{Time: time.Now(), Request: []byte("refused")}); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := s.Next(t.Context(), 1)
+	if err != nil || len(entries) != 1 {
+		t.Fatal(entries, err)
+	}
+	if err := s.Quarantine(t.Context(), entries[0].ID, "HTTP 400"); err != nil {
+		t.Fatal(err)
+	}
+	retry("The agent sends 1 quarantined requests again after its next cycle, or after its next start.\n")
+	if err := s.Commit(t.Context(), store.Cycle{Time: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	if entries, err = s.Next(t.Context(), 1); err != nil || len(entries) != 1 || string(entries[0].Request) != "refused" {
+		t.Errorf("waiting: %v, %v", entries, err)
+	}
+	retry("No request is in quarantine.\n")
 }
 
 // A name that is not in the history is not passed over, beside others neither.

@@ -19,8 +19,10 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/receiver"
@@ -37,11 +39,21 @@ const (
 	exitUsage   = 2 // the command line or the environment is wrong
 )
 
+// endLimit is the longest time from the first signal to the end. It is above
+// stopTimeout and below the packaged unit's TimeoutStopSec.
+const endLimit = 15 * time.Second
+
 func main() {
 	// A second signal ends the process at once: the first one has restored
 	// the default by then.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	context.AfterFunc(ctx, stop)
+	context.AfterFunc(ctx, func() {
+		stop()
+		time.AfterFunc(endLimit, func() {
+			fmt.Fprintf(os.Stderr, "unitmeter: did not end within %s of the signal, and ends now; look for a disk or a reader that hangs\n", endLimit)
+			os.Exit(exitFailure)
+		})
+	})
 	t := &terminal{args: os.Args[1:], environ: os.Environ(), stdout: os.Stdout, stderr: os.Stderr}
 	withhold()
 	os.Exit(dispatch(ctx, t))
@@ -77,8 +89,8 @@ func commands() []command {
 		{"once", "[--json] [--interval D] [--source S] [UNIT...]", "read all units once and print their traffic", once},
 		{"top", "[--once] [--interval D] [--bytes] [--source S] [UNIT...]", "show the speeds of all units, live", showSpeeds},
 		{"units", "[--json] [UNIT...]", "list all units: metered or not, and why", units},
-		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost|--default|--ebpf", "switch IP accounting on", enable},
-		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default|--ebpf", "switch IP accounting off", disable},
+		{"enable", "[--runtime] [--dry-run] UNIT...|--all|--lost [--follow]|--default|--ebpf|--rearm", "switch IP accounting on", enable},
+		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default|--ebpf|--rearm|--reset", "switch IP accounting off", disable},
 		{"meter", "load|unload|status", "load the eBPF program that counts for UNITMETER_SOURCE=ebpf, or take it away", manageMeter},
 		{"doctor", "[--json] [--here]", "check everything that the agent needs, and name the fix for each fault", diagnose},
 		{"history", "[--since T] [--until T] [--step D] [--json|--csv] [UNIT...]", "print the traffic of units in the last 24 hours, or since T", showHistory},
@@ -102,14 +114,14 @@ func dispatch(ctx context.Context, t *terminal) int {
 		switch rest[0] {
 		case "-h", "-help", "--help":
 			name, rest = "help", rest[1:]
-		case "-version", "--version":
+		case "-v", "-V", "-version", "--version":
 			name, rest = "version", rest[1:]
 		}
 	}
 	all := commands()
 	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
 	if i < 0 {
-		fmt.Fprintf(t.stderr, "unitmeter: there is no command %q; see \"unitmeter help\"\n", name)
+		fmt.Fprintf(t.stderr, "unitmeter: %v\n", noCommand(name))
 		return exitUsage
 	}
 	t.args = rest
@@ -176,7 +188,7 @@ func parse(t *terminal, flags *flag.FlagSet, maxArgs int) ([]string, error) {
 			if errors.Is(err, flag.ErrHelp) {
 				return nil, err
 			}
-			return nil, usageError{fmt.Errorf("%w; see \"unitmeter help %s\"", err, flags.Name())}
+			return nil, usageError{explainFlag(err, flags, t.args)}
 		}
 		if flags.NArg() == 0 {
 			break
@@ -214,6 +226,32 @@ func sourceFlag(flags *flag.FlagSet, to *string) {
 		*to = name
 		return nil
 	})
+}
+
+// loadUnits reads what the environment says of units. On a host with the service, root
+// gets the service's settings: a command is about what that meters.
+func loadUnits(ctx context.Context, t *terminal) (receiver.Config, error) {
+	// The timeouts go with UNITMETER_SWEEP_TIMEOUT.
+	names := []string{"OTEL_METRIC_EXPORT_TIMEOUT", "DBUS_SYSTEM_BUS_ADDRESS"}
+	for _, v := range config.Variables() {
+		if v.Group == config.GroupUnits && v.Name != "UNITMETER_SOURCE" { // which has a flag
+			names = append(names, v.Name)
+		}
+	}
+	var taken, shown []string
+	for _, kv := range doctor.ServiceVariables(ctx, t.environ) {
+		if name, value, _ := strings.Cut(kv, "="); slices.Contains(names, name) && value != "" {
+			taken, shown = append(taken, kv), append(shown, tty.Clean(kv))
+		}
+	}
+	if len(taken) > 0 {
+		fmt.Fprintf(t.stderr, "with the settings of unitmeter.service: %s\n", strings.Join(shown, " "))
+	}
+	cfg, err := config.Load(append(taken, t.environ...))
+	if err != nil {
+		return cfg.Receiver, usageError{err}
+	}
+	return cfg.Receiver, nil
 }
 
 // loadConfig reads the environment.

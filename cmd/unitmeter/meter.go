@@ -36,7 +36,7 @@ func manageMeter(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	case "status":
 		return showMeter(t)
 	}
-	return usageError{fmt.Errorf("%q is none of load, unload and status", args[0])}
+	return usageError{fmt.Errorf("%q is none of load, unload and status; see \"unitmeter help meter\"", args[0])}
 }
 
 func loadMeter(ctx context.Context, t *terminal) error {

@@ -17,21 +17,22 @@ import (
 
 func once(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	asJSON := flags.Bool("json", false, "print a JSON array with one object for each unit")
-	interval := flags.Duration("interval", 0, "read twice with this interval (2s, 1m), and print the speeds; 1s where the counting begins with this command")
+	var interval time.Duration
+	durationFlag(flags, &interval, "interval", 0, "read twice with this interval (5, 500ms, 1m), and print the speeds; 1s where the counting begins with this command")
 	var source string
 	sourceFlag(flags, &source)
 	patterns, err := parsePatterns(t, flags)
 	if err != nil {
 		return err
 	}
-	if *interval < 0 {
-		return usageError{fmt.Errorf("--interval %s is negative; use a duration such as 2s", *interval)}
+	if interval < 0 {
+		return usageError{fmt.Errorf("--interval %s is negative; use seconds, or a duration such as 1m", interval)}
 	}
-	cfg, err := loadConfig(t)
+	cfg, err := loadUnits(ctx, t)
 	if err != nil {
 		return err
 	}
-	readings, err := accounting.Read(ctx, cfg.Receiver, source, patterns, *interval)
+	readings, err := accounting.Read(ctx, cfg, source, patterns, interval)
 	if err != nil {
 		return err
 	}
@@ -91,7 +92,11 @@ func printTable(w io.Writer, readings *accounting.Readings, all bool) error {
 	}
 	numbers := len(header)
 	tab := tty.NewTable(w, true, append(header, "SINCE", "UNIT")...)
-	tab.Drop("SINCE", "IN P/S", "OUT P/S", "IN PACKETS", "OUT PACKETS")
+	narrow := [][]string{{"SINCE"}, {"IN P/S", "OUT P/S"}, {"IN PACKETS", "OUT PACKETS"}}
+	if speeds {
+		narrow = append(narrow, []string{"IN BYTES", "OUT BYTES"})
+	}
+	tab.Drop(narrow...)
 	lost := 0
 	var off []string
 	for _, u := range units {
@@ -122,7 +127,7 @@ func printTable(w io.Writer, readings *accounting.Readings, all bool) error {
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	enable := "unitmeter enable --all"
+	enable := accounting.EnableAll
 	if all {
 		enable = accounting.EnableCommand(off)
 	}

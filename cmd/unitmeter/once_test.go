@@ -81,8 +81,8 @@ func TestOnceTable(t *testing.T) {
 	if strings.Contains(out.String(), "off.service") || strings.Contains(out.String(), "B/S") {
 		t.Errorf("the short table has too much:\n%s", &out)
 	}
-	// "enable --all" leaves out the mount: it would be told to for ever.
-	if want := "off: 1. To switch it on: unitmeter enable --all\n"; !strings.Contains(out.String(), want) {
+	// "enable --default" leaves out the mount: it would be told to for ever.
+	if want := "off: 1. To switch it on: unitmeter enable --default\n"; !strings.Contains(out.String(), want) {
 		t.Errorf("the short table lacks %q:\n%s", want, &out)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -19,6 +20,7 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/resource"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/doctor"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
@@ -53,7 +55,7 @@ func run(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		const text = "nothing to do: OTEL_SDK_DISABLED is true"
 		log.Info(text)
 		notify(log, daemon.SdNotifyReady)
-		status(ctx, log, cfg, func() (string, time.Time) { return text, time.Now() })
+		status(ctx, log, cfg, nil, func() (string, time.Time) { return text, time.Now() })
 		return nil
 	}
 	trimMemory()
@@ -175,13 +177,19 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 		out.prometheus.Serve() // not before: a first scrape without units would look like their end
 	}
 	notify(log, daemon.SdNotifyReady)
-	began := time.Now()
-	status(ctx, log, cfg, func() (string, time.Time) {
+	began, counting := time.Now(), make(chan struct{})
+	receiving.Go(func() { // until the first sweep
+		defer close(counting)
+		if sweep := first(running, rcv); sweep != nil {
+			report(log, metering(sweep, rcv))
+		}
+	})
+	status(ctx, log, cfg, counting, func() (string, time.Time) {
 		sweep := rcv.Last()
 		if sweep == nil {
 			return "", began
 		}
-		return statusText(sweep, out.main.Health()), sweep.Time
+		return statusText(metering(sweep, rcv), out.main.Health()), sweep.Time
 	})
 
 	log.Info("stopping")
@@ -195,6 +203,31 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 	stopReceiver()
 	receiving.Wait()
 	return err
+}
+
+// first waits for the first sweep; nil where ctx ends before.
+func first(ctx context.Context, rcv *receiver.Receiver) *receiver.Sweep {
+	ticker := time.NewTicker(50 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		if sweep := rcv.Last(); sweep != nil {
+			return sweep
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// report logs how many units are metered, and what to do where most are not.
+func report(log *slog.Logger, text string) {
+	if strings.Contains(text, accounting.EnableAll) {
+		log.Warn(text)
+	} else {
+		log.Info(text)
+	}
 }
 
 // outputs are the exporters of a run.
@@ -263,8 +296,9 @@ func (o *outputs) close(ctx context.Context) error {
 // status reports the state to the service manager, and feeds its watchdog for as
 // long as there are signs of life, until ctx ends: ask gives what to say ("" is
 // nothing), and when the last sign was. What it says is in "systemctl status", and
-// where the doctor finds why nothing is delivered.
-func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func() (text string, alive time.Time)) {
+// where the doctor finds why nothing is delivered. It asks at each tick, and once
+// when ready is closed, if it is not nil.
+func status(ctx context.Context, log *slog.Logger, cfg config.Config, ready <-chan struct{}, ask func() (text string, alive time.Time)) {
 	if os.Getenv("NOTIFY_SOCKET") == "" { // nobody listens
 		<-ctx.Done()
 		return
@@ -285,6 +319,8 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func()
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
+		case <-ready:
+			ready = nil
 		}
 		text, alive := ask()
 		if text != last {
@@ -299,10 +335,25 @@ func status(ctx context.Context, log *slog.Logger, cfg config.Config, ask func()
 	}
 }
 
-func statusText(sweep *receiver.Sweep, health exporter.Health) string {
-	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
+func statusText(text string, health exporter.Health) string {
 	if health.Err != nil {
 		text += doctor.FailingSince + health.Since.UTC().Format(time.RFC3339) + ": " + tty.Line(health.Err)
+	}
+	return text
+}
+
+// metering says how many units are metered, and what to do where most have IP
+// accounting off. The agent's own unit has it on as a rule.
+func metering(sweep *receiver.Sweep, rcv *receiver.Receiver) string {
+	text := fmt.Sprintf("metering %d of %d units", sweep.Accounted, sweep.Units)
+	off := 0
+	for _, u := range rcv.Units() {
+		if u.Accounting == "off" && accounting.CarriesTraffic(u.Name) {
+			off++
+		}
+	}
+	if rcv.Counting().Source == receiver.DBus && off > sweep.Accounted {
+		text += fmt.Sprintf(": IP accounting is off for %d; run %s, or use the eBPF source (unitmeter enable --ebpf)", off, accounting.EnableAll)
 	}
 	return text
 }

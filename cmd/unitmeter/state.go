@@ -23,7 +23,7 @@ type state struct {
 }
 
 // openState opens the state directory. A full or failing disk is no error: then
-// the agent sends directly, and there is a store without durable.
+// the agent works without, and there is a store without durable.
 func openState(ctx context.Context, cfg config.Config, log *slog.Logger) (*state, error) {
 	s := &state{}
 	if cfg.Store.Dir == "" {

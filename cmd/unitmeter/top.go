@@ -17,7 +17,7 @@ import (
 func showSpeeds(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	cfg := top.Config{Out: t.stdout, Environ: t.environ}
 	flags.BoolVar(&cfg.Once, "once", false, "read twice, print one table, and end")
-	flags.DurationVar(&cfg.Interval, "interval", time.Second, fmt.Sprintf("time between two readings, %s or more", top.ShortestInterval))
+	durationFlag(flags, &cfg.Interval, "interval", time.Second, fmt.Sprintf("time between two readings, %s or more", top.ShortestInterval))
 	flags.BoolVar(&cfg.Exact, "bytes", false, "exact numbers: bytes per second instead of kB/s and MB/s")
 	sourceFlag(flags, &cfg.Source)
 	var err error
@@ -35,10 +35,8 @@ func showSpeeds(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if !cfg.Once && slices.Contains(t.environ, "TERM=dumb") {
 		return usageError{errors.New("this terminal (TERM=dumb) has no screen to draw on; use --once for one table")}
 	}
-	settings, err := loadConfig(t)
-	if err != nil {
+	if cfg.Receiver, err = loadUnits(ctx, t); err != nil {
 		return err
 	}
-	cfg.Receiver = settings.Receiver
 	return top.Run(ctx, cfg)
 }

@@ -41,16 +41,16 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	cfg, err := loadConfig(t)
+	cfg, err := loadUnits(ctx, t)
 	if err != nil {
 		return err
 	}
-	selection, err := accounting.Selection(ctx, cfg.Receiver)
+	selection, err := accounting.Selection(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	// All units that could be metered, so that it can be said why they are not.
-	everything := cfg.Receiver
+	everything := cfg
 	everything.Include, everything.Exclude, everything.Types = nil, nil, accounting.Types()
 	source, err := accounting.Open(ctx, everything, receiver.DBus)
 	if err != nil {
@@ -140,7 +140,7 @@ func withoutNumbers(r accounting.Reading) (reason, fix string) {
 	switch r.Accounting {
 	case "off":
 		if !accounting.CarriesTraffic(r.Name) {
-			return "IP accounting is off; a mount has traffic only if a program serves it", ""
+			return "off; a mount has traffic only if a program serves it", ""
 		}
 		reason, fix = "IP accounting is off", "unitmeter enable "+name
 	case "lost":
@@ -188,7 +188,7 @@ func printStates(w io.Writer, states []unitState, all bool, counting string, ref
 		header = slices.Delete(header, 1, 2)
 	}
 	tab := tty.NewTable(w, false, header...)
-	tab.Drop("FIX", "REASON")
+	tab.Drop([]string{"FIX"}, []string{"REASON"})
 	counts := map[string]int{}
 	for _, s := range states {
 		counts[s.State]++
@@ -213,9 +213,9 @@ func printStates(w io.Writer, states []unitState, all bool, counting string, ref
 	text := fmt.Sprintf("%d units: %s.", len(states), strings.Join(parts, ", "))
 	switch {
 	case counting == "possible":
-		text += "\nNo eBPF program is loaded. To count all without IP accounting: unitmeter enable --ebpf"
+		text += "\nTo count all of them without IP accounting: unitmeter enable --ebpf"
 	case counting == "metered":
-		text += "\nAn eBPF program is loaded."
+		text += "\nAn eBPF program counts all of them but those with a -."
 	case os.Geteuid() != 0:
 		text += "\nAs root, it also shows what eBPF can count."
 	case refused != nil:

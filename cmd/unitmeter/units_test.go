@@ -63,7 +63,7 @@ func TestPrintStates(t *testing.T) {
 	if m, l, o := strings.Index(text, "m.service"), strings.Index(text, "l.service"), strings.Index(text, "o.service"); m < 0 || l < m || o < l {
 		t.Errorf("not in the order metered, lost, off:\n%s", text)
 	}
-	if strings.Contains(text, "x.slice") || !strings.Contains(text, "4 units: 1 metered, 1 lost, 1 off, 1 excluded.\nNo eBPF") {
+	if strings.Contains(text, "x.slice") || !strings.Contains(text, "4 units: 1 metered, 1 lost, 1 off, 1 excluded.\nTo count all") {
 		t.Errorf("excluded units are to be counted only:\n%s", text)
 	}
 	out.Reset()

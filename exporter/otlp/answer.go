@@ -124,6 +124,8 @@ func (a Answer) Hint() string {
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT (protocol and path) and the credentials in OTEL_EXPORTER_OTLP_HEADERS"
 	case a.tooOld():
 		return "the receiver takes no points that are as old as the outage was long: in Prometheus, set storage.tsdb.out_of_order_time_window to more than that"
+	case a.Verdict != Accepted && (a.aboutSize() || a.Kind == "HTTP 413" || a.says("received from server: 413")):
+		return "raise the limit for the size of a request, at the receiver or at what is before it: it is below a single point"
 	case a.Verdict == Accepted:
 		return "look at the receiver's log for why it refuses the points"
 	case a.Verdict == Suspect, a.Verdict == TooLarge:

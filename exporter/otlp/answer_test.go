@@ -88,6 +88,10 @@ func TestGRPCThroughAProxy(t *testing.T) {
 			t.Errorf("%s: %+v", text, a)
 		}
 	}
+	// It makes Unavailable of 429, 502, 503 and 504.
+	if a := GRPCAnswer(status.New(codes.Unavailable, "unexpected HTTP status code received from server: 502 (Bad Gateway)")); a.Verdict != Transient {
+		t.Errorf("502: %+v", a)
+	}
 }
 
 func TestHTTPAnswers(t *testing.T) {
@@ -119,6 +123,7 @@ func TestBadRequests(t *testing.T) {
 		"Client sent an HTTP request to an HTTPS server.\n":                                       Misconfigured,
 		"<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>": Misconfigured,
 		"<html>\r\n<head><title>400 No required SSL certificate was sent</title></head>":          Misconfigured,
+		"<html>\r\n<head><title>400 Request Header Or Cookie Too Large</title></head>":            Misconfigured,
 		"out of bounds": Suspect,
 	} {
 		resp := &http.Response{StatusCode: 400, Status: "400 Bad Request", Header: http.Header{}}
@@ -211,6 +216,9 @@ func TestHintsNameTheVariable(t *testing.T) {
 		if !strings.Contains(a.Hint(), want) {
 			t.Errorf("hint for %q: %s", text, a.Hint())
 		}
+	}
+	if h := (Answer{Verdict: Suspect, Kind: "HTTP 413", Err: errorString("413 Request Entity Too Large")}).Hint(); !strings.Contains(h, "limit") {
+		t.Errorf("hint for a limit: %s", h)
 	}
 	if h := (Answer{Verdict: Misconfigured, Err: errorString("401")}).Hint(); !strings.Contains(h, "OTEL_EXPORTER_OTLP_HEADERS") {
 		t.Errorf("hint for a refused client: %s", h)

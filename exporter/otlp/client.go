@@ -46,6 +46,9 @@ type Config struct {
 	// Specific has the variables for metrics only that are set, by the names of the
 	// general ones, which do not count then. Default: none.
 	Specific map[string]string
+	// ProxyVariable names the variable with the proxy that requests go through. Default:
+	// none. It is for hints: net/http and gRPC read the variable themselves.
+	ProxyVariable string
 	// Logger gets changes of state. Default: none.
 	Logger *slog.Logger
 }
@@ -54,6 +57,9 @@ type Config struct {
 func (cfg Config) Deciding(hint string) string {
 	for general, specific := range cfg.Specific {
 		hint = strings.ReplaceAll(hint, general, specific)
+	}
+	if hint != "" && cfg.ProxyVariable != "" {
+		hint += fmt.Sprintf("; requests go through the proxy in %s: check it as well, or add the endpoint's host to NO_PROXY", cfg.ProxyVariable)
 	}
 	return hint
 }

@@ -92,6 +92,17 @@ func TestHintsNameTheVariableThatDecides(t *testing.T) {
 	}
 }
 
+func TestHintsNameTheProxy(t *testing.T) {
+	c, err := Open(t.Context(), to("http://localhost:1", Config{ProxyVariable: "https_proxy"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close(t.Context())
+	if hint := c.Hint(Answer{Verdict: Unreachable, Err: errorString("refused")}); !strings.Contains(hint, "proxy in https_proxy") || !strings.Contains(hint, "NO_PROXY") {
+		t.Errorf("hint: %s", hint)
+	}
+}
+
 // counting is a listener that counts the connections.
 type counting struct {
 	net.Listener

@@ -224,7 +224,7 @@ func GRPCAnswer(s *status.Status) Answer {
 	switch {
 	case a.says("HTTP status code received from server: 413"):
 		a.Verdict = TooLarge
-	case a.says("HTTP status code received from server"):
+	case a.Verdict != Transient && a.says("HTTP status code received from server"):
 		a.Verdict = Misconfigured
 	}
 	return a

@@ -195,11 +195,12 @@ func HTTPAnswer(resp *http.Response, text []byte, now time.Time) Answer {
 	case code == http.StatusBadRequest, code == http.StatusUnprocessableEntity:
 		a.Ahead = ahead(resp.Header.Get("Date"), now)
 		switch {
+		case isPage || wantsTLS(message): // "Request Header Or Cookie Too Large" as well
 		case a.aboutSize():
 			a.Verdict = TooLarge
 		case a.tooNew():
 			a.Verdict = Doubtful
-		case !isPage && !wantsTLS(message):
+		default:
 			a.Verdict = Suspect
 		}
 	case code == http.StatusInternalServerError:

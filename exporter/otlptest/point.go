@@ -4,10 +4,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	colmetricpb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
+	commonpb "go.opentelemetry.io/proto/otlp/common/v1"
 	metricpb "go.opentelemetry.io/proto/otlp/metrics/v1"
 )
 
@@ -58,8 +60,12 @@ func Flatten(r *colmetricpb.ExportMetricsServiceRequest) []Point {
 					}
 					attrs := make(map[string]string, len(p.Attributes))
 					for _, kv := range p.Attributes {
-						attrs[kv.Key] = kv.GetValue().GetStringValue()
-						if kv.GetValue().GetStringValue() == "" {
+						switch v := kv.GetValue().GetValue().(type) {
+						case *commonpb.AnyValue_StringValue:
+							attrs[kv.Key] = v.StringValue
+						case *commonpb.AnyValue_BoolValue:
+							attrs[kv.Key] = strconv.FormatBool(v.BoolValue)
+						default:
 							attrs[kv.Key] = strings.TrimSpace(kv.GetValue().String())
 						}
 					}

@@ -30,13 +30,15 @@
 //
 // Not survived: a disk that lies about flushes, and damage to the file itself.
 // SQLite does not checksum its pages, so every record carries a checksum of its
-// own: what does not match is never used. Damage to the ledger or to the tree of
-// the file sets the file aside, and the undelivered requests stay behind in that
-// copy; a damaged request is quarantined; a damaged hour of one unit's history is
-// skipped and counted.
+// own: what does not match is never used. At the start the whole tree is checked,
+// and the last cycle is compared with a mark beside the file, since a damaged log
+// looks like a shorter one. A damaged file is set aside, and the new one takes over
+// the ledger and the requests, each if it is whole; a damaged request is
+// quarantined; a damaged hour of one unit's history is left out and counted.
 //
-// A file that another machine has used, as on a clone, is set aside as well: its
-// series and requests are not this machine's. See [Config].
+// A file of another version, or one that another machine has used, as on a clone,
+// is set aside as well: its series and requests are not this machine's. See
+// [Config].
 //
 // # Bounds
 //

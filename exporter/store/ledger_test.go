@@ -137,7 +137,7 @@ func TestLedgerRecords(t *testing.T) {
 	for i := range 1000 {
 		now = now.Add(time.Second)
 		current = randomLedger(r, current, now)
-		record, base, err := writer.advance(current)
+		body, base, err := writer.advance(current)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -145,14 +145,14 @@ func TestLedgerRecords(t *testing.T) {
 			chain = nil
 			bases++
 		}
-		chain = append(chain, record)
+		chain = append(chain, body)
 		if i%7 != 0 {
 			continue
 		}
 		reader := newLedgerState()
-		for n, record := range chain {
-			if err := reader.replay(record, n == 0); err != nil {
-				t.Fatalf("step %d, record %d: %v", i, n, err)
+		for n, body := range chain {
+			if err := reader.replay(body, n == 0); err != nil {
+				t.Fatalf("step %d, body %d: %v", i, n, err)
 			}
 		}
 		if err := sameLedger(reader.ledger(), current); err != nil {
@@ -169,7 +169,7 @@ func TestLedgerRecords(t *testing.T) {
 }
 
 // Series with the same key, the position, and a run that names no series are the
-// same after commits, a start, and a record that replaces all earlier ones.
+// same after commits, a start, and a body that replaces all earlier ones.
 func TestLedgerKindsAndPosition(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 8))
 	now := time.Date(2026, 11, 23, 0, 0, 0, 0, time.UTC)
@@ -218,7 +218,7 @@ func TestLedgerKindsAndPosition(t *testing.T) {
 		}
 	}
 	if bases == 0 {
-		t.Error("no record has replaced the others: the test is too short")
+		t.Error("no body has replaced the others: the test is too short")
 	}
 }
 
@@ -226,11 +226,11 @@ func TestPositionCostsBytesWhenItChanges(t *testing.T) {
 	size := func(positions ...[2]string) (last int) {
 		l := newLedgerState()
 		for _, at := range positions {
-			record, _, err := l.advance(Ledger{Series: []Series{{Kind: 1, Key: "a.service"}}, Position: at})
+			body, _, err := l.advance(Ledger{Series: []Series{{Kind: 1, Key: "a.service"}}, Position: at})
 			if err != nil {
 				t.Fatal(err)
 			}
-			last = len(record)
+			last = len(body)
 		}
 		return last
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -380,7 +381,8 @@ func TestQuarantine(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 5))
 	dir := filepath.Join(t.TempDir(), "state")
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
-	s := openTest(t, Config{Dir: dir, Now: func() time.Time { return now }})
+	var log bytes.Buffer
+	s := openTest(t, Config{Dir: dir, Now: func() time.Time { return now }, Logger: testLogger(&log)})
 	for n := range quarantineMax + 5 {
 		now = now.Add(time.Second)
 		if err := s.Commit(t.Context(), Cycle{Time: now, Request: numbered(r, 2000, n), Points: 9}); err != nil {
@@ -409,12 +411,88 @@ func TestQuarantine(t *testing.T) {
 	if err != nil || len(list) != quarantineMax {
 		t.Fatal(len(list), err)
 	}
+	if !strings.Contains(log.String(), "quarantine is full") {
+		t.Errorf("the log:\n%s", &log)
+	}
 	if q := list[quarantineMax-1]; !q.At.Equal(now) || !q.Time.Equal(now) || q.Points != 9 || !strings.HasPrefix(q.Reason, "bad ?") || len(q.Reason) > quarantineReason || q.Bytes < 2000 {
 		t.Errorf("%+v", q)
 	}
 }
 
 // A request whose bytes rotted on disk must not block those after it.
+// Requests that a person wants to be sent again come after those that wait, with
+// the next cycle or after the next start. They are neither merged nor too old.
+func TestRetry(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	now := clock()
+	cfg := Config{Dir: dir, Now: func() time.Time { return now }}
+	s := openTest(t, cfg)
+	r := rand.New(rand.NewPCG(1, 6))
+	commit := func(n int) {
+		t.Helper()
+		now = now.Add(10 * time.Second)
+		if err := s.Commit(t.Context(), Cycle{Time: now, Request: numbered(r, 2000, n), Points: n}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waiting := func(want ...int) []Entry {
+		t.Helper()
+		entries, err := s.Next(t.Context(), 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []int
+		for _, e := range entries {
+			got = append(got, cyclesOf(t, e.Request)...)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("waiting %v, want %v", got, want)
+		}
+		return entries
+	}
+	retry := func(want int) {
+		t.Helper()
+		if n, err := Retry(t.Context(), dir); err != nil || n != want {
+			t.Errorf("%d requests, %v; want %d", n, err, want)
+		}
+	}
+	retry(0)
+	for n := 1; n <= 3; n++ {
+		commit(n)
+		if err := s.Quarantine(t.Context(), waiting(n)[0].ID, "refused"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.db.Exec("UPDATE quarantine SET body = substr(body, 1, 100) WHERE points = 2"); err != nil {
+		t.Fatal(err)
+	}
+	retry(3)
+	waiting()
+	now = now.Add(30 * 24 * time.Hour)
+	commit(4)
+	waiting(4, 1, 3)
+	if got := s.Stats(); got.Quarantined != 1 || got.Dropped != 0 {
+		t.Errorf("%+v", got)
+	}
+	s.Close()
+	s = openTest(t, cfg) // nothing is lent to the sender now, and the outbox is full
+	s.cfg.OutboxMaxBytes = s.outbox.bytes + 1000
+	commit(5)
+	entries := waiting(1, 3, 5)
+	if got := s.Stats(); got.Thinned != 1 || got.Dropped != 0 {
+		t.Errorf("%+v", got)
+	}
+	// Refused again, and again sent.
+	if err := errors.Join(s.Ack(t.Context(), entries[0].ID), s.Quarantine(t.Context(), entries[1].ID, "refused")); err != nil {
+		t.Fatal(err)
+	}
+	retry(2)
+	s.Close()
+	s = openTest(t, cfg)
+	commit(6)
+	waiting(5, 6, 3)
+}
+
 func TestDamagedRequest(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 6))
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)

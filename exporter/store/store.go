@@ -301,6 +301,9 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.closed = true
+	if s.db != nil && !s.stale {
+		_ = s.db.Checkpoint() // a log without content cannot be damaged
+	}
 	return s.release()
 }
 

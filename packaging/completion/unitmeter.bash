@@ -9,10 +9,10 @@ _unitmeter() {
 	*,once) words='--interval --json --source' units=1 ;;
 	*,top) words='--bytes --interval --once --source' units=1 ;;
 	*,units) words='--json' units=1 ;;
-	*,enable) words='--all --default --dry-run --ebpf --lost --runtime' units=1 ;;
-	*,disable) words='--all --default --dry-run --ebpf --runtime' units=1 ;;
+	*,enable) words='--all --default --dry-run --ebpf --follow --lost --rearm --runtime' units=1 ;;
+	*,disable) words='--all --default --dry-run --ebpf --rearm --reset --runtime' units=1 ;;
 	*,doctor) words='--here --json' units= ;;
-	*,history) words='--csv --json --quarantined --since --step --until' units=1 ;;
+	*,history) words='--csv --json --quarantined --retry --since --step --until' units=1 ;;
 	esac
 	for name in $words; do
 		[[ $name == "$current"* ]] && COMPREPLY+=("$name")

@@ -80,6 +80,7 @@ func manPage(commands []command) string {
 	var b strings.Builder
 	b.WriteString(`.\" Written by packaging/generate; "go generate ./packaging/..." renews it.
 .TH UNITMETER 8 "" unitmeter "System Administration"
+.ad l
 .SH NAME
 unitmeter \- network traffic of every systemd unit, as OpenTelemetry metrics
 .SH SYNOPSIS
@@ -162,9 +163,9 @@ https://github.com/unitmeter/unitmeter
 	return b.String()
 }
 
-// roff escapes text for man(7).
+// roff escapes text for man(7), where a line may break between the sets of a pattern.
 func roff(text string) string {
-	text = strings.NewReplacer(`\`, `\e`, `-`, `\-`, `"`, `\(dq`, `'`, `\(aq`, `~`, `\(ti`, `^`, `\(ha`, "`", `\(ga`).Replace(text)
+	text = strings.NewReplacer(`\`, `\e`, "][", `]\:[`, `-`, `\-`, `"`, `\(dq`, `'`, `\(aq`, `~`, `\(ti`, `^`, `\(ha`, "`", `\(ga`).Replace(text)
 	if strings.HasPrefix(text, ".") {
 		text = `\&` + text
 	}

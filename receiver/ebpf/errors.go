@@ -9,6 +9,8 @@ var (
 	ErrNotLoaded = errors.New("no eBPF meter is loaded")
 	// ErrOtherLayout: the pinned maps are those of another version of the program.
 	ErrOtherLayout = errors.New("the loaded eBPF meter has another layout")
+	// ErrOldKernel: use another source.
+	ErrOldKernel = errors.New("this kernel is too old for eBPF counting, which needs Linux 5.8")
 	// ErrPermission: a capability, the mode of a pin or a system call filter stands
 	// in the way; to read before Linux 5.19, CAP_BPF is needed.
 	ErrPermission = errors.New("no permission for eBPF")

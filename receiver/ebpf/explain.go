@@ -18,7 +18,7 @@ import (
 func explain(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: %w; run: unitmeter meter load", ErrNotLoaded, err)
+		return fmt.Errorf("%w; run: unitmeter meter load", ErrNotLoaded)
 	case errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: %w; run as root or as a member of the group of the pins", ErrPermission, err)
 	case errors.Is(err, unix.EPERM):
@@ -31,12 +31,15 @@ func explain(err error) error {
 // could not be lifted.
 func explainLoad(err, limitErr error) error {
 	switch {
+	case !errors.Is(err, unix.EPERM) && kernelBefore(5, 8):
+		return fmt.Errorf("%w: %w", ErrOldKernel, err)
 	case !errors.Is(err, unix.EPERM):
 		return err
 	case limitErr != nil && kernelBefore(5, 11):
 		return fmt.Errorf("%w: %w; set LimitMEMLOCK=infinity in the unit, or run: ulimit -l unlimited", ErrMemlock, err)
 	}
-	return fmt.Errorf("%w: %w; run as root with CAP_BPF and CAP_NET_ADMIN, outside of a user namespace (PrivateUsers=no)", ErrPermission, err)
+	// The library's own words are about MEMLOCK, whatever the reason.
+	return fmt.Errorf("%w: %w; run as root with CAP_BPF and CAP_NET_ADMIN, outside of a user namespace (PrivateUsers=no)", ErrPermission, unix.EPERM)
 }
 
 // kernelBefore is whether the running kernel is older. One that cannot be asked is.
@@ -53,7 +56,7 @@ func kernelBefore(major, minor int) bool {
 func explainNaming(err error) error {
 	const then = "cgroups are counted, but those that end between two readings have no name"
 	if _, statErr := os.Stat("/sys/kernel/btf/vmlinux"); statErr != nil {
-		return fmt.Errorf("name cgroups: %w: %w; %s; boot a kernel with CONFIG_DEBUG_INFO_BTF", ErrNoBTF, err, then)
+		return fmt.Errorf("name cgroups: %w; %s; boot a kernel with CONFIG_DEBUG_INFO_BTF", ErrNoBTF, then)
 	}
 	if errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("name cgroups: %w: %w; %s; give CAP_PERFMON", ErrPermission, err, then)

@@ -33,6 +33,9 @@ type Container struct {
 	// ID is 12 to 64 hexadecimal digits. Machines have a name only.
 	ID   string
 	Name string
+	// Split says that podman runs it in the cgroup of a service, which starts another
+	// one under the same name. Quadlet does so.
+	Split bool
 	// Pod is the UID of the Kubernetes pod.
 	Pod string
 }
@@ -204,17 +207,26 @@ func unitContainer(unit string, below []string) *Container {
 	}
 	if name, ok := cutAround(unit, "machine-", ".scope"); ok {
 		c := &Container{Name: unescapeUnit(name)}
-		if strings.HasPrefix(c.Name, "qemu-") {
-			c.Runtime = Libvirt
+		if domain, ok := libvirtDomain(c.Name); ok {
+			c.Runtime, c.Name = Libvirt, domain
 		}
 		return c
 	}
 	if len(below) > 0 { // podman with split cgroups, as Quadlet runs it
 		if id, ok := strings.CutPrefix(below[0], "libpod-payload-"); ok && containerID(id) {
-			return &Container{Runtime: Podman, ID: id, Name: strings.TrimSuffix(unit, ".service")}
+			return &Container{Runtime: Podman, ID: id, Split: true}
 		}
 	}
 	return nil
+}
+
+// libvirtDomain returns the domain of a machine, qemu-NUMBER-DOMAIN or
+// lxc-NUMBER-DOMAIN. The number is another one at each start.
+func libvirtDomain(machine string) (domain string, ok bool) {
+	driver, rest, _ := strings.Cut(machine, "-")
+	number, domain, _ := strings.Cut(rest, "-")
+	ok = (driver == "qemu" || driver == "lxc") && number != "" && strings.Trim(number, "0123456789") == "" && domain != ""
+	return domain, ok
 }
 
 // unmanagedContainer returns the container of a cgroup that a runtime has made
@@ -225,6 +237,9 @@ func unmanagedContainer(parts []string) *Container {
 		if name, ok := strings.CutPrefix(first, prefix); ok && name != "" {
 			return &Container{Runtime: LXC, Name: name}
 		}
+	}
+	if (first == "lxc" || first == "lxc.monitor") && len(parts) > 1 { // LXC before 4, Proxmox
+		return &Container{Runtime: LXC, Name: parts[1]}
 	}
 	c := Container{}
 	switch first {

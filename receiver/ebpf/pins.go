@@ -110,7 +110,7 @@ func otherLayouts(dir string) ([]string, error) {
 // and returns the directories that other versions have left there.
 func Pinned(dir string) (current bool, others []string, err error) {
 	dir = cmp.Or(dir, DefaultDir)
-	if others, err = otherLayouts(dir); errors.Is(err, fs.ErrNotExist) {
+	if others, err = otherLayouts(dir); errors.Is(err, ErrNotLoaded) {
 		return false, nil, nil
 	}
 	_, statErr := os.Stat(filepath.Join(dir, layout, meterMapMeters))

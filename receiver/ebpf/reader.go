@@ -236,7 +236,10 @@ func (r *Reader) idle(f func(*Identity), booted time.Time) error {
 			return explain(fmt.Errorf("look the names up: %w", err))
 		}
 		for i, id := range keys[:n] {
-			if r.identities.known[id] == nil { // a name without an entry is deleted with its cgroup
+			// A name without an entry is deleted with its cgroup. The kernel may have named
+			// others before it knew the root.
+			path := names[i].path()
+			if r.identities.known[id] == nil && (path == r.prefix || strings.HasPrefix(path, r.prefix+"/")) {
 				f(r.named(id, &names[i], booted))
 			}
 		}

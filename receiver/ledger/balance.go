@@ -62,7 +62,7 @@ func (l *Ledger) sliceGrew(reading Reading, start time.Time, delta Counters, fir
 		if first {
 			start = reading.Time
 		}
-		b.unattributed = &series{ID: ID{Unattributed, reading.Unit}, start: start}
+		b.unattributed = &series{ID: ID{Kind: Unattributed, Name: reading.Unit, Measure: l.cfg.Measure}, start: start}
 	}
 	if first {
 		delta, b.ahead, b.waiting, b.recent = Counters{}, Counters{}, Counters{}, Counters{}
@@ -78,7 +78,7 @@ func (l *Ledger) sliceGrew(reading Reading, start time.Time, delta Counters, fir
 func (l *Ledger) unattribute(reading Reading, start time.Time, delta Counters) {
 	b := l.balanceOf(reading.Unit)
 	if b.unattributed == nil {
-		b.unattributed = &series{ID: ID{Unattributed, reading.Unit}, start: start}
+		b.unattributed = &series{ID: ID{Kind: Unattributed, Name: reading.Unit, Measure: l.cfg.Measure}, start: start}
 	}
 	b.unattributed.observed = true
 	b.unattributed.add(delta, reading.Time)

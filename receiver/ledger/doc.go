@@ -16,6 +16,9 @@
 //   - stop record: the last counters of a run, as PID 1 logs them at its end.
 //   - series: the total of one unit name over all of its runs, or of a fold.
 //   - fold: several units, matched by one pattern, that share a series.
+//   - owner: whose a unit is where its name does not say, a user or a container. It
+//     makes the unit another series.
+//   - measure: what is counted of the traffic. A Ledger has one.
 //   - overflow: the one series for the units over the limit.
 //   - balance: a top-level slice against the units in it.
 //   - unattributed: what a top-level slice counted and no series has, and traffic
@@ -27,6 +30,9 @@
 // A Ledger made from the State of another goes on from there: a reading adds what
 // its run has grown by since that State was taken. Totals never go down. A total
 // above 2^63-1, which OTLP cannot carry, begins again with a new start time.
+//
+// A run whose owner or unit changes, since the settings did, goes on in the other
+// series: what it had until then stays.
 //
 // A State of another source goes on too, see Config.State. What passed between
 // the last sweep of the one and the first of the other is not in the totals.

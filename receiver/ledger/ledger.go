@@ -39,21 +39,28 @@ type Config struct {
 	Boot string
 	// Began is the time from which the caller watches units.
 	Began time.Time
+	// Measure is what readings are of. All series have it in their ID.
+	Measure Measure
 	// Source is who counts.
 	Source string
-	// State is the State of an earlier Ledger. If another source has counted, its
-	// runs are left out, and what both may have counted is added once: the first
-	// reading of a run that began before State adds nothing to a series of State.
+	// State is the State of an earlier Ledger with the same Measure. If another source
+	// has counted, its runs are left out, and what both may have counted is added once:
+	// the first reading of a run that began before State adds nothing to a series of
+	// State, nor to one with an Owner or with another Measure than Total. The traffic of
+	// these may be in a series without.
 	State State
 }
 
 // Reading is the counters of one run at one time.
 type Reading struct {
 	Unit  string
+	Owner Owner
 	Epoch string
 	// Slice is the slice of the unit; empty while nobody knows.
 	Slice    string
 	Counters Counters
+	// Slices have series too, with the growth of all that is in them.
+	Slices []string
 	// Start is the moment from which Counters count.
 	Start time.Time
 	// Asked and Time are the moments between which the counters were read.
@@ -86,7 +93,7 @@ type Record struct {
 // Ledger has the totals of all units. It is not safe for concurrent use.
 type Ledger struct {
 	cfg      Config
-	series   map[string]*series
+	series   map[ID]*series
 	order    []*series // those of series, in the order of their creation
 	overflow *series   // nil while there is none
 	runs     map[string]*run
@@ -120,9 +127,11 @@ type series struct {
 // run is the working state of a Run.
 type run struct {
 	unit, epoch string
-	boot        string  // that of the run, if not this one
-	series      *series // nil before the first reading, and for unmetered units
-	slice       string  // empty while not known
+	owner       Owner
+	boot        string    // that of the run, if not this one
+	series      *series   // nil before the first reading, and for unmetered units
+	slices      []*series // of Reading.Slices; nil before the first reading
+	slice       string    // empty while not known
 	last        Counters
 	time        time.Time // of last; zero before the first reading
 	closed      time.Time // when the run was found to be gone; zero while it can be read
@@ -143,7 +152,7 @@ func New(cfg Config) *Ledger {
 		cfg.Metered = func(string) bool { return true }
 	}
 	l := &Ledger{
-		cfg: cfg, series: map[string]*series{}, runs: map[string]*run{}, balances: map[string]*balance{},
+		cfg: cfg, series: map[ID]*series{}, runs: map[string]*run{}, balances: map[string]*balance{},
 		journal: cfg.State.Journal, swept: cfg.State.Time,
 	}
 	if cfg.State.Source != cfg.Source && !cfg.State.Time.IsZero() {
@@ -169,14 +178,15 @@ func (l *Ledger) restore(state State) {
 	}
 	take := func(s *series, saved Series) {
 		s.total, s.start, s.time, s.fresh, s.restored = saved.Total, saved.Start, past(saved.Time), false, true
+		s.shown = s.time // by the earlier Ledger
 	}
 	for _, saved := range state.Series {
-		if _, ok := l.series[saved.Name]; !ok && saved.Total.Valid() {
-			take(l.newSeries(saved.Name, "", saved.Start), saved)
+		if _, ok := l.series[saved.ID]; !ok && saved.Total.Valid() {
+			take(l.newSeries(saved.Name, saved.Owner, "", saved.Start), saved)
 		}
 	}
 	if o := state.Overflow; o != nil && o.Total.Valid() {
-		l.overflow = newOverflow(o.Start)
+		l.overflow = l.newOverflow(o.Start)
 		take(l.overflow, *o)
 	}
 	for _, saved := range state.Balances {
@@ -184,14 +194,14 @@ func (l *Ledger) restore(state State) {
 			continue
 		}
 		b := l.balanceOf(saved.Slice)
-		b.unattributed = &series{ID: ID{Unattributed, saved.Slice}}
+		b.unattributed = &series{ID: ID{Kind: Unattributed, Name: saved.Slice, Measure: l.cfg.Measure}}
 		take(b.unattributed, saved.Unattributed)
 		b.ahead, b.waiting = saved.Ahead, saved.Waiting
 		b.turned, b.read = l.cfg.Began, l.cfg.Began // the journal has yet to be read
 	}
 	for _, saved := range state.Runs {
 		restored := &run{
-			unit: saved.Unit, epoch: saved.Epoch, closed: l.cfg.Began, restored: true,
+			unit: saved.Unit, owner: saved.Owner, epoch: saved.Epoch, closed: l.cfg.Began, restored: true,
 			last: saved.Last, time: past(saved.Time),
 		}
 		if saved.Boot != l.cfg.Boot {
@@ -199,7 +209,10 @@ func (l *Ledger) restore(state State) {
 		}
 		// Without its series, which may be forgotten or have had no name, a new one
 		// begins with what the run grows by from here.
-		if restored.series = l.series[saved.Series]; saved.Overflow {
+		if id, ok := saved.SeriesID(l.cfg.Measure); ok {
+			restored.series = l.series[id]
+		}
+		if saved.Overflow {
 			restored.series = l.overflow
 		}
 		l.runs[saved.Epoch] = restored
@@ -260,7 +273,7 @@ func (l *Ledger) Begin() {
 // Load says that a unit is loaded, so that its series makes no room for another.
 // It is called for each of them between Begin and the first Credit.
 func (l *Ledger) Load(unit string) {
-	if s, ok := l.series[unit]; ok {
+	if s, ok := l.series[l.unitID(unit, Owner{})]; ok {
 		s.loaded = true
 	}
 }
@@ -293,10 +306,11 @@ func (l *Ledger) Restart(epoch string, at time.Time) {
 func (l *Ledger) Credit(reading Reading) (fell bool) {
 	r := l.runOf(reading.Unit, reading.Epoch)
 	if r.time.After(reading.Asked) {
-		if r.series != nil {
-			r.series.observed = true
-		}
+		r.observe()
 		return false
+	}
+	if r.unit != reading.Unit || r.owner != reading.Owner { // settings have changed which
+		r.unit, r.owner, r.series = reading.Unit, reading.Owner, nil
 	}
 	first, start := r.time.IsZero(), reading.Start
 	if r.time.After(start) {
@@ -311,17 +325,33 @@ func (l *Ledger) Credit(reading Reading) (fell bool) {
 		l.resets++
 	}
 	overlaps := first && !reading.Young && reading.Start.Before(l.switched)
+	if overlaps && l.cfg.Measure != Total {
+		start = reading.Time
+	}
+	if r.slices == nil {
+		r.slices = l.slicesOf(reading.Slices, start)
+	}
+	for _, s := range r.slices {
+		if !overlaps || !s.restored && l.cfg.Measure == Total {
+			s.grow(start, delta, reading.Time)
+		}
+	}
 	if reading.Unattributed {
 		if overlaps {
 			delta = Counters{}
 		}
 		l.unattribute(reading, start, delta)
+		r.observe()
 		return fell
 	}
-	if r.series == nil && !reading.Unmetered {
-		r.series = l.seriesOf(r.unit, r.slice, start)
+	apart := reading.Owner != Owner{} || l.cfg.Measure != Total
+	if overlaps && apart {
+		start = reading.Time
 	}
-	if overlaps && r.series != nil && r.series.restored {
+	if r.series == nil && !reading.Unmetered {
+		r.series = l.seriesOf(r.unit, r.owner, r.slice, start)
+	}
+	if overlaps && r.series != nil && (r.series.restored || apart) {
 		delta = Counters{}
 	}
 	if TopSlice(reading.Unit) {
@@ -333,8 +363,18 @@ func (l *Ledger) Credit(reading Reading) (fell bool) {
 		return fell
 	}
 	l.add(r, start, delta, reading.Time)
-	r.series.observed = true
+	r.observe()
 	return fell
+}
+
+// observe gives the series of a run a point in this sweep.
+func (r *run) observe() {
+	if r.series != nil {
+		r.series.observed = true
+	}
+	for _, s := range r.slices {
+		s.observed = true
+	}
 }
 
 // advance takes a reading and returns what it adds to the total.
@@ -352,6 +392,11 @@ func (l *Ledger) add(r *run, start time.Time, delta Counters, at time.Time) {
 	if !s.shared {
 		s.slice = cmp.Or(r.slice, s.slice)
 	}
+	s.grow(start, delta, at)
+}
+
+// grow adds what a member has grown by since start.
+func (s *series) grow(start time.Time, delta Counters, at time.Time) {
 	if s.fresh && start.Before(s.start) {
 		s.start = start // a new fold begins with the earliest of its members
 	}
@@ -362,10 +407,12 @@ func (l *Ledger) add(r *run, start time.Time, delta Counters, at time.Time) {
 // returns false for a record of a run that may be in the totals already and is
 // remembered no more. now is the present time.
 func (l *Ledger) Take(record Record, now time.Time) bool {
-	if record.Counters == (Counters{}) || !l.cfg.Metered(record.Unit) {
-		if r, ok := l.runs[record.Epoch]; ok {
-			r.final = true // nothing is missing of it
-		}
+	if !l.cfg.Metered(record.Unit) {
+		return true
+	}
+	if record.Counters == (Counters{}) {
+		r := l.runOf(record.Unit, record.Epoch) // Place may yet come
+		r.final, r.boot = true, cmp.Or(r.boot, record.Boot)
 		return true
 	}
 	at := record.Time
@@ -400,7 +447,7 @@ func (l *Ledger) Take(record Record, now time.Time) bool {
 	overlaps := r.time.IsZero() && !l.switched.IsZero() && l.swept.Equal(l.switched)
 	delta, _ := r.advance(record.Counters.Max(r.last), at)
 	if r.series == nil {
-		r.series = l.seriesOf(r.unit, r.slice, start)
+		r.series = l.seriesOf(r.unit, r.owner, r.slice, start)
 	}
 	if overlaps && r.series.restored {
 		delta = Counters{}
@@ -434,35 +481,56 @@ func (s *series) add(delta Counters, at time.Time) {
 // seriesOf returns the series that a unit belongs to, and makes it where it is
 // new. Over the limit, the series that has been without a unit for longest makes
 // room; where all have one, the unit goes to the overflow series.
-func (l *Ledger) seriesOf(unit, slice string, start time.Time) *series {
+func (l *Ledger) seriesOf(unit string, owner Owner, slice string, start time.Time) *series {
 	name := unit
 	if pattern, ok := l.cfg.Fold(unit); ok {
 		name = pattern
 	}
-	if s, ok := l.series[name]; ok {
+	if s, ok := l.series[l.unitID(name, owner)]; ok {
 		return s
 	}
 	if len(l.order) < l.cfg.MaxSeries || l.evict() {
-		return l.newSeries(name, slice, start)
+		return l.newSeries(name, owner, slice, start)
 	}
 	if l.overflow == nil {
-		l.overflow = newOverflow(start)
+		l.overflow = l.newOverflow(start)
 	}
 	return l.overflow
 }
 
-func (l *Ledger) newSeries(name, slice string, start time.Time) *series {
-	s := &series{ID: ID{Unit, name}, start: start, fresh: true, shared: slices.Contains(l.cfg.Patterns, name)}
+// slicesOf returns the series of slices, and makes those that are new, also over the
+// limit: a sum without some of its members would be wrong, and the overflow series
+// has the units already.
+func (l *Ledger) slicesOf(names []string, start time.Time) []*series {
+	found := make([]*series, 0, len(names))
+	for _, name := range names {
+		s, ok := l.series[l.unitID(name, Owner{})]
+		if !ok {
+			if len(l.order) >= l.cfg.MaxSeries {
+				l.evict()
+			}
+			s = l.newSeries(name, Owner{}, "", start)
+		}
+		s.loaded = true // nothing shows yet that the run adds to it
+		found = append(found, s)
+	}
+	return found
+}
+
+func (l *Ledger) unitID(name string, owner Owner) ID { return ID{Unit, name, owner, l.cfg.Measure} }
+
+func (l *Ledger) newSeries(name string, owner Owner, slice string, start time.Time) *series {
+	s := &series{ID: l.unitID(name, owner), start: start, fresh: true, shared: slices.Contains(l.cfg.Patterns, name)}
 	if !s.shared {
 		s.slice = slice
 	}
-	l.series[name] = s
+	l.series[s.ID] = s
 	l.order = append(l.order, s)
 	return s
 }
 
-func newOverflow(start time.Time) *series {
-	return &series{ID: ID{Kind: Overflow}, start: start, fresh: true, shared: true}
+func (l *Ledger) newOverflow(start time.Time) *series {
+	return &series{ID: ID{Kind: Overflow, Measure: l.cfg.Measure}, start: start, fresh: true, shared: true}
 }
 
 // evict forgets the series that moved last the longest ago, among those without
@@ -471,6 +539,9 @@ func (l *Ledger) evict() bool {
 	used := make(map[*series]bool, len(l.runs))
 	for _, r := range l.runs {
 		used[r.series] = true
+		for _, s := range r.slices {
+			used[s] = true
+		}
 	}
 	oldest := -1
 	for i, s := range l.order {
@@ -481,7 +552,7 @@ func (l *Ledger) evict() bool {
 	if oldest < 0 {
 		return false
 	}
-	delete(l.series, l.order[oldest].Name)
+	delete(l.series, l.order[oldest].ID)
 	l.order = slices.Delete(l.order, oldest, oldest+1)
 	return true
 }
@@ -512,10 +583,19 @@ func (l *Ledger) Finish(now time.Time, listed, partial bool) State {
 	l.close(now, listed)
 	gone, live := map[*series]bool{}, map[*series]bool{}
 	for _, r := range l.runs {
-		if r.closed.IsZero() {
-			live[r.series] = live[r.series] || r.reading
-		} else if now.Sub(r.closed) <= l.cfg.KeepEnded && (!r.restored || r.final) {
-			gone[r.series] = true // an earlier Ledger has shown what else it had
+		to := live
+		if ended := r.ended(); !ended.IsZero() {
+			if to = gone; now.Sub(ended) > l.cfg.KeepEnded || r.restored && !r.final {
+				to = nil // an earlier Ledger has shown what it had
+			}
+		} else if !r.reading {
+			to = nil
+		}
+		if to != nil {
+			to[r.series] = true
+			for _, s := range r.slices {
+				to[s] = true
+			}
 		}
 		r.marked = false
 	}
@@ -524,6 +604,15 @@ func (l *Ledger) Finish(now time.Time, listed, partial bool) State {
 	}
 	l.swept = now
 	return l.state(now)
+}
+
+// ended returns when a run ended, zero before that. One that was read after its end
+// ended with the last thing that it had to say, though it may be there still.
+func (r *run) ended() time.Time {
+	if r.closed.IsZero() && r.final && !r.reading {
+		return r.time
+	}
+	return r.closed
 }
 
 // close finds the runs that are over, and forgets those that have been for long
@@ -541,7 +630,7 @@ func (l *Ledger) close(now time.Time, listed bool) {
 		over := listed && !r.closed.IsZero() && now.Sub(r.closed) > keep
 		// No list shows what the settings leave out, and they may change again.
 		over = over && (!r.restored || r.boot != "" || TopSlice(r.unit) || l.cfg.Metered(r.unit))
-		if over && !r.final && r.boot == "" {
+		if over && !r.final && r.boot == "" && !TopSlice(r.unit) { // slices lose nothing: their units have it
 			l.missed++
 		}
 		if over && r.closed.After(l.forgotten) {
@@ -573,7 +662,10 @@ func (s *series) show(now time.Time, gone, empty bool) {
 
 // state takes a State.
 func (l *Ledger) state(now time.Time) State {
-	state := State{Time: now, Source: l.cfg.Source, Journal: l.journal, Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs))}
+	state := State{
+		Time: now, Source: l.cfg.Source, Measure: l.cfg.Measure, Journal: l.journal,
+		Series: make([]Series, len(l.order)), Runs: make([]Run, 0, len(l.runs)),
+	}
 	for i, s := range l.order {
 		state.Series[i] = s.public()
 	}
@@ -593,7 +685,7 @@ func (l *Ledger) state(now time.Time) State {
 		if r.time.IsZero() {
 			continue
 		}
-		saved := Run{Unit: r.unit, Epoch: r.epoch, Boot: cmp.Or(r.boot, l.cfg.Boot), Last: r.last, Time: r.time}
+		saved := Run{Unit: r.unit, Owner: r.owner, Epoch: r.epoch, Boot: cmp.Or(r.boot, l.cfg.Boot), Last: r.last, Time: r.time}
 		if r.series != nil {
 			saved.Series, saved.Overflow = r.series.Name, r.series == l.overflow
 		}

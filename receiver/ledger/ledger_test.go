@@ -136,6 +136,130 @@ func TestKeepEnded(t *testing.T) {
 	}
 }
 
+// TestKeepEndedMarked: the same for a run that can still be read, and has no news.
+func TestKeepEndedMarked(t *testing.T) {
+	l := New(config())
+	last := reading("a.service", "1", 1, all(5))
+	last.Final, last.Slices = true, []string{"system.slice"}
+	for second := 1; second < 200; second += 10 {
+		l.Begin()
+		if second == 1 {
+			l.Credit(last)
+		}
+		l.Mark("1", false)
+		s := l.Finish(at(second), true, false)
+		for _, name := range []string{"a.service", "system.slice"} {
+			if got := want(t, s, name, all(5)); got.Observed != (second <= 121) {
+				t.Errorf("%s, %d s after the end: %+v", name, second-1, got)
+			}
+		}
+	}
+	l.Begin() // what comes late counts once
+	last.Counters, last.Asked, last.Time = all(7), at(300), at(300)
+	l.Credit(last)
+	l.Mark("1", false)
+	want(t, l.Finish(at(300), true, false), "a.service", all(7))
+}
+
+// TestOwner: what has an owner has a series of its own, and a run that changes
+// hands takes nothing along.
+func TestOwner(t *testing.T) {
+	owner := OwnerOf(Labels{User: "1000"})
+	of := func(owner Owner, unit string, second int, n uint64) Reading {
+		r := reading(unit, unit[:1], second, all(n))
+		r.Owner = owner
+		return r
+	}
+	total := func(s State, name string, owner Owner) (found Counters) {
+		for _, one := range s.Series {
+			if one.ID == (ID{Kind: Unit, Name: name, Owner: owner}) {
+				found = one.Total
+			}
+		}
+		return found
+	}
+	l := New(config())
+	s := sweep(l, 1, of(Owner{}, "x.service", 1, 5), of(owner, "a.service", 1, 2), of(owner, "run-1", 1, 3), of(OwnerOf(Labels{User: "2"}), "run-2", 1, 4))
+	for i, got := range []Counters{total(s, "x.service", Owner{}), total(s, "a.service", owner), total(s, "run-*", owner), total(s, "a.service", Owner{})} {
+		if got != []Counters{all(5), all(2), all(7 - 4), {}}[i] {
+			t.Errorf("series %d has %+v", i, got)
+		}
+	}
+	// The run of x.service is found to be a user's, in this process or the next one.
+	for _, again := range []bool{false, true} {
+		if again {
+			cfg := config()
+			cfg.State = s
+			l = New(cfg)
+		}
+		name := fmt.Sprint("x", again, ".service")
+		s = sweep(l, 10, of(owner, name, 10, 9))
+		if got := total(s, name, owner); got != all(4) && !again || again && got != (Counters{}) {
+			t.Errorf("the owner's has %+v", got)
+		}
+		if got := total(s, "x.service", Owner{}); got != all(5) {
+			t.Errorf("what was there became %+v", got)
+		}
+	}
+	s = sweep(l, 20, of(Owner{}, "x.service", 20, 10))
+	if got := total(s, "x.service", Owner{}); got != all(6) {
+		t.Errorf("back again it has %+v, want 6", got)
+	}
+}
+
+// TestSlices: a slice has the growth of all in it, over the limit too, and makes room
+// when nothing is in it any more.
+func TestSlices(t *testing.T) {
+	in := func(unit string, second int, n uint64, slices ...string) Reading {
+		r := reading(unit, unit, second, all(n))
+		r.Slices = slices
+		return r
+	}
+	cfg := config()
+	cfg.MaxSeries = 3
+	l := New(cfg)
+	hidden := in("h.service", 1, 100, "a.slice")
+	hidden.Unmetered = true
+	nobody := in("a.slice", 1, 1000, "a.slice")
+	nobody.Epoch, nobody.Unattributed = "own", true
+	s := sweep(l, 1, in("a.service", 1, 1, "a.slice", "a-b.slice"), in("b.service", 1, 2, "a.slice"), in("c.service", 1, 4, "a.slice", "a-b.slice"), hidden, nobody)
+	want(t, s, "a.slice", all(1107))
+	want(t, s, "a-b.slice", all(5))
+	if s.Overflow == nil || s.Overflow.Total != all(6) {
+		t.Errorf("the overflow has %+v, want those of b and c", s.Overflow)
+	}
+	cfg.State = s
+	l = New(cfg)
+	s = sweep(l, 2, in("a.service", 2, 11, "a.slice", "a-b.slice"))
+	if got := want(t, s, "a.slice", all(1117)); !got.Observed || !got.Start.Equal(at(0)) {
+		t.Errorf("a.slice is %+v", got)
+	}
+	for second := 10; second < 9000; second += 1000 {
+		s = sweep(l, second, in(fmt.Sprint(second, ".service"), second, 1, fmt.Sprint(second, ".slice")))
+	}
+	if _, ok := s.find("a.slice"); ok {
+		t.Errorf("a slice without units takes room: %+v", s.Series)
+	}
+}
+
+// TestMeasureBegins: a measure that was off counts from here.
+func TestMeasureBegins(t *testing.T) {
+	cfg := config()
+	cfg.Measure, cfg.Source, cfg.State = Wire, "ebpf", State{Time: at(10)}
+	l := New(cfg)
+	young := reading("b.service", "2", 12, all(7))
+	young.Start, young.Young = at(11), true
+	s := sweep(l, 12, reading("a.service", "1", 12, all(5)), young)
+	if got := want(t, s, "a.service", Counters{}); !got.Start.Equal(at(12)) || got.Measure != Wire {
+		t.Errorf("it begins as %+v", got)
+	}
+	want(t, s, "b.service", all(7))
+	s = sweep(l, 13, reading("a.service", "1", 13, all(8)))
+	want(t, s, "a.service", all(3))
+	cfg.State = s
+	want(t, sweep(New(cfg), 14, reading("a.service", "1", 14, all(9))), "a.service", all(4))
+}
+
 // TestLateRecord: the record of a run that has been forgotten is refused, those of
 // runs that ended before or since are not.
 func TestLateRecord(t *testing.T) {
@@ -262,9 +386,9 @@ func TestBalance(t *testing.T) {
 }
 
 func TestRestore(t *testing.T) {
-	good := Series{ID: ID{Unit, "a.service"}, Total: all(5), Start: at(1), Time: at(9)}
+	good := Series{ID: ID{Kind: Unit, Name: "a.service"}, Total: all(5), Start: at(1), Time: at(9)}
 	run := Run{Unit: "a.service", Epoch: "1", Boot: "boot", Series: "a.service", Last: all(5), Time: at(9)}
-	bad := Series{ID: ID{Unit, "b.service"}, Total: Counters{Sent: Traffic{Bytes: 1 << 63}}}
+	bad := Series{ID: ID{Kind: Unit, Name: "b.service"}, Total: Counters{Sent: Traffic{Bytes: 1 << 63}}}
 	ahead := Balance{Slice: "system.slice", Unattributed: Series{Total: all(3)}, Ahead: all(1), Waiting: all(9)}
 	for name, test := range map[string]struct {
 		state State
@@ -273,9 +397,9 @@ func TestRestore(t *testing.T) {
 		"same run":         {State{Series: []Series{good}, Runs: []Run{run}}, all(7)},
 		"no run":           {State{Series: []Series{good}}, all(12)},
 		"no series":        {State{Runs: []Run{run}}, all(2)},
-		"duplicate":        {State{Series: []Series{good, {ID: ID{Unit, "a.service"}, Total: all(99)}}, Runs: []Run{run}}, all(7)},
+		"duplicate":        {State{Series: []Series{good, {ID: ID{Kind: Unit, Name: "a.service"}, Total: all(99)}}, Runs: []Run{run}}, all(7)},
 		"impossible total": {State{Series: []Series{bad, good}, Runs: []Run{run}}, all(7)},
-		"clock set back":   {State{Series: []Series{{ID: ID{Unit, "a.service"}, Total: all(5), Start: at(1), Time: at(9e6)}}, Runs: []Run{{Unit: "a.service", Epoch: "1", Boot: "boot", Series: "a.service", Last: all(5), Time: at(9e6)}}}, all(7)},
+		"clock set back":   {State{Series: []Series{{ID: ID{Kind: Unit, Name: "a.service"}, Total: all(5), Start: at(1), Time: at(9e6)}}, Runs: []Run{{Unit: "a.service", Epoch: "1", Boot: "boot", Series: "a.service", Last: all(5), Time: at(9e6)}}}, all(7)},
 		"the rest":         {State{Series: []Series{good}, Runs: []Run{run}, Overflow: &Series{Total: all(4)}, Balances: []Balance{ahead}, Journal: Position{"c", "b"}}, all(7)},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -393,6 +517,22 @@ func TestRecordIsShown(t *testing.T) {
 }
 
 // TestSwitched: another source has counted the same traffic until the State.
+// An agent is killed when it has committed a reading of a run, of which the stop record
+// is from before the reading arrived. What the record adds must not change the point
+// that was committed: nobody would take it, and deltas go on from the committed total.
+func TestRecordBeforeTheCommittedReading(t *testing.T) {
+	cfg := config()
+	l := New(cfg)
+	cfg.State = sweep(l, 20, reading("a.service", "one", 20, all(3)))
+	cfg.Began = at(30)
+	l = New(cfg)
+	l.Take(record("a.service", "one", 19, all(9)), at(31))
+	a := want(t, sweep(l, 32), "a.service", all(9))
+	if !a.Observed || !a.Time.After(at(20)) {
+		t.Errorf("the point of %v is shown again, with another total: %+v", at(20), a)
+	}
+}
+
 func TestSwitched(t *testing.T) {
 	first := New(config())
 	sweep(first, 1, reading("a.service", "1", 1, all(5)), reading("run-x", "2", 1, all(7)))
@@ -406,15 +546,20 @@ func TestSwitched(t *testing.T) {
 	late.Start = at(11)
 	lost := reading("-.slice", "lost", 12, all(3))
 	lost.Unattributed = true
+	owned := reading("c.service", "owned", 12, all(70)) // the other source counted it elsewhere
+	owned.Owner = OwnerOf(Labels{User: "1000"})
 	s := sweep(l, 12,
 		reading("a.service", "other", 12, all(50)), // counted by both
 		young, late, // since the State
 		reading("run-y", "fold", 12, all(60)), // of a fold that both know
 		reading("b.service", "b", 12, all(9)), // that the other source did not count
-		lost)
+		owned, lost)
 	want(t, s, "a.service", all(1106))
 	want(t, s, "run-*", all(7))
 	want(t, s, "b.service", all(9))
+	if got := want(t, s, "c.service", Counters{}); !got.Start.Equal(at(12)) {
+		t.Errorf("it begins at %v", got.Start)
+	}
 	if l.Take(record("a.service", "1", 13, all(8)), at(13)); l.Known("2") {
 		t.Error("a run of the other source is known")
 	}

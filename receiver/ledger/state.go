@@ -1,8 +1,11 @@
 package ledger
 
 import (
+	"cmp"
 	"iter"
+	"strings"
 	"time"
+	"unique"
 )
 
 // State is everything that a Ledger must be given back to go on where it stood.
@@ -18,10 +21,14 @@ type State struct {
 	Runs     []Run     // those that were read
 	// Journal is the position up to which stop records are in Series and Runs.
 	Journal Position
+	// Measure is what the totals are of, and Others are the States of Ledgers with
+	// another one.
+	Measure Measure
+	Others  []State
 }
 
-// All yields each series: those of units and folds, of the overflow, and of what is
-// unattributed.
+// All yields each series: those of units and folds, of the overflow, of what is
+// unattributed, and then those of Others.
 func (s *State) All() iter.Seq[*Series] {
 	return func(yield func(*Series) bool) {
 		for i := range s.Series {
@@ -37,6 +44,13 @@ func (s *State) All() iter.Seq[*Series] {
 				return
 			}
 		}
+		for i := range s.Others {
+			for series := range s.Others[i].All() {
+				if !yield(series) {
+					return
+				}
+			}
+		}
 	}
 }
 
@@ -49,10 +63,72 @@ const (
 	Unattributed             // a balance; Name is the slice's
 )
 
+// Measure is what is counted of the same traffic.
+type Measure uint8
+
+const (
+	Total        Measure = iota // at the socket, before segmentation
+	Remote                      // that without Loopback
+	Loopback                    // that over the loopback device
+	Wire                        // after segmentation
+	WireRemote                  // that without WireLoopback
+	WireLoopback                // that over the loopback device
+)
+
 // ID names a series.
 type ID struct {
-	Kind Kind
-	Name string
+	Kind    Kind
+	Name    string
+	Owner   Owner
+	Measure Measure
+}
+
+// Owner is whose a unit is. Owners with equal Labels are equal. The zero Owner is
+// that of what the name alone tells apart.
+type Owner struct{ labels unique.Handle[Labels] }
+
+// Labels tell units of one name apart, and members of one fold. An absent label is
+// empty.
+type Labels struct {
+	User          string // number of the user whose manager has the unit
+	Runtime       string // of the container, as the others below
+	ContainerID   string
+	ContainerName string
+	Pod           string
+	Namespace     string // of the pod
+}
+
+// Text is the name for people: UID/NAME for a unit of a user's manager, with the
+// container behind it.
+func (id ID) Text() string {
+	l, text := id.Owner.Labels(), id.Name
+	if l.User != "" {
+		text = l.User + "/" + text
+	}
+	container := cmp.Or(l.ContainerName, l.ContainerID)
+	if l.Pod != "" {
+		container = l.Namespace + "/" + l.Pod + "/" + container
+	}
+	if !strings.Contains(id.Name, container) {
+		text += " " + container
+	}
+	return text
+}
+
+// OwnerOf returns the Owner with labels.
+func OwnerOf(labels Labels) Owner {
+	if labels == (Labels{}) {
+		return Owner{}
+	}
+	return Owner{unique.Make(labels)}
+}
+
+// Labels returns the labels of o.
+func (o Owner) Labels() Labels {
+	if o == (Owner{}) {
+		return Labels{}
+	}
+	return o.labels.Value()
 }
 
 // Series is the total of one unit name or fold, of the units over the limit, or
@@ -89,6 +165,7 @@ type Balance struct {
 // Run is what must be remembered of one run to add its next reading once.
 type Run struct {
 	Unit  string
+	Owner Owner
 	Epoch string
 	Boot  string // id of the boot in which Last was read
 	// Series is the name of the series that the run adds to. It is empty for one
@@ -99,12 +176,12 @@ type Run struct {
 	Time     time.Time // of Last
 }
 
-// SeriesID returns the series that the run adds to, if it has one.
-func (r *Run) SeriesID() (id ID, ok bool) {
+// SeriesID returns the series that a run of the given Measure adds to, if it has one.
+func (r *Run) SeriesID(of Measure) (id ID, ok bool) {
 	if r.Overflow {
-		return ID{Kind: Overflow}, true
+		return ID{Kind: Overflow, Measure: of}, true
 	}
-	return ID{Unit, r.Series}, r.Series != ""
+	return ID{Unit, r.Series, r.Owner, of}, r.Series != ""
 }
 
 // Position is a place in the journal: after the last stop record that is in the

@@ -115,7 +115,7 @@ func TestUnlistable(t *testing.T) {
 	if n := len(s.Units()); n != 298 {
 		t.Errorf("%d units are listed, want 298", n)
 	}
-	if calls := fake.Calls("ListUnitsByPatterns"); calls > 60 {
+	if calls := fake.Calls("ListUnitsByPatterns"); calls > 80 {
 		t.Errorf("it took %d lists", calls)
 	}
 }

@@ -293,20 +293,23 @@ func (f *follower) changed(ctx context.Context, name string, properties map[stri
 	s.update(name, next)
 	u := s.units[name]
 	unbegun := u != nil && u.run.unbegun
-	unplaced := u != nil && !u.unmetered && next.invocation != "" && !u.run.placed
 	exited := s.version >= 256 && next.sub == "exited" // see run.parted
+	over := !next.running() || next.restarting() || exited
+	unplaced := u != nil && !u.unmetered && next.invocation != "" && !over && !u.run.placed
+	if unplaced {
+		u.run.placed = true
+	}
 	s.mu.Unlock()
 	if u != nil && next.over() {
 		s.ends.Add(1)
 	}
 	switch {
 	case u == nil:
-	case !next.running() || next.restarting() || exited:
+	case over:
 		if !unbegun && len(f.ended) < maxWaiting {
 			f.ended = append(f.ended, u)
 		}
 	case unplaced:
-		u.run.placed = true // only this goroutine uses it
 		f.place(u)
 	}
 	return nil

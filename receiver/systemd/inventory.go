@@ -152,7 +152,11 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	if all && s.cfg.Named != nil {
 		s.cfg.Named(ownNames(ctx, b, s.cfg.Names))
 	}
-	rows, err := s.list(ctx, b, running, patterns)
+	states := running
+	if all {
+		states = append([]string{"inactive", "failed"}, running...)
+	}
+	rows, err := s.list(ctx, b, states, patterns)
 	if err != nil {
 		return err
 	}
@@ -161,14 +165,19 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	if err != nil {
 		return err
 	}
+	var ended []Listed
 	for _, row := range rows {
+		if row.Active == "inactive" || row.Active == "failed" {
+			ended = append(ended, row)
+			continue
+		}
 		// Followed units are devices' other names; the name in the path is the
 		// unit's own, whatever alias the row may carry.
 		if name := unitOfPath(string(row.Path)); s.follows(name) {
 			here[name] = row
 		}
 	}
-	left, err := s.leftOver(ctx, b, patterns)
+	left, err := s.leftOver(ctx, b, ended)
 	if err != nil {
 		return err
 	}
@@ -197,13 +206,9 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	return s.learn(ctx, b, append(names, left...))
 }
 
-// leftOver lists the units that have ended, and whose processes go on
+// leftOver returns which units that have ended have left processes behind
 // (KillMode=process). Those that the inventory has are left out.
-func (s *Source) leftOver(ctx context.Context, b *bus.Conn, patterns []string) (left []string, err error) {
-	rows, err := s.list(ctx, b, []string{"inactive", "failed"}, patterns)
-	if err != nil {
-		return nil, err
-	}
+func (s *Source) leftOver(ctx context.Context, b *bus.Conn, rows []Listed) (left []string, err error) {
 	var ended []string
 	s.mu.Lock()
 	for _, row := range rows {

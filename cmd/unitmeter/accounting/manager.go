@@ -38,9 +38,40 @@ func (e *BusError) Unwrap() error { return e.Err }
 // Connect connects to the first bus that answers. The error joins a
 // *BusError for each that does not. The caller closes the manager.
 func Connect(ctx context.Context, addresses ...string) (*Manager, error) {
+	return connect(ctx, addresses, nil)
+}
+
+// Follow is Connect for Reloaded.
+func Follow(ctx context.Context, addresses ...string) (*Manager, error) {
+	return connect(ctx, addresses, func(s bus.Signal) bool {
+		return string(s.Member) == "Reloading" || string(s.Member) == "NameOwnerChanged"
+	})
+}
+
+// Reloaded waits until systemd has reloaded or re-executed itself. An error says that
+// ctx or the connection has ended.
+func (m *Manager) Reloaded(ctx context.Context) error {
+	for {
+		select {
+		case signal, ok := <-m.conn.Signals():
+			if !ok {
+				return fmt.Errorf("follow systemd's reloads: %w", m.conn.Err())
+			}
+			// Reloading(false), or the new owner of systemd's name.
+			over := len(signal.Body) == 1 && signal.Body[0] == false
+			if over || len(signal.Body) == 3 && signal.Body[2] != "" {
+				return nil
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func connect(ctx context.Context, addresses []string, wanted func(bus.Signal) bool) (*Manager, error) {
 	var errs []error
 	for _, address := range addresses {
-		conn, err := bus.Open(ctx, bus.Config{Address: address})
+		conn, err := bus.Open(ctx, bus.Config{Address: address, Wanted: wanted})
 		if err == nil {
 			return &Manager{conn, address}, nil
 		}

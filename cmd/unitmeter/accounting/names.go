@@ -42,6 +42,13 @@ func Patterns(args []string) (systemd.Patterns, error) {
 	return systemd.ParsePatterns(full)
 }
 
+// UnitName is the unit in a name as eBPF gives it: without the user before it and the
+// container behind it.
+func UnitName(text string) string {
+	name, _, _ := strings.Cut(text, " ")
+	return name[strings.IndexByte(name, '/')+1:]
+}
+
 // Resolve replaces aliases by the names of the units that have them. Patterns and
 // names of units that are not loaded stay.
 func Resolve(ctx context.Context, cfg receiver.Config, patterns systemd.Patterns) (systemd.Patterns, error) {
@@ -74,12 +81,16 @@ func ownNames(ctx context.Context, cfg receiver.Config, names []string) (map[str
 	return m.own(ctx, names), nil
 }
 
-// EnableCommand switches on units that are off. It names a few units and not
-// "--all": the rest may be off on purpose.
+// EnableAll is the command that gives numbers to all units. It is what every command
+// advises.
+const EnableAll = "unitmeter enable --default"
+
+// EnableCommand switches on units that are off. It names a few units and not all:
+// the rest may be off on purpose.
 func EnableCommand(off []string) string {
 	const few = 3
 	if len(off) > few {
-		return "unitmeter enable --all"
+		return EnableAll
 	}
 	command := "unitmeter enable"
 	for _, name := range off {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"slices"
@@ -64,9 +65,6 @@ func Sources() []string { return []string{receiver.Auto, receiver.DBus, receiver
 // units have IP accounting off than on: then it attaches a program, which ends with
 // Close or with the process. The caller closes the source.
 func Open(ctx context.Context, cfg receiver.Config, name string) (*Source, error) {
-	if name == receiver.Auto && slices.Contains(cfg.Types, "slice") {
-		name = receiver.DBus // which alone meters slices
-	}
 	if name != receiver.Auto {
 		return open(ctx, cfg, name)
 	}
@@ -97,6 +95,7 @@ func open(ctx context.Context, cfg receiver.Config, name string) (*Source, error
 	cfg.ReadOnly = true
 	if name != receiver.DBus { // each unit by itself
 		cfg.Fold, cfg.MaxSeries = []string{}, math.MaxInt
+		cfg.UserUnits, cfg.Containers, cfg.Wire, cfg.Loopback = true, true, false, false
 	}
 	r, err := receiver.New(cfg)
 	if err != nil {
@@ -143,6 +142,16 @@ func reachable(ctx context.Context, cfg receiver.Config) error {
 	m, err := Connect(ctx, cfg.Addresses()...)
 	if err == nil {
 		m.Close()
+	}
+	return Explain(err)
+}
+
+// Explain adds to an error of Connect that there is no systemd on this host, if that
+// is so.
+func Explain(err error) error {
+	// sd_booted(3)
+	if _, missing := os.Lstat("/run/systemd/system"); err != nil && errors.Is(missing, fs.ErrNotExist) {
+		return fmt.Errorf("%w; this host does not run systemd (there is no /run/systemd/system)", err)
 	}
 	return err
 }
@@ -347,7 +356,7 @@ func Choose(ctx context.Context, cfg receiver.Config, source string, units []Rea
 func choose(units []Reading, patterns systemd.Patterns) ([]Reading, error) {
 	used := make([]bool, patterns.Len())
 	chosen := slices.DeleteFunc(units, func(u Reading) bool {
-		all := patterns.All(u.Name)
+		all := patterns.All(UnitName(u.Name))
 		for _, i := range all {
 			used[i] = true
 		}

@@ -144,27 +144,65 @@ func examineAsAgent(ctx context.Context, environ []string) (findings []finding, 
 		return nil, nil, ""
 	}
 	findings, err = a.examine(ctx)
-	checkAsRoot(ctx, m, findings)
 	if err != nil {
 		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these checks use the settings of this shell", agentUnit, tty.Line(err))
 	}
-	return findings, a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", agentUnit, a.user)
+	return withRootChecks(ctx, m, findings), a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", agentUnit, a.user)
 }
 
-// checkAsRoot makes the checks for which the agent's user has no right.
-func checkAsRoot(ctx context.Context, m *accounting.Manager, findings []finding) {
+// withRootChecks adds the checks for which the agent's user has no right.
+func withRootChecks(ctx context.Context, m *accounting.Manager, findings []finding) []finding {
+	i := slices.IndexFunc(findings, func(f finding) bool { return f.Name == "ebpf" })
+	if i < 0 {
+		return findings // it was interrupted
+	}
 	d := &doctor{m: m}
 	d.cfg.Receiver.Source = receiver.EBPF
-	for i, f := range findings {
-		if f.Name == "ebpf" && f.Status == statusSkip { // it knows the settings
-			d.cfg.Receiver.Source = receiver.DBus
-		}
-		for _, c := range d.rootChecks() {
-			if c.name == f.Name {
-				findings[i] = runCheck(ctx, c)
-			}
+	if findings[i].Status == statusSkip { // the agent's user knows the settings
+		d.cfg.Receiver.Source = receiver.DBus
+	}
+	for _, c := range d.rootChecks() {
+		if f := runCheck(ctx, c); f.Status != "" {
+			i++
+			findings = slices.Insert(findings, i, f)
 		}
 	}
+	return findings
+}
+
+// ServiceVariables returns the environment that systemd gives to unitmeter.service, as
+// NAME=value. It is nil where there is no such unit, for others than root, and where
+// environ has a setting of its own.
+func ServiceVariables(ctx context.Context, environ []string) []string {
+	if os.Geteuid() != 0 || slices.ContainsFunc(environ, ours) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	m, err := accounting.Connect(ctx, receiver.Config{}.Addresses()...)
+	if err != nil {
+		return nil // whatever the command does next reports it
+	}
+	defer m.Close()
+	a, err := findAgent(ctx, m)
+	if err != nil || a == nil {
+		return nil
+	}
+	// systemd reads its files best by itself.
+	args := []string{"--pipe", "--wait", "--quiet", "--collect", fmt.Sprintf("--unit=unitmeter-environment-%d", os.Getpid())}
+	for _, property := range a.properties {
+		if strings.HasPrefix(property, "--setenv=") || strings.HasPrefix(property, "--property=EnvironmentFile=") {
+			args = append(args, property)
+		}
+	}
+	if len(args) == 5 { // it has none
+		return nil
+	}
+	out, err := exec.CommandContext(ctx, "systemd-run", append(args, "/usr/bin/env", "-0")...).Output()
+	if err != nil {
+		return nil
+	}
+	return strings.Split(strings.TrimRight(string(out), "\x00"), "\x00")
 }
 
 // next says where settings go and what makes a running agent take them: a fix

@@ -112,7 +112,7 @@ func (d *doctor) checks() []check {
 		{"agent", d.withBus(d.checkAgent)},
 		{"machine", d.withBus(d.checkMachine)},
 		{"clock", d.checkClock},
-		{"ebpf", d.ofEBPF(d.checkMeter)},
+		{"ebpf", d.checkMeter},
 	}, d.rootChecks(), []check{
 		{"ebpf-filters", d.ofEBPF(d.withBus(d.checkFilters))},
 		{"ebpf-systemd", d.ofEBPF(d.withBus(d.checkBoth))},
@@ -235,14 +235,16 @@ func examine(ctx context.Context, environ []string, show func(finding)) []findin
 		if ctx.Err() != nil {
 			break
 		}
-		f := runCheck(ctx, c)
-		findings = append(findings, f)
-		show(f)
+		if f := runCheck(ctx, c); f.Status != "" {
+			findings = append(findings, f)
+			show(f)
+		}
 	}
 	return findings
 }
 
-// runCheck gives a check its name and its time.
+// runCheck gives a check its name and its time. A finding without a status says that
+// there is nothing to check.
 func runCheck(ctx context.Context, c check) finding {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()

@@ -30,21 +30,26 @@ func (d *doctor) ofSystemd(run func(context.Context) finding) func(context.Conte
 	}
 }
 
-// ofEBPF skips a check of what only the eBPF source needs.
+// byEBPF reports whether the agent counts by eBPF, or would like to.
+func (d *doctor) byEBPF() bool {
+	return d.cfg.Receiver.Source == receiver.EBPF || d.cfg.Receiver.Source == receiver.Auto
+}
+
+// ofEBPF leaves out a check of what only the eBPF source needs.
 func (d *doctor) ofEBPF(run func(context.Context) finding) func(context.Context) finding {
 	return func(ctx context.Context) finding {
-		if source := d.cfg.Receiver.Source; source != receiver.EBPF && source != receiver.Auto {
-			return skipped("UNITMETER_SOURCE is not ebpf: systemd counts")
+		if !d.byEBPF() {
+			return finding{}
 		}
 		return run(ctx)
 	}
 }
 
-// asRoot skips a check that needs more than the agent's rights.
+// asRoot leaves out a check that needs more than the agent's rights.
 func asRoot(run func(context.Context) finding) func(context.Context) finding {
 	return func(ctx context.Context) finding {
 		if os.Geteuid() != 0 {
-			return skippedUntil("run the doctor as root", "only root can see it")
+			return finding{}
 		}
 		return run(ctx)
 	}
@@ -60,6 +65,9 @@ func (d *doctor) rootChecks() []check {
 
 // checkMeter reads the eBPF counters as the agent does.
 func (d *doctor) checkMeter(context.Context) finding {
+	if !d.byEBPF() {
+		return skipped("UNITMETER_SOURCE is not ebpf: systemd counts")
+	}
 	reader, err := receiver.OpenMeter(ebpf.Config{})
 	if err != nil {
 		_, major, minor, _ := kernelRelease() // 0.0 if nobody knows
@@ -186,16 +194,15 @@ func netController(mounts string) string {
 // checkPins looks for programs that nobody reads, and for a boot that loads none.
 func (d *doctor) checkPins(ctx context.Context) finding {
 	current, others, err := ebpf.Pinned("")
-	counting := d.cfg.Receiver.Source == receiver.EBPF || d.cfg.Receiver.Source == receiver.Auto
 	switch {
 	case err != nil:
 		return failure("ls -l "+ebpf.DefaultDir, "%v", err)
 	case len(others) > 0:
 		return warning("unitmeter meter unload && "+loadMeter, "%s was left by another version: its counters stand still, and take memory", strings.Join(others, ", "))
-	case current && !counting:
+	case current && !d.byEBPF():
 		return warning("unitmeter meter unload, or unitmeter enable --ebpf", "an eBPF program counts (%s), and nobody reads it: UNITMETER_SOURCE is not ebpf", ebpf.DefaultDir)
 	case !current:
-		return skipped("no eBPF program is loaded")
+		return finding{}
 	}
 	var state string
 	if d.m != nil && d.m.Call(ctx, "GetUnitFileState", meterUnit).Store(&state) == nil && state == "disabled" {

@@ -218,7 +218,7 @@ func (d *doctor) checkAccounting(ctx context.Context) finding {
 	case len(d.units) == 0:
 		return failure("unset UNITMETER_INCLUDE, UNITMETER_EXCLUDE and UNITMETER_UNIT_TYPES", "the settings leave out all running units")
 	case len(off) > 0 && on == 0:
-		return failure("unitmeter enable --all", "%d units have IP accounting off and none has counters, so there is nothing to send", len(off))
+		return failure(accounting.EnableAll, "%d units have IP accounting off and none has counters, so there is nothing to send", len(off))
 	case len(off) > 0:
 		return warning(accounting.EnableCommand(off), "%d of %d units have IP accounting off; \"unitmeter units\" lists them", len(off), len(d.units))
 	}

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/unitmeter/unitmeter/exporter/otlptest"
@@ -52,20 +51,22 @@ func TestRealAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	serve(t, behind, w)
-	r := newRoad(t, w, behind.Addr().String())
+	r := newRoad(t, behind.Addr().String())
+	var held []*holding
+	for _, a := range r.answers() {
+		held = append(held, r.hold(a))
+	}
 	var rows []string
-	var mu sync.Mutex
-	t.Run("all", func(t *testing.T) {
-		for i, a := range r.answers() {
-			t.Run(fmt.Sprintf("%02d", i), func(t *testing.T) {
-				t.Parallel()
-				next := r.hold(t, a)
-				mu.Lock()
-				defer mu.Unlock()
-				rows = append(rows, a.title()+" "+next+" |")
-			})
-		}
-	})
+	for _, h := range held {
+		rows = append(rows, h.answered.title()+" "+h.next()+" |")
+	}
+	for _, h := range held {
+		h.way.turn(h.good)
+		h.end()
+	}
+	for _, h := range held {
+		h.arrived(w)
+	}
 	for _, p := range w.problems {
 		t.Error(p)
 	}
@@ -97,11 +98,11 @@ func TestRealAnswers(t *testing.T) {
 
 // road is what is between the agents and the witness.
 type road struct {
-	t       *testing.T
-	dir     string
-	ports   map[string]string // addresses, by name
-	ca      *otlptest.CA
-	witness *witness
+	t        *testing.T
+	dir      string
+	ports    map[string]string // addresses, by name
+	ca       *otlptest.CA
+	starting []string
 }
 
 func (r *road) at(name string) string {
@@ -131,38 +132,53 @@ func (r *road) write(name, text string) string {
 	return path
 }
 
-// start runs a program until the test ends, and returns when it listens.
+// start runs a program until the test ends. await waits until it listens.
 func (r *road) start(listens string, program string, args ...string) {
+	r.starting = append(r.starting, listens)
 	var log bytes.Buffer
-	cmd := exec.Command(program, args...)
+	cmd, end := lifeline(r.t, program, args...)
 	cmd.Stdout, cmd.Stderr = &log, &log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		r.t.Fatalf("%v; run \"make tools\"", err)
 	}
 	r.t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait()
+		end()
+		_ = cmd.Wait() // the log has what it tells
 		if r.t.Failed() {
 			text := log.String()
 			r.t.Logf("%s %q:\n%s", program, args, text[max(0, len(text)-3000):])
 		}
 	})
-	if !within(patience, func() bool {
-		conn, err := net.Dial("tcp", r.at(listens))
-		if err == nil {
-			conn.Close()
-		}
-		return err == nil
-	}) {
-		r.t.Fatalf("%s %q does not listen at %s", program, args, r.at(listens))
+}
+
+// lifeline is a program that is asked to end when the function is called, or this
+// process ends. A death signal would come with the end of a mere thread.
+func lifeline(t *testing.T, program string, args ...string) (cmd *exec.Cmd, end func()) {
+	cmd = exec.Command("sh", append([]string{"-c", `"$@" & child=$!; read -r _; kill $child; wait $child`, "sh", program}, args...)...)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cmd, func() { stdin.Close() }
+}
+
+// await waits until all programs listen.
+func (r *road) await() {
+	for _, name := range r.starting {
+		eventually(r.t, name+" listens", func() bool {
+			conn, err := net.Dial("tcp", r.at(name))
+			if err == nil {
+				conn.Close()
+			}
+			return err == nil
+		})
 	}
 }
 
 // newRoad starts all programs.
-func newRoad(t *testing.T, w *witness, witness string) *road {
+func newRoad(t *testing.T, witness string) *road {
 	t.Helper()
-	r := &road{t: t, dir: t.TempDir(), ports: map[string]string{}, ca: otlptest.NewCA(t), witness: w}
+	r := &road{t: t, dir: t.TempDir(), ports: map[string]string{}, ca: otlptest.NewCA(t)}
 	// The unprivileged workers of nginx must reach its files.
 	for dir := r.dir; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) {
 		_ = os.Chmod(dir, 0o755)
@@ -210,9 +226,10 @@ extensions:
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { silent.Close() })
-	if err := os.MkdirAll(filepath.Join(r.dir, "site"), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Join(r.dir, "site", "v1"), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	r.write("site/v1/metrics", "metrics are the measure of things\n")
 	r.write("site/index.html", "<!doctype html><title>Log in</title>\n")
 	r.write("passwords", "user:{PLAIN}secret\n")
 	r.start("nginx-401", "nginx", "-p", r.dir, "-e", "stderr", "-c", r.write("nginx.conf", `daemon off; pid {dir}/nginx.pid; error_log stderr error;
@@ -295,6 +312,7 @@ frontend refused
 	} {
 		r.start(name, tool(t, "prometheus"), append(args, "--config.file="+r.dir+"/prometheus.yaml", "--storage.tsdb.path="+r.dir+"/"+name, "--web.listen-address="+r.at(name), "--log.level=warn")...)
 	}
+	r.await()
 	return r
 }
 
@@ -398,108 +416,129 @@ func (s *turnout) turn(to string) {
 	}
 }
 
-// hold runs an agent against the program, and then against the good Collector. It
-// returns the next step that the log gave.
-func (r *road) hold(t *testing.T, a answered) (next string) {
+// holding is an agent whose requests are not taken.
+type holding struct {
+	t        *testing.T
+	answered answered
+	name     string // its host name
+	dir      string
+	endpoint string
+	env      []string
+	way      *turnout
+	good     string // the Collector that will take them
+	agent    *exec.Cmd
+	end      func() // of the agent, which delivers what it can before
+}
+
+// hold starts an agent that sends to the program.
+func (r *road) hold(a answered) *holding {
+	t := r.t
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	way := &turnout{to: r.at(a.port)}
-	var serving sync.WaitGroup
-	serving.Go(func() { way.serve(l) })
-	t.Cleanup(func() { l.Close(); way.turn(""); serving.Wait() })
-	binary, err := agentBinary()
-	if err != nil {
-		t.Fatal(err)
+	h := &holding{t: t, answered: a, name: a.port, dir: t.TempDir(), way: &turnout{to: r.at(a.port)}, good: "good"}
+	if a.path != "" || a.grpc {
+		h.name += "." + strings.ReplaceAll(fmt.Sprint(a.grpc, len(a.env), a.path), "/", ".")
 	}
-	scheme, protocol, good := "http://", "http/protobuf", "good"
+	var serving sync.WaitGroup
+	serving.Go(func() { h.way.serve(l) })
+	t.Cleanup(func() { l.Close(); h.way.turn(""); serving.Wait() })
+	scheme, protocol := "http://", "http/protobuf"
 	if a.tls {
-		scheme, good = "https://", "good-https"
+		scheme, h.good = "https://", "good-https"
 	}
 	if a.grpc {
-		protocol, good = "grpc", "good-grpc"
+		protocol, h.good = "grpc", "good-grpc"
 	}
-	dir := t.TempDir()
-	start := func(path string, env ...string) (agent *exec.Cmd, log string) {
-		log = filepath.Join(dir, "log")
-		file, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer file.Close()
-		agent = exec.Command(binary, "run")
-		agent.Env = append([]string{
-			"UNITMETER_STATE_DIR=" + dir + "/state", "UNITMETER_BUS=unix:path=" + dir + "/nobody", "UNITMETER_LOG_FORMAT=json",
-			"OTEL_METRIC_EXPORT_INTERVAL=300", "OTEL_EXPORTER_OTLP_TIMEOUT=3000", "OTEL_EXPORTER_OTLP_PROTOCOL=" + protocol,
-			"OTEL_EXPORTER_OTLP_ENDPOINT=" + scheme + l.Addr().String() + path, "OTEL_RESOURCE_ATTRIBUTES=host.name=" + rowName(t),
-		}, env...)
-		agent.Stderr = file
-		agent.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := agent.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = agent.Process.Kill(); _ = agent.Wait() })
-		return agent, log
+	h.good, h.endpoint = r.at(h.good), scheme+l.Addr().String()
+	h.env = []string{
+		"UNITMETER_STATE_DIR=" + h.dir + "/state", "UNITMETER_BUS=unix:path=" + h.dir + "/nobody", "UNITMETER_LOG_FORMAT=json", "UNITMETER_STOP_RECORDS=off",
+		"OTEL_METRIC_EXPORT_INTERVAL=1001", "OTEL_EXPORTER_OTLP_TIMEOUT=3000", "OTEL_EXPORTER_OTLP_PROTOCOL=" + protocol,
+		"OTEL_RESOURCE_ATTRIBUTES=host.name=" + h.name,
 	}
-	agent, log := start(a.path, a.env...)
-	eventually(t, "the log has the answer", func() bool {
-		said, err := os.ReadFile(log)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for line := range strings.Lines(string(said)) {
+	h.start(append(slices.Clone(a.env), "OTEL_EXPORTER_OTLP_ENDPOINT="+h.endpoint+a.path)...)
+	return h
+}
+
+func (h *holding) start(env ...string) {
+	binary, err := agentBinary()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	log, err := os.OpenFile(h.dir+"/log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer log.Close()
+	agent, end := lifeline(h.t, binary, "run")
+	agent.Env, agent.Stderr = slices.Concat(h.env, env), log
+	if err := agent.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.agent, h.end = agent, end
+	h.t.Cleanup(func() { end(); _ = agent.Wait() })
+}
+
+func (h *holding) log() string {
+	text, err := os.ReadFile(h.dir + "/log")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return string(text)
+}
+
+// query asks the agent's store for one number.
+func (h *holding) query(sql string) (n int) {
+	out, err := exec.Command("sqlite3", "-readonly", "-cmd", ".timeout 60000", h.dir+"/state/unitmeter.db", sql).Output()
+	if _, scanned := fmt.Sscan(string(out), &n); err != nil || scanned != nil {
+		h.t.Fatalf("ask the agent's store: %v, %v: %q", err, scanned, out)
+	}
+	return n
+}
+
+const waiting = "SELECT count(*) FROM outbox"
+
+// next waits for the answer and for some requests that are held, and returns the next
+// step that is in the log.
+func (h *holding) next() (next string) {
+	if !within(patience, func() bool {
+		for line := range strings.Lines(h.log()) {
 			var entry struct{ Msg, Err, Next string }
-			if json.Unmarshal([]byte(line), &entry) == nil && strings.HasPrefix(entry.Msg, "cannot deliver metrics") && strings.Contains(entry.Err, a.answer) {
+			if json.Unmarshal([]byte(line), &entry) == nil && strings.HasPrefix(entry.Msg, "cannot deliver metrics") && strings.Contains(entry.Err, h.answered.answer) {
 				next = entry.Next
 			}
 		}
-		return next != ""
-	})
-	query := func(sql string) (n int) {
-		out, err := exec.Command("sqlite3", "-readonly", "-cmd", ".timeout 60000", dir+"/state/unitmeter.db", sql).Output()
-		if _, scanned := fmt.Sscan(string(out), &n); err != nil || scanned != nil {
-			t.Fatalf("ask the agent's store: %v, %v: %q", err, scanned, out)
-		}
-		return n
-	}
-	const waiting = "SELECT count(*) FROM outbox"
-	eventually(t, "some requests wait", func() bool { return query(waiting) > 3 })
-	end := func() {
-		if err := agent.Process.Signal(syscall.SIGTERM); err != nil {
-			t.Fatal(err)
-		}
-		if err := agent.Wait(); err != nil {
-			said, _ := os.ReadFile(log)
-			t.Errorf("the agent: %v\n%s", err, said)
-		}
-	}
-	way.turn(r.at(good))
-	end()
-	if query(waiting) > 0 { // the time for it was too short, or a setting of the agent is wrong
-		agent, _ = start("", slices.DeleteFunc(slices.Clone(a.env), func(e string) bool { return !strings.HasPrefix(e, "OTEL_EXPORTER_OTLP_CERTIFICATE") })...)
-		eventually(t, "all is delivered", func() bool { return query(waiting) == 0 })
-		end()
-	}
-	arrived, committed, aside := r.witness.of(t), query("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'"), query("SELECT count(*) FROM quarantine")
-	if arrived != committed || aside > 0 {
-		said, _ := os.ReadFile(log)
-		t.Errorf("%d of %d requests have arrived, and %d are in quarantine\n%s", arrived, committed, aside, said)
+		return next != "" && h.query(waiting) > 2
+	}) {
+		h.t.Fatalf("%s the log does not have the answer, or nothing waits\n%s", h.answered.title(), h.log())
 	}
 	return next
 }
 
-// rowName is the host name of the agent of a row.
-func rowName(t *testing.T) string { return strings.ReplaceAll(t.Name(), "/", ".") }
-
-// of is how many requests of the test's agent have arrived.
-func (w *witness) of(t *testing.T) (n int) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, s := range w.find(pulse, "") {
-		if s.last.Attrs["host.name"] == rowName(t) {
-			n += len(s.times)
+// arrived checks that all that was committed has arrived once, at the latest after
+// another start.
+func (h *holding) arrived(w *witness) {
+	if err := h.agent.Wait(); err != nil {
+		h.t.Errorf("%s: %v\n%s", h.answered.title(), err, h.log())
+	}
+	if h.query(waiting) > 0 { // the time for it was too short, or a setting of the agent is wrong
+		h.start(append(slices.DeleteFunc(slices.Clone(h.answered.env), func(e string) bool { return !strings.HasPrefix(e, "OTEL_EXPORTER_OTLP_CERTIFICATE") }), "OTEL_EXPORTER_OTLP_ENDPOINT="+h.endpoint)...)
+		eventually(h.t, h.answered.title()+" all is delivered", func() bool { return h.query(waiting) == 0 })
+		h.end()
+		if err := h.agent.Wait(); err != nil {
+			h.t.Errorf("%s: %v\n%s", h.answered.title(), err, h.log())
 		}
 	}
-	return n
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	arrived := 0
+	for _, s := range w.find(pulse, "") {
+		if s.last.Attrs["host.name"] == h.name {
+			arrived += len(s.times)
+		}
+	}
+	if committed, aside := h.query("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'"), h.query("SELECT count(*) FROM quarantine"); arrived != committed || aside > 0 {
+		h.t.Errorf("%s %d of %d requests have arrived, and %d are in quarantine\n%s", h.answered.title(), arrived, committed, aside, h.log())
+	}
 }

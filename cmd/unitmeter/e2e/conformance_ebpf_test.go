@@ -56,6 +56,7 @@ func conformanceEBPF() []group {
 		{name: "overflow", agent: agent{env: []string{"UNITMETER_MAX_UNITS=10"}}, scenarios: []scenario{overflow}},
 		{name: "many", agent: agent{env: []string{"UNITMETER_MAX_UNITS=100"}}, scenarios: []scenario{distinct}},
 		{name: "no room", room: littleRoom, scenarios: []scenario{full}},
+		{name: "flooded", room: uint32(floodRoom()), agent: agent{env: []string{"GOMEMLIMIT=96MiB"}, properties: append([]string{"MemoryMax=256M"}, unprivileged.properties...)}, scenarios: []scenario{flooded}},
 		{name: "little room", room: littleRoom, scenarios: []scenario{late}},
 		{name: "kinds of traffic", scenarios: kindsOfTraffic()},
 	}
@@ -179,6 +180,48 @@ var full = scenario{
 			s.t.Error("everything found room: this shows nothing")
 		}
 		s.note("%d B of it in `unitmeter.unattributed`", rest.EgressBytes)
+	},
+}
+
+func floodRoom() int { return times(littleRoom, ebpf.DefaultMaxEntries) }
+
+// flooded has an unprivileged user with a delegated subtree, which each user of a
+// systemd host has, fill the maps with cgroups that stand.
+var flooded = scenario{
+	id: "flood", title: fmt.Sprintf("an unprivileged user fills the maps, which have room for %d cgroups", floodRoom()),
+	units: map[string]string{
+		"flood.service":      commanded,
+		"flood-new.service":  unitHead + "Type=oneshot\nExecStart={send} 40\n",
+		"flood-user.service": unitHead + fmt.Sprintf("Type=notify\nTimeoutStartSec=infinity\nLimitNOFILE=8192\nUser=daemon\nDelegate=yes\nExecStart={kinds} flood %d\n", floodRoom()+100),
+	},
+	run: func(s *scene) {
+		s.in("systemctl start {id}")
+		s.say(10)
+		began, cpu := time.Now(), s.cpu()
+		s.in("systemctl start {id}-user || { journalctl --no-pager -o cat -u {id}-user >&2; exit 1; }")
+		took := time.Since(began)
+		if used := s.entries(); used != floodRoom() {
+			s.t.Errorf("%d of %d entries are in use", used, floodRoom())
+		}
+		s.say(100)
+		s.in("systemctl start {id}-new")
+		sum := 10 + 100 + 40 + floodRoom() + 100
+		s.sent("%d × 128 B", sum)
+		all := func() systemd.Counters {
+			total, rest := s.receivedNow(), s.lab.unattributed("-.slice")
+			total.EgressBytes += rest.EgressBytes
+			total.EgressPackets = total.EgressBytes / packetBytes
+			return total
+		}
+		s.equal(s.datagrams(sum), all)
+		// What had room goes on.
+		known := s.sum(func(unit string) bool { return unit == "flood.service" })
+		if known != (systemd.Counters{EgressBytes: 110 * packetBytes, EgressPackets: 110}) {
+			s.t.Errorf("the unit that was there before has %s", show(known))
+		}
+		fresh := s.sum(func(unit string) bool { return unit == "flood-new.service" })
+		s.note("%.1f s for it; the unit that was there before is exact, %d B of another user are in `unitmeter.unattributed`; then %d MiB (VmRSS) and %d ms of CPU time of the agent for %d cycles",
+			took.Seconds(), 40*packetBytes-int(fresh.EgressBytes), s.memory()/1024, (s.cpu()-cpu)/1000, int(time.Since(began)/(300*time.Millisecond)))
 	},
 }
 

@@ -79,6 +79,7 @@ func (l *lab) loadMeter(room uint32) {
 		if loaded, err := ebpf.Load(l.t.Context(), cfg); err != nil || loaded.Naming != nil {
 			l.t.Fatal(err, loaded.Naming)
 		}
+		l.Run(l.t, "chgrp", "-R", meterGroup, ebpf.DefaultDir)
 		return
 	}
 	if out := l.Run(l.t, "setpriv", "--regid", meterGroup, "--clear-groups", "/usr/local/bin/unitmeter", "meter", "load"); !strings.HasPrefix(out, "counting ") {

@@ -144,9 +144,9 @@ func TestDoctorFixes(t *testing.T) {
 		apply string
 		fixed string // the prefix after that, if it is another
 	}{
-		{name: "nothing is accounted", check: "accounting", status: "fail", fix: "unitmeter enable --all"},
+		{name: "nothing is accounted", check: "accounting", status: "fail", fix: "unitmeter enable --default"},
 		{name: "one service is not", plant: "unitmeter disable demo", check: "accounting", status: "warn", fix: "unitmeter enable demo.service"},
-		{name: "default off", check: "accounting-default", status: "warn", fix: "unitmeter enable --default"},
+		{name: "default off", plant: "unitmeter disable --default", check: "accounting-default", status: "warn", fix: "unitmeter enable --default"},
 		{name: "own unit not accounted", prefix: "systemd-run --quiet --pipe --wait -p IPAccounting=no", check: "own-traffic", status: "skip",
 			fix: "systemd-run -p IPAccounting=yes --pipe --wait unitmeter doctor --here", apply: ":", fixed: "systemd-run --quiet --pipe --wait -p IPAccounting=yes"},
 		{name: "dbus is stopped", plant: "systemctl stop dbus.socket dbus.service", prefix: system, check: "bus", status: "fail",
@@ -169,6 +169,12 @@ func TestDoctorFixes(t *testing.T) {
 			fix: "usermod -aG systemd-journal nobody", apply: ":", fixed: nowhere},
 		{name: "no right to the journal", prefix: nowhere + asNobody, check: "stop-records", status: "warn", fix: "usermod -aG systemd-journal nobody"},
 		{name: "stop records off", prefix: "UNITMETER_STOP_RECORDS=off", check: "stop-records", status: "warn", fix: "unset UNITMETER_STOP_RECORDS", apply: ":", fixed: "env"},
+		{name: "log level", plant: "systemd-analyze log-level notice", check: "stop-records", status: "warn", fix: "systemd-analyze log-level info", apply: "systemd-analyze log-level info"},
+		{name: "log target", plant: "systemd-analyze log-target kmsg", check: "stop-records", status: "warn", fix: "systemd-analyze log-target journal", apply: "systemd-analyze log-target journal"},
+		{name: "level that journald stores", plant: "mkdir -p /etc/systemd/journald.conf.d; printf '[Journal]\nMaxLevelStore=notice\n' >/etc/systemd/journald.conf.d/x.conf",
+			check: "stop-records", status: "warn", fix: "MaxLevelStore=info", apply: "rm /etc/systemd/journald.conf.d/x.conf"},
+		{name: "quiet unit", plant: "printf '[Service]\nIPAccounting=yes\nLogLevelMax=notice\nExecStart=sleep infinity\n' >/run/systemd/system/quiet.service; systemctl start quiet",
+			check: "stop-records", status: "warn", fix: "systemctl edit quiet.service", apply: "systemctl stop quiet; rm /run/systemd/system/quiet.service"},
 		{name: "state directory of another user", plant: "install -d -m 0700 -o daemon /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: "fail",
 			fix: "chown -R 0 /var/lib/state"},
 		{name: "state directory writable by all", plant: "chmod 0777 /var/lib/state", prefix: "UNITMETER_STATE_DIR=/var/lib/state", check: "state-directory", status: "fail",
@@ -400,7 +406,19 @@ func TestEnableDisable(t *testing.T) {
 	if out := w.sh("unitmeter enable --all; unitmeter once"); !strings.HasPrefix(out, "nothing to do: ") || strings.Contains(out, "unitmeter enable") {
 		t.Errorf("after enable --all: %s", out)
 	}
-	w.sh("unitmeter disable --all; rm -r /etc/systemd/system.control /run/systemd/system.control; systemctl daemon-reload")
+	// systemd changes nothing of a masked unit, so nobody is told to.
+	w.sh("printf '[Service]\nExecStart=sleep infinity\n' >/run/systemd/system/hidden.service; systemctl start hidden; systemctl mask hidden")
+	if out := w.sh("unitmeter units hidden; unitmeter enable --all; unitmeter doctor --here || :"); !strings.Contains(out, "masked unit") || strings.Contains(out, "unitmeter enable hidden") || strings.Contains(out, "hidden.service: ") {
+		t.Errorf("with a masked unit: %s", out)
+	}
+	w.sh("systemctl stop hidden; systemctl unmask hidden; rm /run/systemd/system/hidden.service")
+	w.sh("unitmeter disable --all; unitmeter enable idle; unitmeter disable --reset")
+	if files() != "" || accounting("idle.service") != "no" {
+		t.Errorf("after disable --reset there are %s", files())
+	}
+	if out := w.sh("unitmeter disable --reset"); !strings.HasPrefix(out, "nothing to do: ") {
+		t.Errorf("disable --reset again: %s", out)
+	}
 	w.sh("unitmeter disable one two three idle")
 	for _, unit := range []string{"one", "two", "three", "idle"} {
 		if accounting(unit+".service") != "no" {

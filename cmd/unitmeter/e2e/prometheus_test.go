@@ -72,9 +72,9 @@ func install(t *testing.T, rig *systemdtest.Rig) {
 }
 
 // ask sends a GET request with pairs of header names and values.
-func ask(t *testing.T, client *http.Client, url string, headers ...string) (code int, body string, err error) {
+func ask(t *testing.T, client *http.Client, address string, headers ...string) (code int, body string, err error) {
 	t.Helper()
-	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, address, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

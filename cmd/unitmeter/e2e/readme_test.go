@@ -23,8 +23,8 @@ func TestReadme(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := append(receiver.Instruments(), exporter.Instruments()...)
-	text := replaceBlock(t, string(old), "metrics", metricsTable(all[:2]))
-	text = replaceBlock(t, text, "own-metrics", metricsTable(all[2:]))
+	text := replaceBlock(t, string(old), "metrics", metricsTable(all[:4]))
+	text = replaceBlock(t, text, "own-metrics", metricsTable(all[4:]))
 	if text == string(old) {
 		return
 	}

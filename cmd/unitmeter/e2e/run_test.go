@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
 // runAgent starts the agent with nothing but env, without a systemd, and returns
@@ -112,5 +114,43 @@ func TestDisabledIsReady(t *testing.T) {
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// TestSaysAtOnce: with IP accounting off, the log and the status say so at the start,
+// an hour before the next collection; and commands of root take the service's settings.
+func TestSaysAtOnce(t *testing.T) {
+	t.Parallel()
+	rig := systemdtest.Start(t)
+	install(t, rig)
+	rig.WriteFile(t, "/etc/systemd/system/demo.service", "[Service]\nExecStart=/bin/sleep infinity\n")
+	rig.Run(t, "systemctl", "start", "demo.service")
+	rig.WriteFile(t, "/etc/unitmeter/unitmeter.env", "OTEL_METRICS_EXPORTER=none\nOTEL_METRIC_EXPORT_INTERVAL=3600000\n"+
+		"# a comment\nUNITMETER_EXCLUDE=\"nothing.service,demo.service\"\n")
+	rig.Run(t, "systemctl", "start", "unitmeter")
+	const advice = "IP accounting is off for "
+	const commands = "; run unitmeter enable --default, or use the eBPF source (unitmeter enable --ebpf)"
+	said := func(text string) bool { return strings.Contains(text, advice) && strings.Contains(text, commands) }
+	eventually(t, "the status says it", func() bool {
+		return said(rig.Run(t, "systemctl", "show", "-P", "StatusText", "unitmeter"))
+	})
+	if log := rig.Run(t, "journalctl", "-u", "unitmeter", "-p", "warning", "-o", "cat", "--no-pager"); !said(log) {
+		t.Errorf("the log does not: %s", log)
+	}
+	const note = "with the settings of unitmeter.service: UNITMETER_EXCLUDE=nothing.service,demo.service\n"
+	for _, command := range []string{"units", "once --source dbus", "top --once --source dbus", "enable --all --dry-run"} {
+		out := rig.Run(t, "bash", "-c", "unitmeter "+command+" 2>&1")
+		if !strings.HasPrefix(out, note) || strings.Contains(out, "demo.service ") {
+			t.Errorf("%s: %s", command, out)
+		}
+	}
+	if out := rig.Run(t, "bash", "-c", "UNITMETER_EXCLUDE=other.service unitmeter units 2>&1"); strings.Contains(out, note) {
+		t.Errorf("a setting of the shell does not win: %s", out)
+	}
+	if out := rig.Run(t, "unitmeter", "units", "demo"); !strings.Contains(out, "UNITMETER_EXCLUDE has demo.service") {
+		t.Errorf("units demo: %s", out)
+	}
+	if out := rig.Run(t, "systemctl", "show", "-P", "StatusText", "unitmeter"); !said(out) {
+		t.Errorf("the status has become %s", out)
 	}
 }

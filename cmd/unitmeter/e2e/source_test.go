@@ -50,8 +50,13 @@ func TestNothingSwitchedOn(t *testing.T) {
 		}
 		return units
 	}
+	// A unit of a user's manager, and a container, are by themselves.
+	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	const browser = "/sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service/app.slice/browser.service"
+	w.sh("mkdir -p " + browser)
+	w.sh("systemd-run --quiet --scope --unit=docker-" + id + " sh -c 'sleep infinity >/dev/null 2>&1 &'")
 	units := once("unitmeter once --json --interval 100ms")
-	for _, name := range []string{"sink.service", "init.scope", "dbus.service", "kernel"} {
+	for _, name := range []string{"sink.service", "init.scope", "dbus.service", "kernel", "1000/browser.service", "docker-" + id + ".scope"} {
 		if u := units[name]; u.Source != "ebpf" || u.State != "on" || u.EgressBytes == nil || u.EgressPerSecond == nil {
 			t.Errorf("%s is %+v", name, u)
 		}
@@ -60,14 +65,19 @@ func TestNothingSwitchedOn(t *testing.T) {
 		!strings.Contains(out, "none     possible  kernel") || !strings.Contains(out, "unitmeter enable --ebpf") {
 		t.Errorf("units:\n%s", out)
 	}
+	if u := once("unitmeter once --json --interval 100ms browser 'docker-*'"); len(u) != 2 {
+		t.Errorf("by the names of the units: %+v", u)
+	}
 	if n := w.programs(); n != 0 {
 		t.Errorf("%d programs stay behind", n)
 	}
 
 	top := w.watch("unitmeter top --bytes")
-	top.wait("sink.service", "by eBPF since ", "init.scope")
+	top.wait("sink.service", "by eBPF since ", "init.scope", "1000/browser.service")
 	w.sh(send)
 	top.wait("brief.service", "896 B") // 7 datagrams of 128 bytes, by a unit that is gone
+	w.sh("echo $$ >" + browser + "/cgroup.procs; " + w.Traffic() + " udp-send 127.0.0.1:9000 -bytes 201 -count 5")
+	top.wait("1,145") // 5 datagrams of 229 bytes; the screen writes what changes
 	if n := w.programs(); n != 1 {
 		t.Errorf("%d programs count while top runs", n)
 	}
@@ -120,7 +130,7 @@ func TestDoctorMeter(t *testing.T) {
 			t.Errorf("%s: the check %s is %+v, want %s with %q", when, name, f, status, text)
 		}
 	}
-	check("by systemd", doctor("dbus"), "ebpf-pins", "skip", "no eBPF program")
+	check("by systemd", doctor("dbus"), "ebpf-pins", "", "")
 	now := doctor("ebpf")
 	check("nothing is loaded", now, "ebpf-host", "ok", "lets an eBPF program count and name")
 	check("nothing is loaded", now, "own-traffic", "skip", "cannot be read")

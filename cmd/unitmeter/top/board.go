@@ -133,7 +133,7 @@ func (b *board) take(at time.Time, units []systemd.Unit) {
 	here := make(map[string]bool, len(units))
 	known := make(map[string]systemd.Unit, len(units))
 	for _, u := range units {
-		if b.wanted.Len() > 0 && b.wanted.Index(u.Name) < 0 {
+		if b.wanted.Len() > 0 && b.wanted.Index(accounting.UnitName(u.Name)) < 0 {
 			continue
 		}
 		growth, from, ok := accounting.Growth(b.known[u.Name], u, b.last)

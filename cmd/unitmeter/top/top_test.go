@@ -299,7 +299,7 @@ func TestTopScreen(t *testing.T) {
 	}
 	for i, want := range map[int]string{
 		0: "unitmeter top   in 5.01 MB/s   out 2.09 MB/s                            12:00:29",
-		1: "3 units by systemd; 1 with accounting off (unitmeter enable --all)              ",
+		1: "3 units by systemd; 1 with accounting off (unitmeter enable --default)          ",
 		2: "UNIT                               IN/s       OUT/s       TOTAL LAST MINUTE▼    ",
 		3: "nats.service                  5.00 MB/s   2.00 MB/s      203 MB         ████████",
 		4: "postgresql.service            10.0 kB/s   90.0 kB/s     2.90 MB         ████████",
@@ -461,9 +461,9 @@ func FuzzTop(f *testing.F) {
 // that grow have a row.
 func TestBoardEnded(t *testing.T) {
 	b := newBoard(systemd.Patterns{}, time.Second)
-	take := func(second int, bytes uint64, accounting string) *topRow {
-		u := counted("job.service", "", -9, second, bytes, 0)
-		u.Accounting = accounting
+	take := func(second int, in uint64, state string) *topRow {
+		u := counted("job.service", "", -9, second, in, 0)
+		u.Accounting = state
 		b.take(at(second), []systemd.Unit{u})
 		return b.rows["job.service"]
 	}

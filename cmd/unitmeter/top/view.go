@@ -158,7 +158,7 @@ func (m *topModel) status() string {
 	// What is missing is said with the command that fixes it, or it would be
 	// taken for silence.
 	if n := m.board.others["off"]; n > 0 {
-		parts = append(parts, fmt.Sprintf("%d with accounting off (unitmeter enable --all)", n))
+		parts = append(parts, fmt.Sprintf("%d with accounting off (%s)", n, accounting.EnableAll))
 	}
 	if n := m.board.others["lost"]; n > 0 {
 		parts = append(parts, fmt.Sprintf("%d lost (unitmeter enable --lost)", n))
@@ -190,7 +190,7 @@ func (m *topModel) emptiness() string {
 	if m.origin.Source == receiver.EBPF {
 		return tty.Fit("there is no unit that the settings leave in", m.width, false)
 	}
-	return tty.Fit("no unit has IP accounting on: unitmeter enable --all", m.width, false)
+	return tty.Fit("no unit has IP accounting on: "+accounting.EnableAll, m.width, false)
 }
 
 // line is one row of a list.
@@ -438,7 +438,7 @@ func chart(values []float64, most float64, high int) []string {
 // printTop prints the table of --once, the busiest unit first.
 func printTop(w io.Writer, b *board, origin accounting.Origin, exact bool) error {
 	tab := tty.NewTable(w, true, "IN/s", "OUT/s", "IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT", "UNIT")
-	tab.Drop("IN pkt/s", "OUT pkt/s", "TOTAL IN", "TOTAL OUT")
+	tab.Drop([]string{"IN pkt/s", "OUT pkt/s"}, []string{"TOTAL IN", "TOTAL OUT"})
 	for _, r := range b.sorted(b.all(), byRecent, false) {
 		packets := func(kind int) string {
 			if !r.now.known {
@@ -452,5 +452,5 @@ func printTop(w io.Writer, b *board, origin accounting.Origin, exact bool) error
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	return accounting.WriteHints(w, origin, b.others["off"], b.others["lost"], "unitmeter enable --all")
+	return accounting.WriteHints(w, origin, b.others["off"], b.others["lost"], accounting.EnableAll)
 }

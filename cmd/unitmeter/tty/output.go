@@ -48,7 +48,7 @@ type Table struct {
 	right bool
 	width int // of the terminal, 0 if it is none
 	rows  [][]string
-	drop  []string
+	drop  [][]string
 }
 
 // NewTable begins a table with a header. With right, the cells are aligned to the
@@ -63,9 +63,9 @@ func NewTable(w io.Writer, right bool, header ...string) *Table {
 	return t
 }
 
-// Drop names the columns to leave out, in this order, where the terminal is too narrow.
-// A file or a pipe gets them all.
-func (t *Table) Drop(columns ...string) { t.drop = columns }
+// Drop names the columns to leave out together, one group after the other, where the
+// terminal is too narrow. A file or a pipe gets them all.
+func (t *Table) Drop(groups ...[]string) { t.drop = groups }
 
 // Row adds a row with a cell for each column. Each cell is cleaned.
 func (t *Table) Row(cells ...string) {
@@ -78,10 +78,15 @@ func (t *Table) Row(cells ...string) {
 
 // Flush writes the table. Its error is that of all writes.
 func (t *Table) Flush() error {
-	for _, column := range t.drop {
-		if i := slices.Index(t.rows[0], column); i >= 0 && t.width > 0 && t.needs() > t.width {
-			for j, row := range t.rows {
-				t.rows[j] = slices.Concat(row[:i], row[i+1:])
+	for _, group := range t.drop {
+		if t.width == 0 || t.needs() <= t.width {
+			break
+		}
+		for _, column := range group {
+			if i := slices.Index(t.rows[0], column); i >= 0 {
+				for j, row := range t.rows {
+					t.rows[j] = slices.Concat(row[:i], row[i+1:])
+				}
 			}
 		}
 	}

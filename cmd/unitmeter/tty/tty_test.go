@@ -65,7 +65,7 @@ func TestTable(t *testing.T) {
 		var out bytes.Buffer
 		tab := NewTable(&out, true, "IN B/S", "SINCE", "UNIT")
 		tab.width = width
-		tab.Drop("SINCE", "IN B/S")
+		tab.Drop([]string{"SINCE"}, []string{"absent", "IN B/S"})
 		tab.Row("1200", "12\n00", "a.service")
 		tab.Row("-", "", "b.service")
 		if err := tab.Flush(); err != nil || out.String() != want {

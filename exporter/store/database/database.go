@@ -13,9 +13,9 @@ package database
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -144,8 +144,8 @@ func OpenBeside(spec Spec, write bool) (*DB, error) {
 // even if that name has become the log of another file; and a reader without write
 // permission could not open a store whose agent has ended.
 func (db *DB) keepLog() error {
-	return db.conn.Raw(func(driver any) error {
-		_, err := driver.(sqlite.FileControl).FileControlPersistWAL("main", 1)
+	return db.conn.Raw(func(c any) error {
+		_, err := c.(sqlite.FileControl).FileControlPersistWAL("main", 1)
 		return err
 	})
 }
@@ -183,8 +183,8 @@ func (spec Spec) template() (image []byte, objects []object, err error) {
 		objects, err = db.objects(0)
 	}
 	if err == nil {
-		err = db.conn.Raw(func(driver any) (err error) {
-			image, err = driver.(interface{ Serialize() ([]byte, error) }).Serialize()
+		err = db.conn.Raw(func(c any) (err error) {
+			image, err = c.(interface{ Serialize() ([]byte, error) }).Serialize()
 			return err
 		})
 	}
@@ -367,27 +367,23 @@ func (db *DB) Exec(query string, args ...any) (sql.Result, error) {
 	return s.ExecContext(context.Background(), args...)
 }
 
-// errEnough ends Each after the first row.
-var errEnough = errors.New("enough")
-
 // Row reads the one row of a query; sql.ErrNoRows if there is none. A value of
-// another type than that of to is damaged.
+// another type than that of to is ErrDamaged of package record.
 func (db *DB) Row(query string, args []any, to ...any) error {
-	err := db.Each(query, args, func(scan func(...any) error) error {
-		return cmp.Or(scan(to...), errEnough)
-	})
-	switch err {
-	case nil:
-		return sql.ErrNoRows
-	case errEnough:
-		return nil
+	s, err := db.stmt(query)
+	if err != nil {
+		return err
+	}
+	err = s.QueryRowContext(context.Background(), args...).Scan(to...)
+	if err != nil && Code(err) == 0 && !errors.Is(err, sql.ErrNoRows) && !errors.Is(err, sql.ErrConnDone) && !errors.Is(err, driver.ErrBadConn) {
+		err = fmt.Errorf("%w: %w", record.ErrDamaged, err)
 	}
 	return err
 }
 
 // Each calls fn for each row of a query, until fn fails. fn must use no other
 // statement, since there is one connection. What scan says of a value of another
-// type than that of its argument is record.ErrDamaged.
+// type than that of its argument is ErrDamaged of package record.
 func (db *DB) Each(query string, args []any, fn func(scan func(...any) error) error) error {
 	s, err := db.stmt(query)
 	if err != nil {

@@ -101,6 +101,7 @@ type Sample struct {
 // Writer writes the history. It is not safe for concurrent use.
 type Writer struct {
 	ids    map[string]unitRow // of the units seen since the last roll-up
+	lastID int64              // of a unit
 	oldest int64              // hour of the oldest row of recent
 	newest int64              // hour of the newest
 	any    bool               // recent has rows
@@ -142,7 +143,11 @@ func floorDiv(a, b int64) int64 {
 func (h *Writer) Load(db *database.DB) error {
 	h.ids = map[string]unitRow{}
 	var oldest, newest sql.NullInt64
-	err := db.Row("SELECT (SELECT hour FROM recent ORDER BY id LIMIT 1), (SELECT hour FROM recent ORDER BY id DESC LIMIT 1)", nil, &oldest, &newest)
+	err := db.Row("SELECT (SELECT hour FROM recent ORDER BY id LIMIT 1), (SELECT hour FROM recent ORDER BY id DESC LIMIT 1), (SELECT coalesce(max(id), 0) FROM unit)",
+		nil, &oldest, &newest, &h.lastID)
+	if err == nil {
+		_, err = db.Sequence("recent", "id")
+	}
 	h.oldest, h.newest, h.any = oldest.Int64, newest.Int64, oldest.Valid
 	h.roll = nil
 	return err
@@ -194,10 +199,9 @@ func (h *Writer) unit(db *database.DB, name string, hour int64) (int64, error) {
 			err = fmt.Errorf("unit %d of the history %w", row.id, record.ErrDamaged)
 		}
 		if errors.Is(err, sql.ErrNoRows) {
-			row.seen = hour
-			if err = db.Row("SELECT coalesce(max(id), 0) + 1 FROM unit", nil, &row.id); err == nil {
-				_, err = db.Exec("INSERT INTO unit(id, name, seen, sum) VALUES(?, ?, ?, ?)", row.id, name, hour, unitSum(row.id, name))
-			}
+			h.lastID++
+			row.id, row.seen = h.lastID, hour
+			_, err = db.Exec("INSERT INTO unit(id, name, seen, sum) VALUES(?, ?, ?, ?)", row.id, name, hour, unitSum(row.id, name))
 		}
 		if err != nil {
 			return 0, err

@@ -24,12 +24,12 @@ const MaxSize = 64 << 20
 // Sum returns the CRC-32C of the numbers and of b. SQLite does not checksum its
 // pages. The numbers are those of the row's other columns.
 func Sum(b []byte, columns ...int64) uint32 {
-	table := crc32.MakeTable(crc32.Castagnoli)
-	sum := uint32(0)
+	key := make([]byte, 0, 48)
 	for _, c := range columns {
-		sum = crc32.Update(sum, table, binary.BigEndian.AppendUint64(nil, uint64(c)))
+		key = binary.BigEndian.AppendUint64(key, uint64(c))
 	}
-	return crc32.Update(sum, table, b)
+	table := crc32.MakeTable(crc32.Castagnoli)
+	return crc32.Update(crc32.Checksum(key, table), table, b)
 }
 
 // AppendSum appends Sum(b, columns...) to b.

@@ -9,6 +9,8 @@
 //	kinds move DIRECTORY FIFO            make a socket, go to another cgroup, then send as many
 //	                                     datagrams of 100 B over it as each line of FIFO.in says,
 //	                                     and write a line to FIFO.out
+//	kinds flood N                        make N cgroups below the own one, send a datagram of 100 B
+//	                                     in each, and let them stand
 //
 // Datagrams go to a receiver in the same process, or to 127.0.0.1:9999.
 package main
@@ -107,6 +109,8 @@ func run(args []string) error {
 		return pass(args[1])
 	case name == "take" && len(args) == 2:
 		return take(args[1])
+	case name == "flood" && len(args) == 2:
+		return flood(numbers[0])
 	case name == "move" && len(args) == 3:
 		return move(args[1], args[2])
 	}
@@ -406,15 +410,62 @@ func broadcast() error {
 	return nil
 }
 
-// thread sends from a thread in a threaded cgroup below that of the process.
-func thread() error {
+// ownCgroup returns the directory of the cgroup of this process.
+func ownCgroup() (string, error) {
 	text, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
-		return err
+		return "", err
 	}
 	_, path, _ := strings.Cut("\n"+string(text), "\n0::")
 	path, _, _ = strings.Cut(path, "\n")
-	dir := filepath.Join("/sys/fs/cgroup", path, "threaded")
+	return filepath.Join("/sys/fs/cgroup", path), nil
+}
+
+func flood(n int) error {
+	own, err := ownCgroup()
+	if err != nil {
+		return err
+	}
+	for i := range n {
+		dir := filepath.Join(own, strconv.Itoa(i))
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Append(nil, os.Getpid()), 0); err != nil {
+			return err
+		}
+		c, err := net.Dial("udp4", sink)
+		if err != nil {
+			return err
+		}
+		if _, err := c.Write(make([]byte, 100)); err != nil {
+			return err
+		}
+		c.Close()
+	}
+	if err := notify(); err != nil {
+		return err
+	}
+	select {} // its end would remove the cgroups
+}
+
+// notify tells systemd that a service of Type=notify is ready.
+func notify() error {
+	c, err := net.Dial("unixgram", os.Getenv("NOTIFY_SOCKET"))
+	if err != nil {
+		return err
+	}
+	_, err = c.Write([]byte("READY=1"))
+	return errors.Join(err, c.Close())
+}
+
+// thread sends from a thread in a threaded cgroup below that of the process.
+func thread() error {
+	own, err := ownCgroup()
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(own, "threaded")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
