@@ -182,7 +182,7 @@ func TestUnlistableMount(t *testing.T) {
 	l.Run(t, "systemctl", "start", "sender")
 	want := systemd.Counters{EgressPackets: 6, EgressBytes: 6 * packetBytes}
 	eventually(t, "the service is metered", func() bool { return l.sum(named("sender.service")) == want })
-	out := l.Run(t, "env", "UNITMETER_SOURCE=dbus", "/usr/local/bin/unitmeter", "once", "sender")
+	out := l.Run(t, "/usr/local/bin/unitmeter", "once", "--source=dbus", "sender")
 	if !strings.Contains(out, "768") {
 		t.Errorf("unitmeter once printed:\n%s", out)
 	}
