@@ -51,7 +51,7 @@ exec sleep infinity
 	t.Cleanup(func() { rig.Run(t, "systemctl", "stop", unit) })
 	const datagrams = 19
 	wanted := counted(0, 0, datagrams*30, datagrams)
-	for end := time.Now().Add(3*time.Minute); r.Sweep(t.Context()).total(unit) != wanted; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(3 * time.Minute); r.Sweep(t.Context()).total(unit) != wanted; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%s has %+v, want %+v; its journal:\n%s", unit, r.Sweep(t.Context()).total(unit), wanted,
 				rig.Run(t, "journalctl", "--no-pager", "-o", "cat", "-u", unit))
