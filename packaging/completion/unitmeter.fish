@@ -13,7 +13,7 @@ complete -c unitmeter -n __fish_use_subcommand -a history -d 'print the traffic 
 complete -c unitmeter -n __fish_use_subcommand -a version -d 'print the version'
 complete -c unitmeter -n __fish_use_subcommand -a help -d 'print this help, or the variables that configure unitmeter'
 complete -c unitmeter -n '__fish_seen_subcommand_from help' -a 'run once top units enable disable meter doctor history version help environment'
-complete -c unitmeter -n '__fish_seen_subcommand_from once' -l interval -x -d 'read twice with this interval (2s, 1m), and print the speeds; 1s where the counting begins with this command'
+complete -c unitmeter -n '__fish_seen_subcommand_from once' -l interval -x -d 'read twice with this interval (5, 500ms, 1m), and print the speeds; 1s where the counting begins with this command'
 complete -c unitmeter -n '__fish_seen_subcommand_from once' -l json -d 'print a JSON array with one object for each unit'
 complete -c unitmeter -n '__fish_seen_subcommand_from once' -l source -x -d 'who counts: dbus (systemd), ebpf (a program, loaded or attached until the end), or auto, the default'
 complete -c unitmeter -n '__fish_seen_subcommand_from once' -a '(systemctl list-units --all --plain --no-legend --no-pager --type=service,scope,socket,mount,swap,slice 2>/dev/null | string match -r "^\S+")'
