@@ -156,7 +156,8 @@ func (s *Source) readAll(ctx context.Context, b *bus.Conn, from getter, targets 
 	for _, part := range [][]target{before, units, after} {
 		n, err := s.inBatches(ctx, from, part)
 		reached += n
-		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) ||
+			err != nil && errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
 			return late{reached, len(targets), reached == 0 && !slices.ContainsFunc(part, func(t target) bool { return !t.time.IsZero() })}
 		} else if err != nil {
 			return err
