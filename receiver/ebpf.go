@@ -24,8 +24,9 @@ const (
 )
 
 // meterDirs are where the pinned maps are looked for, in this order: where a drop-in
-// of the service mounts them, and where "unitmeter meter load" pins them.
-func meterDirs() []string { return []string{"/run/unitmeter/meter", ebpf.DefaultDir} }
+// of the service mounts them, and where "unitmeter meter load" pins them. It is not a
+// directory further down: systemd 247 makes those above it with the umask of the unit.
+func meterDirs() []string { return []string{"/run/unitmeter", ebpf.DefaultDir} }
 
 // OpenMeter opens the maps that a Receiver reads with EBPF, in the first place that
 // has any. The error is that of ebpf.Open.

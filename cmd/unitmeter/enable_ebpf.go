@@ -25,7 +25,7 @@ After=unitmeter-meter.service
 
 [Service]
 Environment=UNITMETER_SOURCE=ebpf
-BindReadOnlyPaths=-/sys/fs/bpf/unitmeter:/run/unitmeter/meter
+BindReadOnlyPaths=-/sys/fs/bpf/unitmeter:/run/unitmeter
 SystemCallFilter=bpf
 `
 )

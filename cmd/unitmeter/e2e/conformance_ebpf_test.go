@@ -14,7 +14,7 @@ import (
 // are not about IP accounting itself, and what only this source promises. The meter
 // is pinned, and loaded before the agent starts.
 func conformanceEBPF() []group {
-	unprivileged := agent{properties: []string{"User=nobody", "Group=" + meterGroup, "BindReadOnlyPaths=/sys/fs/bpf/unitmeter:/run/unitmeter/meter"}}
+	unprivileged := agent{properties: []string{"User=nobody", "Group=" + meterGroup, "BindReadOnlyPaths=/sys/fs/bpf/unitmeter:/run/unitmeter"}}
 	delta := []string{"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"}
 	return []group{
 		{
