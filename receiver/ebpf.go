@@ -25,7 +25,7 @@ const (
 
 // meterDirs are where the pinned maps are looked for, in this order: where a drop-in
 // of the service mounts them, and where "unitmeter meter load" pins them. It is not a
-// directory further down: systemd 247 makes those above it with the umask of the unit.
+// directory further down: systemd 247 and 262 make those above it with the umask of the unit.
 func meterDirs() []string { return []string{"/run/unitmeter", ebpf.DefaultDir} }
 
 // OpenMeter opens the maps that a Receiver reads with EBPF, in the first place that

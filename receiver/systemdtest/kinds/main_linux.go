@@ -85,7 +85,7 @@ func run(args []string) error {
 	case name == "refused":
 		for range 20 {
 			if _, err := net.Dial("tcp4", closed); !errors.Is(err, syscall.ECONNREFUSED) {
-				return fmt.Errorf("dial %s: %v, want a refusal", closed, err)
+				return fmt.Errorf("dial %s, to be refused: %w", closed, err)
 			}
 		}
 		return nil
@@ -212,7 +212,7 @@ func sendfile(size int) error {
 		err = c.Write(func(fd uintptr) bool {
 			for left > 0 {
 				n, err := syscall.Sendfile(int(fd), int(f.Fd()), nil, left)
-				if err == syscall.EAGAIN {
+				if errors.Is(err, syscall.EAGAIN) {
 					return false
 				}
 				if err != nil {
@@ -520,7 +520,7 @@ func dial(port, n int, hold time.Duration) error {
 		if err != nil {
 			return err
 		}
-		if err := syscall.Connect(s, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: port}); err != nil && err != syscall.EINPROGRESS {
+		if err := syscall.Connect(s, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: port}); err != nil && !errors.Is(err, syscall.EINPROGRESS) {
 			return err
 		}
 	}
