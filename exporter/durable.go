@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/store"
 	"github.com/unitmeter/unitmeter/exporter/store/history"
 	"github.com/unitmeter/unitmeter/receiver/ledger"
@@ -185,7 +186,7 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 			}
 		}
 		delivered = 0
-		err := d.store.Quarantine(ctx, o.ID, o.Poison)
+		err := d.store.Quarantine(ctx, store.Entry{ID: o.ID, Points: otlp.Count(o.Refused), Request: o.Refused}, o.Poison)
 		if errors.Is(err, store.ErrUnavailable) || errors.Is(err, store.ErrClosed) {
 			return err
 		}

@@ -10,7 +10,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -273,7 +276,7 @@ func TestDurableOutcomes(t *testing.T) {
 		}
 		ids = append(ids, e.ID)
 	}
-	outcomes := []Outcome{{ID: ids[0]}, {ID: ids[1]}, {ID: ids[2], Poison: "bad"}, {ID: ids[3], Poison: "bad"}, {ID: ids[4]}}
+	outcomes := []Outcome{{ID: ids[0]}, {ID: ids[1]}, {ID: ids[2], Poison: "bad", Refused: requestOf(t, 0, 0)}, {ID: ids[3], Poison: "bad", Refused: requestOf(t, 0, 0)}, {ID: ids[4]}}
 	for range 2 { // the second time there is nothing left to do
 		if err := d.Done(t.Context(), outcomes...); err != nil {
 			t.Fatal(err)
@@ -301,12 +304,62 @@ func TestDurableOutcomes(t *testing.T) {
 	if p, _, err := r.Partial(t.Context()); err != nil || Partial(p) != partial {
 		t.Errorf("the store knows of %+v, %v, want %+v", p, err, partial)
 	}
-	if err := d.Done(t.Context(), Outcome{ID: entries[0].ID}, Outcome{ID: entries[1].ID, Poison: "bad"}); err != nil {
+	if err := d.Done(t.Context(), Outcome{ID: entries[0].ID}, Outcome{ID: entries[1].ID, Poison: "bad", Refused: requestOf(t, 0, 0)}); err != nil {
 		t.Fatal(err)
 	}
 	if stats := s.Stats(); stats.Quarantined != 3 || stats.OutboxEntries != 0 {
 		t.Errorf("%d requests in quarantine, want 3; %d left, want 0", stats.Quarantined, stats.OutboxEntries)
 	}
+}
+
+// The points of a request that are refused are set aside, and not those that the
+// receiver has taken: sent again, each delta arrives once.
+func TestRefusedPointsArriveOnceWhenSentAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := filepath.Join(t.TempDir(), "state")
+		s, d := openStore(t, dir)
+		var log logged
+		var repaired atomic.Bool
+		l := &line{t: t, answer: func(values []int64, _ int) otlp.Answer {
+			if !repaired.Load() && (slices.Contains(values, 3) || slices.Contains(values, 6)) {
+				return refuse(otlp.Suspect, "HTTP 400")
+			}
+			return otlp.Answer{}
+		}}
+		sender := l.start(d, &log)
+		commit := func(values ...int64) {
+			t.Helper()
+			if err := d.Commit(t.Context(), Cycle{Request: requestOf(t, 0, values...), Points: len(values)}); err != nil {
+				t.Fatal(err)
+			}
+			sender.kick()
+			settle(time.Hour)
+		}
+		commit(1, 2, 3, 4, 5, 6, 7, 8)
+		commit(9)
+		if got := slices.Sorted(slices.Values(l.got)); !slices.Equal(got, []int64{1, 2, 4, 5, 7, 8, 9}) {
+			t.Errorf("the receiver has %v", got)
+		}
+		r, err := store.OpenReader(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		if q, err := r.Quarantined(t.Context()); err != nil || len(q) != 1 || q[0].Points != 2 {
+			t.Errorf("in quarantine: %+v, %v; want one request of two points", q, err)
+		}
+		repaired.Store(true)
+		if n, err := store.Retry(t.Context(), dir); err != nil || n != 1 {
+			t.Fatalf("%d requests to send again, %v", n, err)
+		}
+		commit(10)
+		if got := slices.Sorted(slices.Values(l.got)); !slices.Equal(got, []int64{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}) {
+			t.Errorf("the receiver has %v, want each once", got)
+		}
+		if got := s.Stats(); got.Quarantined != 0 || got.OutboxEntries != 0 {
+			t.Errorf("%d requests are in quarantine, %d wait", got.Quarantined, got.OutboxEntries)
+		}
+	})
 }
 
 // agentEnv makes the test binary an agent that cycles until it is killed.

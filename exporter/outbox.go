@@ -51,9 +51,11 @@ type Entry struct {
 type Outcome struct {
 	// ID is the Entry's.
 	ID int64
-	// Poison is why the entry must be set aside: the receiver refused it each
-	// time it was tried. It is empty for a delivered entry.
+	// Poison is why points of the entry must be set aside: the receiver refused them
+	// each time they were tried. It is empty for a delivered entry.
 	Poison string
+	// Refused is a request with those points. The receiver has the others.
+	Refused []byte
 	// Partial is what the receiver refused of the request that the entry was in.
 	Partial Partial
 }

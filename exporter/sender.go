@@ -67,7 +67,7 @@ type work struct {
 	left    []part            // at least one, unless it is over
 	over    bool              // it was delivered before older ones
 	cuts    int               // how often a part was cut in two since it was refused
-	refused int               // points of the parts that were given up
+	refused []byte            // the parts that were given up, as one request
 	poison  otlp.Answer       // why
 	partial Partial           // what was refused of parts that were accepted
 }
@@ -327,7 +327,7 @@ func (s *sender) single(ctx context.Context, e Entry) (wait time.Duration) {
 	case blamed:
 		s.failures = 0
 		w.left, w.poison = w.left[1:], a
-		w.refused += otlp.Count(p.request)
+		w.refused = append(w.refused, p.request...) // as Join does
 		if len(w.left) == 0 {
 			s.ended(ctx, e, w)
 		}
@@ -480,13 +480,13 @@ func (s *sender) pause(e Entry, w *work) {
 func (s *sender) ended(ctx context.Context, e Entry, w *work) {
 	delete(s.begun, e.ID)
 	outcome := Outcome{ID: e.ID, Partial: w.partial}
-	if w.refused > 0 {
-		outcome.Poison = w.poison.Err.Error()
-		fate := fmt.Sprintf("request %d of the outbox is set aside in quarantine, and the others go on", e.ID)
+	if len(w.refused) > 0 {
+		outcome.Poison, outcome.Refused = w.poison.Err.Error(), w.refused
+		fate := fmt.Sprintf("the refused points of request %d of the outbox are set aside in quarantine, and the others go on", e.ID)
 		if s.queue.inSpare {
-			fate = "they are dropped, since no state can keep the request"
+			fate = "they are dropped, since no state can keep them"
 		}
-		s.counts.poisoned(w.refused, w.poison, fate)
+		s.counts.poisoned(otlp.Count(w.refused), w.poison, fate)
 	}
 	s.queue.done(ctx, outcome)
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 )
 
-// requestOf serializes a gauge with the given values; pad bytes make it larger.
+// requestOf serializes a sum of deltas with the given values; pad bytes make it larger.
 func requestOf(t testing.TB, pad int, values ...int64) []byte {
 	t.Helper()
 	var points []*metricpb.NumberDataPoint
@@ -26,7 +26,8 @@ func requestOf(t testing.TB, pad int, values ...int64) []byte {
 	}
 	b, err := proto.Marshal(&colmetricpb.ExportMetricsServiceRequest{ResourceMetrics: []*metricpb.ResourceMetrics{{
 		ScopeMetrics: []*metricpb.ScopeMetrics{{Metrics: []*metricpb.Metric{{
-			Name: "m", Description: strings.Repeat("x", pad), Data: &metricpb.Metric_Gauge{Gauge: &metricpb.Gauge{DataPoints: points}}}}}}}}})
+			Name: "m", Description: strings.Repeat("x", pad), Data: &metricpb.Metric_Sum{Sum: &metricpb.Sum{
+				AggregationTemporality: metricpb.AggregationTemporality_AGGREGATION_TEMPORALITY_DELTA, DataPoints: points}}}}}}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,7 +44,7 @@ func valuesOf(t testing.TB, request []byte) (values []int64) {
 	for _, rm := range r.ResourceMetrics {
 		for _, sm := range rm.ScopeMetrics {
 			for _, m := range sm.Metrics {
-				for _, p := range m.GetGauge().DataPoints {
+				for _, p := range m.GetSum().DataPoints {
 					values = append(values, p.GetAsInt())
 				}
 			}

@@ -165,7 +165,7 @@ func TestHistoryRetry(t *testing.T) {
 	if err != nil || len(entries) != 1 {
 		t.Fatal(entries, err)
 	}
-	if err := s.Quarantine(t.Context(), entries[0].ID, "HTTP 400"); err != nil {
+	if err := s.Quarantine(t.Context(), entries[0], "HTTP 400"); err != nil {
 		t.Fatal(err)
 	}
 	retry("The agent sends 1 quarantined requests again after its next cycle, or after its next start.\n")

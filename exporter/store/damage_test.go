@@ -91,7 +91,7 @@ func TestRandomDamage(t *testing.T) {
 			t.Fatal(err)
 		}
 		if n == damageCycles-200 {
-			if err := s.Quarantine(t.Context(), 3, "refused"); err != nil {
+			if err := s.Quarantine(t.Context(), Entry{ID: 3, Points: 1, Request: numberedCycle(3).Request}, "refused"); err != nil {
 				t.Fatal(err)
 			}
 			if err := s.Ack(t.Context(), int64(n)); err != nil {

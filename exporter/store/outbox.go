@@ -333,7 +333,7 @@ func (s *Store) NextAfter(ctx context.Context, after int64, maxBytes int) ([]Ent
 			request, err = s.outbox.decode(s.db, row)
 		}
 		if errors.Is(err, record.ErrDamaged) {
-			if err := s.quarantine(row, row.body, err.Error()); err != nil {
+			if err := s.quarantine(row, err.Error()); err != nil {
 				return nil, s.failed(op, err)
 			}
 			s.cfg.Logger.Error("request is damaged on disk and was put into quarantine", "path", s.path, "id", row.id, "err", err)
@@ -433,30 +433,24 @@ func (s *Store) noteDrained() {
 	}
 }
 
-// Quarantine takes one request out of the outbox, so that those after it can be
-// delivered. The 100 newest, and at most 16 MiB, are kept for inspection. At
-// most 1 KiB of reason is kept.
-func (s *Store) Quarantine(ctx context.Context, id int64, reason string) error {
+// Quarantine takes the request with the id of refused out of the outbox, so that
+// those after it can be delivered. It keeps refused, which has only the points that
+// no server has, and up to 1 KiB of the reason. The quarantine has room for 100
+// requests and 16 MiB; the oldest go first.
+func (s *Store) Quarantine(ctx context.Context, refused Entry, reason string) error {
 	const op = "quarantine request"
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.begin(ctx, op); err != nil {
 		return err
 	}
-	row, err := s.outbox.first(s.db, id, id)
-	if from, to := s.outbox.visible(); errors.Is(err, sql.ErrNoRows) || id < from || id > to {
-		return fmt.Errorf("%s: id %d is not in the outbox", op, id)
+	row, err := s.outbox.first(s.db, refused.ID, refused.ID)
+	if from, to := s.outbox.visible(); errors.Is(err, sql.ErrNoRows) || refused.ID < from || refused.ID > to {
+		return fmt.Errorf("%s: id %d is not in the outbox", op, refused.ID)
 	}
-	body := row.body
-	if err == nil {
-		var request []byte
-		if request, err = s.outbox.decode(s.db, row); err == nil {
-			body = record.Compress(request)
-		}
-	}
-	err = unlessDamaged(err)
-	if err == nil {
-		err = s.quarantine(row, body, reason)
+	if err = unlessDamaged(err); err == nil {
+		row.points, row.body = int64(refused.Points), record.Compress(refused.Request)
+		err = s.quarantine(row, reason)
 	}
 	if err != nil {
 		return s.failed(op, err)
@@ -466,15 +460,15 @@ func (s *Store) Quarantine(ctx context.Context, id int64, reason string) error {
 	return nil
 }
 
-// quarantine moves row to the quarantine with the given body.
-func (s *Store) quarantine(row outboxRow, body []byte, reason string) error {
+// quarantine moves row to the quarantine, with the points and the body that it has now.
+func (s *Store) quarantine(row outboxRow, reason string) error {
 	if len(reason) > quarantineReason {
 		reason = reason[:quarantineReason]
 	}
 	var given sql.Result
 	err := s.db.Tx(func() error {
 		_, err := s.db.Exec("INSERT OR REPLACE INTO quarantine(id, time, at, points, reason, body) VALUES(?, ?, ?, ?, ?, ?)",
-			row.id, row.time, s.cfg.Now().UnixNano(), row.points, strings.ToValidUTF8(reason, "?"), body)
+			row.id, row.time, s.cfg.Now().UnixNano(), row.points, strings.ToValidUTF8(reason, "?"), row.body)
 		if err != nil {
 			return err
 		}

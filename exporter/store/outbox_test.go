@@ -128,7 +128,7 @@ func randomCalls(t *testing.T, seed uint64) {
 				continue
 			}
 			// By age it may have been dropped already.
-			err := s.Quarantine(ctx, leased[0].ID, "refused")
+			err := s.Quarantine(ctx, leased[0], "refused")
 			if err == nil {
 				quarantined += len(cyclesOf(t, leased[0].Request))
 			} else if !strings.Contains(err.Error(), "not in the outbox") {
@@ -392,10 +392,10 @@ func TestQuarantine(t *testing.T) {
 		if err != nil || len(entries) != 1 || cyclesOf(t, entries[0].Request)[0] != n {
 			t.Fatal(entries, err)
 		}
-		if err := s.Quarantine(t.Context(), entries[0].ID, strings.Repeat("bad \xff", 1000)); err != nil {
+		if err := s.Quarantine(t.Context(), entries[0], strings.Repeat("bad \xff", 1000)); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Quarantine(t.Context(), entries[0].ID, "again"); err == nil {
+		if err := s.Quarantine(t.Context(), entries[0], "again"); err == nil {
 			t.Fatal("quarantined twice")
 		}
 	}
@@ -459,7 +459,7 @@ func TestRetry(t *testing.T) {
 	retry(0)
 	for n := 1; n <= 3; n++ {
 		commit(n)
-		if err := s.Quarantine(t.Context(), waiting(n)[0].ID, "refused"); err != nil {
+		if err := s.Quarantine(t.Context(), waiting(n)[0], "refused"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -483,7 +483,7 @@ func TestRetry(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 	// Refused again, and again sent.
-	if err := errors.Join(s.Ack(t.Context(), entries[0].ID), s.Quarantine(t.Context(), entries[1].ID, "refused")); err != nil {
+	if err := errors.Join(s.Ack(t.Context(), entries[0].ID), s.Quarantine(t.Context(), entries[1], "refused")); err != nil {
 		t.Fatal(err)
 	}
 	retry(2)

@@ -306,7 +306,7 @@ func TestDoctorOutbox(t *testing.T) {
 	if err != nil || len(entries) != 1 {
 		t.Fatalf("%d entries, %v", len(entries), err)
 	}
-	if err := s.Quarantine(t.Context(), entries[0].ID, "HTTP 400"); err != nil {
+	if err := s.Quarantine(t.Context(), entries[0], "HTTP 400"); err != nil {
 		t.Fatal(err)
 	}
 	findings = examined(t, env...)

@@ -193,17 +193,8 @@ func unitSum(id int64, name string) uint32 { return record.Sum([]byte(name), id)
 func (h *Writer) unit(db *database.DB, name string, hour int64) (int64, error) {
 	row, known := h.ids[name]
 	if !known {
-		var sum uint32
-		err := db.Row("SELECT id, seen, sum FROM unit WHERE name = ?", []any{name}, &row.id, &row.seen, &sum)
-		if err == nil && sum != unitSum(row.id, name) {
-			err = fmt.Errorf("unit %d of the history %w", row.id, record.ErrDamaged)
-		}
-		if errors.Is(err, sql.ErrNoRows) {
-			h.lastID++
-			row.id, row.seen = h.lastID, hour
-			_, err = db.Exec("INSERT INTO unit(id, name, seen, sum) VALUES(?, ?, ?, ?)", row.id, name, hour, unitSum(row.id, name))
-		}
-		if err != nil {
+		var err error
+		if row, err = h.lookUp(db, name, hour); err != nil {
 			return 0, err
 		}
 	}
@@ -217,6 +208,22 @@ func (h *Writer) unit(db *database.DB, name string, hour int64) (int64, error) {
 	row.used = true
 	h.ids[name] = row
 	return row.id, nil
+}
+
+// lookUp finds or makes the row of a unit. It is apart from unit, where the row would
+// be an allocation for each unit and cycle.
+func (h *Writer) lookUp(db *database.DB, name string, hour int64) (row unitRow, err error) {
+	var sum uint32
+	err = db.Row("SELECT id, seen, sum FROM unit WHERE name = ?", []any{name}, &row.id, &row.seen, &sum)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		h.lastID++
+		row.id, row.seen = h.lastID, hour
+		_, err = db.Exec("INSERT INTO unit(id, name, seen, sum) VALUES(?, ?, ?, ?)", row.id, name, hour, unitSum(row.id, name))
+	case err == nil && sum != unitSum(row.id, name):
+		err = fmt.Errorf("unit %d of the history %w", row.id, record.ErrDamaged)
+	}
+	return row, err
 }
 
 // rollUp is the work of turning the cycles of an hour into a row for each unit.
