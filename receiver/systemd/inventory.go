@@ -57,9 +57,12 @@ const (
 )
 
 // String returns the state as Unit.Accounting has it.
-func (a accounting) String() string { return accountingNames[a] }
+func (a accounting) String() string { return AccountingStates()[a] }
 
-var accountingNames = [...]string{"unknown", "on", "off", "no_data", "lost", "failed"}
+// AccountingStates returns the values of Unit.Accounting.
+func AccountingStates() [6]string {
+	return [...]string{"unknown", "on", "off", "no_data", "lost", "failed"}
+}
 
 // run is one invocation of a unit.
 type run struct {
