@@ -71,10 +71,10 @@ type shared struct {
 	done  chan struct{} // closed when result is set
 	// result is the sweep, once done is closed.
 	result *Sweep
-	// waiting counts the calls; the last to give up calls stop. The Receiver's
-	// sweeping guards both.
+	// waiting counts the calls; the last to give up calls stop with the reason. The
+	// Receiver's sweeping guards both.
 	waiting int
-	stop    context.CancelFunc
+	stop    context.CancelCauseFunc
 }
 
 // Sweep reads the counters of all metered units and returns the result. It
@@ -118,11 +118,13 @@ func (r *Receiver) join(ctx context.Context) (s *shared, joined bool) {
 		s.waiting++
 		return s, true
 	}
-	running, stop := context.WithTimeout(context.WithoutCancel(ctx), r.cfg.SweepTimeout)
+	bounded, end := context.WithTimeout(context.WithoutCancel(ctx), r.cfg.SweepTimeout)
+	running, stop := context.WithCancelCause(bounded)
 	s = &shared{began: time.Now(), done: make(chan struct{}), waiting: 1, stop: stop}
 	r.shared = s
 	go func() { // until SweepTimeout at the latest; the last call that waits sees its end
-		defer stop()
+		defer end()
+		defer stop(nil)
 		result := r.sweep(running, s.began)
 		r.sweeping.Lock()
 		s.result, r.shared = result, nil
@@ -146,7 +148,7 @@ func (r *Receiver) wait(ctx context.Context, s *shared) *Sweep {
 	if !last {
 		return unread(s.began)
 	}
-	s.stop()
+	s.stop(ctx.Err()) // a deadline of the last call is one of the sweep
 	<-s.done
 	return s.result
 }
