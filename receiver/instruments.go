@@ -6,6 +6,8 @@ import (
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 // Names of the instruments that have points for each series. The first two follow the pattern of the semantic
@@ -99,8 +101,17 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			return err
 		}
 	}
-	host := attribute.String("host.name", r.cfg.HostName)
-	plain := []metric.ObserveOption{metric.WithAttributes(host)} // once: it is passed with "..."
+	// Made once: the SDK makes a set of attributes again for each call with some.
+	with := func(attrs ...attribute.KeyValue) []metric.ObserveOption {
+		set := attribute.NewSet(append(attrs, attribute.String("host.name", r.cfg.HostName))...)
+		return []metric.ObserveOption{metric.WithAttributeSet(set)}
+	}
+	plain := with()
+	reload, reexec := with(attribute.String("unitmeter.reload.type", "reload")), with(attribute.String("unitmeter.reload.type", "reexec"))
+	var states [][]metric.ObserveOption
+	for _, name := range systemd.AccountingStates() {
+		states = append(states, with(attribute.String("unitmeter.accounting.state", name)))
+	}
 
 	_, err := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
 		sweep, given := ctx.Value(sweepKey{}).(*Sweep)
@@ -118,59 +129,41 @@ func (r *Receiver) Register(meter metric.Meter) error {
 			}
 		}
 		o.ObserveFloat64(seconds["unitmeter.sweep.duration"], sweep.Duration.Seconds(), plain...)
-		for name, n := range r.counts() {
-			o.ObserveInt64(counters[name], n, plain...)
+		count := func(name string, n int64) { o.ObserveInt64(counters[name], n, plain...) }
+		r.mu.Lock()
+		partial, resets, missed, series := r.partial, r.ledger.Resets(), r.ledger.Missed(), 0
+		for l := range r.ledgers() {
+			series += l.Size()
 		}
+		r.mu.Unlock()
+		count("unitmeter.sweep.partial", partial)
+		count("unitmeter.series", int64(series))
 		if r.systemd == nil {
 			return nil
 		}
-		h := r.systemd.Health()
-		for name, n := range map[string]int64{
-			"unitmeter.dbus.errors":          h.Errors,
-			"unitmeter.dbus.signals.refused": h.Refused,
-			"unitmeter.dbus.signals.dropped": h.Dropped,
-			"unitmeter.dbus.reconnects":      h.Reconnects,
-			"unitmeter.units.skipped":        h.BadNames,
-		} {
-			o.ObserveInt64(counters[name], n, plain...)
+		count("unitmeter.counter.resets", resets)
+		count("unitmeter.runs.missed", missed)
+		bad := int64(0)
+		if r.journal != nil {
+			bad = r.journal.Bad()
 		}
-		states, counts := r.systemd.States()
-		for i, state := range states {
-			o.ObserveInt64(counters["unitmeter.units"], counts[i], metric.WithAttributes(host, attribute.String("unitmeter.accounting.state", state)))
+		count("unitmeter.journal.errors", bad)
+		h := r.systemd.Health()
+		count("unitmeter.dbus.errors", h.Errors)
+		count("unitmeter.dbus.signals.refused", h.Refused)
+		count("unitmeter.dbus.signals.dropped", h.Dropped)
+		count("unitmeter.dbus.reconnects", h.Reconnects)
+		count("unitmeter.units.skipped", h.BadNames)
+		for i, n := range r.systemd.States() {
+			o.ObserveInt64(counters["unitmeter.units"], n, states[i]...)
 		}
 		o.ObserveFloat64(seconds["unitmeter.systemd.reload.duration"], h.Reloading.Seconds(), plain...)
-		for kind, n := range map[string]int64{"reload": h.Reloads, "reexec": h.Reexecs} {
-			o.ObserveInt64(counters["unitmeter.systemd.reloads"], n, metric.WithAttributes(host, attribute.String("unitmeter.reload.type", kind)))
-		}
+		o.ObserveInt64(counters["unitmeter.systemd.reloads"], h.Reloads, reload...)
+		o.ObserveInt64(counters["unitmeter.systemd.reloads"], h.Reexecs, reexec...)
 		return nil
 	}, all...)
 	if err != nil {
 		return fmt.Errorf("register the sweep: %w", err)
 	}
 	return nil
-}
-
-// counts returns the values of the instruments that have one point each, but for
-// those about the connection to systemd.
-func (r *Receiver) counts() map[string]int64 {
-	r.mu.Lock()
-	series := 0
-	for l := range r.ledgers() {
-		series += l.Size()
-	}
-	counts := map[string]int64{
-		"unitmeter.series":        int64(series),
-		"unitmeter.sweep.partial": r.partial,
-	}
-	if r.systemd != nil {
-		counts["unitmeter.counter.resets"], counts["unitmeter.runs.missed"] = r.ledger.Resets(), r.ledger.Missed()
-	}
-	r.mu.Unlock()
-	switch {
-	case r.journal != nil:
-		counts["unitmeter.journal.errors"] = r.journal.Bad()
-	case r.systemd != nil:
-		counts["unitmeter.journal.errors"] = 0
-	}
-	return counts
 }

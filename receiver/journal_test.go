@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/receiver/ledger"
-	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/journal"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -158,13 +158,13 @@ func TestEarlierBootInParts(t *testing.T) {
 			{Unit: "b.service", Series: "b.service", Epoch: b, Boot: earlierBootID, Last: ledgerAll(50), Time: began},
 		},
 	}
-	records := []*systemd.Record{
+	records := []*journal.Record{
 		{Unit: "a.service", Epoch: a, Boot: earlier, Counters: all(7), Time: began.Add(time.Second), Ended: began},
 		{Unit: "b.service", Epoch: b, Boot: earlier, Counters: all(60), Time: began.Add(time.Second), Ended: began},
 	}
-	take := func(r *Receiver, records []*systemd.Record) *Sweep {
+	take := func(r *Receiver, records []*journal.Record) *Sweep {
 		for i, record := range records {
-			r.takeRecord(systemd.Position{Cursor: strconv.Itoa(i), Boot: earlier}, record)
+			r.takeRecord(journal.Position{Cursor: strconv.Itoa(i), Boot: earlier}, record)
 		}
 		return r.finish(time.Now(), false)
 	}

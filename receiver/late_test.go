@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/unitmeter/unitmeter/receiver/ledger"
-	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/journal"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -78,7 +78,7 @@ func TestLateGrowth(t *testing.T) {
 	}
 	ended := time.Now().Add(-time.Second)
 	recorded := func(i int) {
-		r.takeRecord(systemd.Position{Cursor: strconv.Itoa(i)}, &systemd.Record{
+		r.takeRecord(journal.Position{Cursor: strconv.Itoa(i)}, &journal.Record{
 			Unit: "a.service", Epoch: id(i), Counters: Counters{EgressBytes: 128, EgressPackets: 1}, Time: ended, Ended: ended,
 		})
 	}

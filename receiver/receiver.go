@@ -17,6 +17,7 @@ import (
 	"github.com/unitmeter/unitmeter/receiver/ebpf"
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 	"github.com/unitmeter/unitmeter/receiver/systemd"
+	"github.com/unitmeter/unitmeter/receiver/systemd/journal"
 )
 
 // Config tells a Receiver where systemd is and which units to meter. The zero
@@ -116,7 +117,7 @@ type Receiver struct {
 	source  source
 	systemd *systemd.Source  // the source, or nil with EBPF
 	meter   *meter           // the source, or nil with DBus
-	journal *systemd.Journal // nil with EBPF and with StopRecords "off"
+	journal *journal.Journal // nil with EBPF and with StopRecords "off"
 
 	// selection is by the units' own names, as far as they are known.
 	selection atomic.Pointer[Selection]
@@ -199,8 +200,8 @@ func New(cfg Config) (*Receiver, error) {
 		// Whoever reads the journal again must not take what is counted meanwhile.
 		r.ledger.SetJournal(ledger.Position{})
 	} else {
-		r.journal = systemd.NewJournal(systemd.JournalConfig{
-			At: systemd.Position(r.ledger.Journal()), BootID: cfg.BootID, Take: r.takeRecord,
+		r.journal = journal.New(journal.Config{
+			At: journal.Position(r.ledger.Journal()), BootID: cfg.BootID, Take: r.takeRecord,
 			Ends: r.systemd.Ends, Probe: cfg.journalProbe,
 			Logger: cfg.Logger, Command: cfg.journalctl,
 		})
@@ -454,7 +455,7 @@ func (r *Receiver) known(epoch string) bool {
 }
 
 // takeRecord takes a stop record and the position after it.
-func (r *Receiver) takeRecord(at systemd.Position, record *systemd.Record) {
+func (r *Receiver) takeRecord(at journal.Position, record *journal.Record) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.ledger.SetJournal(ledger.Position(at))

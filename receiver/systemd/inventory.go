@@ -57,9 +57,12 @@ const (
 )
 
 // String returns the state as Unit.Accounting has it.
-func (a accounting) String() string { return accountingNames[a] }
+func (a accounting) String() string { return AccountingStates()[a] }
 
-var accountingNames = [...]string{"unknown", "on", "off", "no_data", "lost", "failed"}
+// AccountingStates returns the values of Unit.Accounting.
+func AccountingStates() [6]string {
+	return [...]string{"unknown", "on", "off", "no_data", "lost", "failed"}
+}
 
 // run is one invocation of a unit.
 type run struct {
@@ -152,9 +155,9 @@ func (s *Source) relist(ctx context.Context, b *bus.Conn, all bool) error {
 	if all && s.cfg.Named != nil {
 		s.cfg.Named(ownNames(ctx, b, s.cfg.Names))
 	}
-	states := running
+	states := runningStates()
 	if all {
-		states = append([]string{"inactive", "failed"}, running...)
+		states = append(states, "inactive", "failed")
 	}
 	rows, err := s.list(ctx, b, states, patterns)
 	if err != nil {
@@ -251,7 +254,7 @@ func ownNames(ctx context.Context, b *bus.Conn, names []string) map[string]strin
 // have gone: to read a unit by its name loads it, and announces that as new. It
 // returns the names of those that are there and not inactive.
 func (s *Source) refresh(ctx context.Context, b *bus.Conn, names []string) (loaded []string, err error) {
-	rows, err := s.list(ctx, b, running, names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
+	rows, err := s.list(ctx, b, runningStates(), names) // in a pattern, a backslash stands for itself (FNM_NOESCAPE)
 	if err != nil {
 		return nil, err
 	}

@@ -88,8 +88,10 @@ func names(ctx context.Context, b *bus.Conn, pattern string) (matching []string,
 	return matching, nil
 }
 
-// running are the states of units that are not inactive.
-var running = []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}
+// runningStates are the states of units that are not inactive.
+func runningStates() []string {
+	return []string{"active", "reloading", "refreshing", "activating", "deactivating", "maintenance"}
+}
 
 // list is List. It logs which units systemd fails to list.
 func (s *Source) list(ctx context.Context, b *bus.Conn, states, patterns []string) ([]Listed, error) {

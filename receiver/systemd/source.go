@@ -277,9 +277,9 @@ func (s *Source) Units() []Unit {
 // Ends returns how many signals of units that have ended there were since New.
 func (s *Source) Ends() int64 { return s.ends.Load() }
 
-// States returns the values of Unit.Accounting, and how many units are in each.
-func (s *Source) States() (names []string, counts []int64) {
-	names, counts = accountingNames[:], make([]int64, len(accountingNames))
+// States returns how many units are in each of AccountingStates, in that order.
+func (s *Source) States() []int64 {
+	counts := make([]int64, len(AccountingStates()))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, u := range s.units {
@@ -287,12 +287,12 @@ func (s *Source) States() (names []string, counts []int64) {
 			counts[u.state]++
 		}
 	}
-	return names, counts
+	return counts
 }
 
 // Accounted returns how many units there are and how many of them have counters.
 func (s *Source) Accounted() (units, accounted int) {
-	_, counts := s.States()
+	counts := s.States()
 	for _, n := range counts {
 		units += int(n)
 	}

@@ -36,11 +36,12 @@ var layers = map[string][]string{
 	"exporter/store/history":  {"exporter/store/database", "exporter/store/record"},
 	"exporter/store/record":   {},
 
-	"receiver":             {"receiver/ebpf", "receiver/ledger", "receiver/systemd"},
-	"receiver/ebpf":        {},
-	"receiver/ledger":      {},
-	"receiver/systemd":     {"receiver/systemd/bus"},
-	"receiver/systemd/bus": {},
+	"receiver":                 {"receiver/ebpf", "receiver/ledger", "receiver/systemd", "receiver/systemd/journal"},
+	"receiver/ebpf":            {},
+	"receiver/ledger":          {},
+	"receiver/systemd":         {"receiver/systemd/bus"},
+	"receiver/systemd/bus":     {},
+	"receiver/systemd/journal": {"receiver/systemd"},
 
 	// Not part of the product: support of tests, generators, the demo.
 	"cmd/unitmeter/e2e":              {},

@@ -477,14 +477,14 @@ func (w *connection) wakeUp() {
 // gets reads n properties with at most window calls outstanding. call
 // names property i; done is called once for each reply, in the order of
 // arrival. Both are called from another goroutine as well, but never after gets
-// has returned. Calls of gets take turns. It ends early with ctx, or with the
-// connection.
+// has returned. Calls of gets take turns. It ends early with ctx, whose cause it then
+// returns, or with the connection.
 func (w *connection) gets(ctx context.Context, n int, call func(i int) Property, done func(i int, r Reply)) error {
 	select {
 	case w.turn <- struct{}{}:
 		defer func() { <-w.turn }()
 	case <-ctx.Done():
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 	w.mu.Lock()
 	if w.serial > 1<<32-1-uint32(n) {
@@ -511,7 +511,7 @@ func (w *connection) gets(ctx context.Context, n int, call func(i int) Property,
 		case err != nil:
 			return err
 		case ctx.Err() != nil:
-			return ctx.Err()
+			return context.Cause(ctx)
 		}
 		if room > 0 {
 			select {

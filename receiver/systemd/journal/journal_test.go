@@ -1,4 +1,4 @@
-package systemd
+package journal
 
 import (
 	"bufio"
@@ -11,7 +11,7 @@ import (
 // TestLongRecord: a line that no stop record can be ends the following with an
 // error, which is logged, and does not leave it waiting for ever.
 func TestLongRecord(t *testing.T) {
-	j := NewJournal(JournalConfig{
+	j := New(Config{
 		Command: []string{"sh", "-c", "exec tr '\\0' x </dev/zero"}, Take: func(Position, *Record) {},
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -27,7 +27,7 @@ func TestLongRecord(t *testing.T) {
 func TestTake(t *testing.T) {
 	var at Position
 	var units []string
-	j := NewJournal(JournalConfig{BootID: "b-1", At: Position{"c0", "b1"}, Take: func(p Position, r *Record) {
+	j := New(Config{BootID: "b-1", At: Position{"c0", "b1"}, Take: func(p Position, r *Record) {
 		if at = p; r != nil {
 			units = append(units, r.Unit+" "+r.Boot)
 		}

@@ -1,4 +1,7 @@
-package systemd
+// Package journal follows what PID 1 logs in the journal at the end of units: what a
+// run had counted by then, also of units that were unloaded before anybody could read
+// them. A Journal runs journalctl and hands on each Record with the Position after it.
+package journal
 
 import (
 	"bufio"
@@ -18,6 +21,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
 const (
@@ -28,16 +33,15 @@ const (
 	// that and of each unit that ends well (SD_MESSAGE_UNIT_SUCCESS). Without traffic
 	// there is no stop record: then it shows that the journal is not silent.
 	successRecord = "7ad2d189f7e94e70a38c781354912448"
-	// While units end and journalctl prints nothing for journalProbe, another one
+	// While units end and journalctl prints nothing for usualProbe, another one
 	// looks whether there is something to print.
-	journalProbe = 30 * time.Second
-	// A journalctl that ends is started again after journalPause, and once it has
-	// kept ending for journalPatience, after journalRetry and where the journal
-	// then ends. The sum is less than two minutes, for which
-	// a run is remembered after its end.
-	journalPause    = time.Second
-	journalPatience = 10 * time.Second
-	journalRetry    = time.Minute
+	usualProbe = 30 * time.Second
+	// A journalctl that ends is started again after pause, and once it has kept ending
+	// for patience, after retry and where the journal then ends. The sum is less than
+	// two minutes, for which a run is remembered after its end.
+	pause    = time.Second
+	patience = 10 * time.Second
+	retry    = time.Minute
 )
 
 // Position is a place in the journal: after the last stop record that has been
@@ -55,14 +59,14 @@ type Record struct {
 	Epoch string // the invocation id
 	// Boot is the id of the boot that the run was of; empty for this one.
 	Boot     string
-	Counters Counters
+	Counters systemd.Counters
 	// Time is when the record was written, by the wall clock. Ended is the same by
 	// the monotonic clock of this process.
 	Time, Ended time.Time
 }
 
-// JournalConfig says where to go on and who takes the records.
-type JournalConfig struct {
+// Config says where to go on and who takes the records.
+type Config struct {
 	// At is the position up to which records have been taken.
 	At Position
 	// BootID is the id of this boot.
@@ -83,7 +87,7 @@ type JournalConfig struct {
 // Journal follows PID 1's stop records, which have what a unit counted between
 // its last reading and its end. It needs root or the group systemd-journal.
 type Journal struct {
-	cfg     JournalConfig
+	cfg     Config
 	log     *slog.Logger
 	at      Position      // used by Run only
 	located chan struct{} // closed when the position is known, or will not be soon
@@ -91,12 +95,12 @@ type Journal struct {
 	cursor  atomic.Pointer[string] // that of at, for the probe
 }
 
-// NewJournal returns a Journal that does not read yet.
-func NewJournal(cfg JournalConfig) *Journal {
+// New returns a Journal that does not read yet.
+func New(cfg Config) *Journal {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	cfg.Probe = cmp.Or(cfg.Probe, journalProbe)
+	cfg.Probe = cmp.Or(cfg.Probe, usualProbe)
 	if cfg.Ends == nil {
 		cfg.Ends = func() int64 { return 0 }
 	}
@@ -140,7 +144,7 @@ type record struct {
 // would then be counted again.
 func (j *Journal) Run(ctx context.Context) {
 	located := sync.OnceFunc(func() { close(j.located) })
-	defer time.AfterFunc(journalPatience, located).Stop()
+	defer time.AfterFunc(patience, located).Stop()
 	warned := false
 	var failing time.Time // since when journalctl keeps ending
 	for {
@@ -149,15 +153,15 @@ func (j *Journal) Run(ctx context.Context) {
 		located()
 		// Who ends the agent may end journalctl with it, and first.
 		select {
-		case <-time.After(journalPause):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return
 		}
-		if failing.IsZero() || time.Since(began) > journalPatience {
+		if failing.IsZero() || time.Since(began) > patience {
 			failing = time.Now()
 		}
 		// Who was never let in need not knock ten times.
-		if j.at.Boot != "" && time.Since(failing) < journalPatience {
+		if j.at.Boot != "" && time.Since(failing) < patience {
 			continue
 		}
 		if !warned {
@@ -165,7 +169,7 @@ func (j *Journal) Run(ctx context.Context) {
 			j.log.Warn("no stop records from the journal; the last bytes of short units may be missed (see unitmeter.unattributed)", "err", err)
 		}
 		select {
-		case <-time.After(journalRetry):
+		case <-time.After(retry):
 		case <-ctx.Done():
 			return
 		}
@@ -318,7 +322,7 @@ func (j *Journal) take(rec record) {
 		return
 	}
 	counters, at, err := rec.counters()
-	if err != nil || !ValidUnitName(rec.Unit) {
+	if err != nil || !systemd.ValidUnitName(rec.Unit) {
 		j.bad.Add(1)
 		j.move(to, nil)
 		return
@@ -336,7 +340,7 @@ func (j *Journal) take(rec record) {
 }
 
 // counters returns what the record says of the run, and when it was written.
-func (rec *record) counters() (final Counters, at time.Time, err error) {
+func (rec *record) counters() (final systemd.Counters, at time.Time, err error) {
 	if len(rec.Invocation) != 32 {
 		return final, at, fmt.Errorf("read a stop record: the invocation id is %q", rec.Invocation)
 	}
