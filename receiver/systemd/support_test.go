@@ -59,11 +59,11 @@ func (s *sums) of(unit string) Counters {
 	return s.totals[unit]
 }
 
-// start starts a Source of all services, or of those given, and waits until it has
+// start starts a Source of all services, and waits until it has
 // listed the units. It ends with the test.
-func start(t testing.TB, bus string, units ...string) (*Source, *sums) {
+func start(t testing.TB, bus string) (*Source, *sums) {
 	t.Helper()
-	return startWith(t, Config{Bus: bus}, units...)
+	return startWith(t, Config{Bus: bus})
 }
 
 // startWith is start with more of a configuration.

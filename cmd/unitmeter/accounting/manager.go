@@ -93,6 +93,25 @@ func (m *Manager) Call(ctx context.Context, method string, args ...any) *dbus.Ca
 	return m.conn.Manager().CallWithContext(ctx, bus.ManagerInterface+"."+method, 0, args...)
 }
 
+// Reload has systemd read its configuration anew, and waits until it says that it has:
+// no earlier than its generators end. Now and then, waiting gets the time since the
+// call. The end of ctx ends the wait, and not the reload.
+func (m *Manager) Reload(ctx context.Context, waiting func(time.Duration)) error {
+	const every = 3 * time.Second
+	began := time.Now()
+	call := m.conn.Manager().GoWithContext(ctx, bus.ManagerInterface+".Reload", 0, make(chan *dbus.Call, 1))
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			waiting(time.Since(began))
+		case done := <-call.Done:
+			return done.Err
+		}
+	}
+}
+
 // Get reads one property.
 func (m *Manager) Get(ctx context.Context, object dbus.ObjectPath, iface, property string, to any) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)

@@ -1,9 +1,37 @@
 package e2e
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 )
+
+// TestEnableSlowReload: the command waits for a generator as long as that takes, and
+// says so. A signal ends the wait, and not the reload.
+func TestEnableSlowReload(t *testing.T) {
+	t.Parallel()
+	w := newWard(t)
+	w.WriteFile(t, "/run/slow", "#!/bin/sh\nread -r _ </run/gate\n")
+	w.sh("mkfifo /run/gate; install -D -m 0755 /run/slow /run/systemd/system-generators/slow")
+	waiting := func(lines int) string {
+		return fmt.Sprintf(`unitmeter enable --default >/run/said 2>&1 &
+			until [ "$(grep -c "^systemd has been reloading for " /run/said)" -ge %d ]; do kill -0 $!; sleep .1; done
+			`, lines)
+	}
+	if out := w.sh(waiting(1) + "kill -INT $!; wait $! && echo NO ERROR; cat /run/said; echo >/run/gate"); strings.Contains(out, "NO ERROR") || !strings.Contains(out, "systemd goes on with it") {
+		t.Errorf("after a signal: %s", out)
+	}
+	if out := w.sh("systemctl show -P IPAccounting dbus.service"); out != "yes\n" {
+		t.Errorf("after a signal, accounting is %q", out)
+	}
+	lines := 1
+	if long() {
+		lines = 12 // more than the 30 s of other calls
+	}
+	if out := w.sh(waiting(lines) + "echo >/run/gate; wait $!; cat /run/said"); !strings.Contains(out, "\nthe reload took ") || !strings.Contains(out, "\nIP accounting is on for ") {
+		t.Errorf("after a slow reload: %s", out)
+	}
+}
 
 // TestEnableElsewhere: in a container that has the host's bus, the files to write are
 // not systemd's, so the command refuses and says what to run on the host.

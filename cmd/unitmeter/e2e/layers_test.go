@@ -16,13 +16,14 @@ import (
 // ARCHITECTURE.md draws it.
 var layers = map[string][]string{
 	"cmd/unitmeter": {
-		"cmd/unitmeter/accounting", "cmd/unitmeter/doctor", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
+		"cmd/unitmeter/accounting", "cmd/unitmeter/doctor", "cmd/unitmeter/enable", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
 		"exporter", "exporter/otlp", "exporter/store", "exporter/store/history", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
 	"cmd/unitmeter/doctor": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "config",
 		"exporter/otlp", "exporter/store", "exporter/store/database", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
 	},
+	"cmd/unitmeter/enable":     {"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus"},
 	"cmd/unitmeter/top":        {"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "receiver", "receiver/systemd"},
 	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd", "receiver/systemd/bus"},
 	"cmd/unitmeter/tty":        {},

@@ -84,8 +84,12 @@ func run(args []string) error {
 		return segmented(true)
 	case name == "refused":
 		for range 20 {
-			if _, err := net.Dial("tcp4", closed); !errors.Is(err, syscall.ECONNREFUSED) {
-				return fmt.Errorf("dial %s, to be refused: %w", closed, err)
+			_, err := net.Dial("tcp4", closed)
+			if err == nil {
+				return fmt.Errorf("dial %s: it accepts, want a refusal", closed)
+			}
+			if !errors.Is(err, syscall.ECONNREFUSED) {
+				return err
 			}
 		}
 		return nil
@@ -338,7 +342,7 @@ func toClosed(n int, want error) error {
 		if err != nil && !errors.Is(err, want) {
 			return err
 		}
-		if err == nil || want == syscall.EPERM {
+		if err == nil || errors.Is(want, syscall.EPERM) {
 			n--
 		}
 	}
