@@ -1,5 +1,8 @@
 // Package config turns environment variables into the settings of the agent.
 //
+// Two things are needed of it: [Load], which gives a [Config] or all problems at once;
+// and [Variables], the table behind it.
+//
 // One table (see Variables) says which variables there are, what they accept
 // and what they default to. Load reads through it, and the reference
 // documentation and the command line's help are written from it.
