@@ -1,8 +1,11 @@
 // Package config turns environment variables into the settings of the agent.
 //
-// One table (see Variables) says which variables there are, what they accept
-// and what they default to. Load reads through it, and the reference
-// documentation and the command line's help are written from it.
+// Two things are needed of it: [Load], which gives a [Config] or all problems at once;
+// and [Variables], the table behind it.
+//
+// The table has each variable with its accepted values and its default. Load reads
+// through it; the reference documentation and the command line's help are written
+// from it.
 //
 // The OTEL_* variables follow the OpenTelemetry environment variable
 // specification, with one difference: where the specification says to warn and
@@ -11,8 +14,8 @@
 // signals (traces, logs), which share an environment file with this agent.
 //
 // A setting is the text of one variable. A [Problem] keeps the agent from
-// starting; a warning is about what may be meant. A file is renewed when it gets
-// new content under a running agent.
+// starting. A warning is about a valid setting that may be a mistake. A file is
+// renewed when it gets new content while the agent runs.
 package config
 
 import (

@@ -205,7 +205,7 @@ func (l *loader) export(c *Config) []entry {
 		milliseconds(Variable{
 			Name:    "OTEL_METRIC_EXPORT_TIMEOUT",
 			Default: "30000",
-			Meaning: "The most that one collection may take, with its export.",
+			Meaning: "Upper bound of the time for one collection, with its export.",
 		}, &c.ExportTimeout),
 		enum(Variable{
 			Name:    "OTEL_METRICS_EXEMPLAR_FILTER",
@@ -225,8 +225,8 @@ func (l *loader) export(c *Config) []entry {
 		}, &l.port, 0, 65535),
 		{Variable: Variable{
 			Name:    "UNITMETER_PROMETHEUS_WEB_CONFIG",
-			Values:  "a path; one that is not absolute is below CREDENTIALS_DIRECTORY",
-			Meaning: "TLS and passwords of the Prometheus exporter: a web configuration file as Prometheus and its exporters have it. It, the certificate and the key may be renewed while the agent runs.",
+			Values:  "a path; a relative one is below CREDENTIALS_DIRECTORY",
+			Meaning: "TLS and passwords of the Prometheus exporter: the web configuration file of all Prometheus exporters. The agent reads it, the certificate and the key again at each connection.",
 		}},
 		boolean(Variable{
 			Name:    "OTEL_GO_X_OBSERVABILITY",
@@ -267,7 +267,7 @@ func (l *loader) otlp(o *otlp.Config) []entry {
 		derived(boolean(Variable{
 			Name:     "OTEL_EXPORTER_OTLP_INSECURE",
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_INSECURE",
-			Meaning:  "No TLS to a grpc endpoint that has no http or https in front. It must not contradict one that has.",
+			Meaning:  "No TLS to a grpc endpoint without http:// or https:// in front. It must not contradict an endpoint with one of these.",
 		}, &l.insecure)),
 		{Variable: Variable{
 			Name:     "OTEL_EXPORTER_OTLP_CERTIFICATE",
@@ -296,7 +296,7 @@ func (l *loader) otlp(o *otlp.Config) []entry {
 		}, show: hide, parse: func(text string, bad report) { l.headers = parseHeaders(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_OTLP_HEADERS_FILE",
-			Values:  "a path; one that is not absolute is below CREDENTIALS_DIRECTORY",
+			Values:  "a path; a relative one is below CREDENTIALS_DIRECTORY",
 			Meaning: "More headers, on top of those above: one name=value on each line, in the same form. Lines that begin with # are comments. The file may be renewed while the agent runs. Made for LoadCredential= of systemd.",
 		}},
 		{Variable: Variable{
@@ -310,12 +310,12 @@ func (l *loader) otlp(o *otlp.Config) []entry {
 			Name:     "OTEL_EXPORTER_OTLP_TIMEOUT",
 			Specific: "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT",
 			Default:  inMilliseconds(otlp.DefaultTimeout),
-			Meaning:  "The most that one request may take.",
+			Meaning:  "Upper bound of the time for one request.",
 		}, &o.Timeout),
 		enum(Variable{
 			Name:    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
 			Default: exporter.DefaultTemporality,
-			Meaning: "Whether points carry totals or changes. lowmemory is cumulative for all that is observed, which the traffic of units is.",
+			Meaning: "Whether points carry totals or changes. lowmemory is cumulative for observable instruments, such as the traffic of units.",
 		}, &l.cfg.Temporality, "cumulative", "delta", "lowmemory"),
 		enum(Variable{
 			Name:    "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",
@@ -331,13 +331,13 @@ func (l *loader) units(c *Config) []entry {
 		enum(Variable{
 			Name:    "UNITMETER_SOURCE",
 			Default: receiver.DefaultSource,
-			Meaning: "Who counts. dbus is systemd, which counts units that have IP accounting on. ebpf is a program of unitmeter, which counts every unit and does not ask systemd; the command meter loads it. auto is ebpf where that is loaded and can be read, and else dbus.",
+			Meaning: "Who counts. dbus is systemd, which counts units that have IP accounting on. ebpf is unitmeter's own eBPF program, which counts every unit without asking systemd; see 'unitmeter enable --ebpf'. auto is ebpf if the program is loaded and can be read when the agent starts, and dbus otherwise.",
 		}, &c.Receiver.Source, receiver.DBus, receiver.EBPF, receiver.Auto),
 		{Variable: Variable{
 			Name:    "UNITMETER_BUS",
 			Values:  "auto, system, private, or a D-Bus address such as unix:path=/run/dbus/system_bus_socket",
 			Default: receiver.DefaultBus,
-			Meaning: "How to reach systemd. private is its own socket: for root only. auto is the system bus, with the private socket for large readings where it can be opened. With private, PID 1 grows for as long as the agent is stopped.",
+			Meaning: "How to reach systemd. system is the system bus. private is PID 1's own socket, for root only; PID 1 then needs more and more memory while the agent is stopped by a signal. auto is the system bus, with the private socket for large readings where it can be opened.",
 		}, parse: func(text string, bad report) { c.Receiver.Bus = parseBus(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_INCLUDE",
@@ -354,7 +354,7 @@ func (l *loader) units(c *Config) []entry {
 			Name:    "UNITMETER_FOLD",
 			Values:  patterns + "; or none",
 			Default: strings.Join(receiver.DefaultFold(), ", "),
-			Meaning: "Units that share one series for each pattern, because each of them lives once. Nothing is lost when one of them ends. A list here replaces the default.",
+			Meaning: "Units that share one series for each pattern, because they never come back under the same name. The series continues when one of them ends. A list here replaces the default.",
 		}, parse: func(text string, bad report) {
 			if strings.EqualFold(text, "none") {
 				c.Receiver.Fold = []string{}
@@ -378,7 +378,7 @@ func (l *loader) units(c *Config) []entry {
 		}, &c.Receiver.UserUnits),
 		yesNo(Variable{
 			Name:    "UNITMETER_CONTAINERS",
-			Meaning: "Give each container series of its own, with container.runtime and container.name or container.id, and in Kubernetes k8s.pod.name and k8s.namespace.name. Needs UNITMETER_SOURCE=ebpf.",
+			Meaning: "Give each container its own series, with container.runtime and container.name or container.id, and in Kubernetes k8s.pod.name and k8s.namespace.name. Needs UNITMETER_SOURCE=ebpf.",
 		}, &c.Receiver.Containers),
 		yesNo(Variable{
 			Name:    "UNITMETER_WIRE",
@@ -397,17 +397,17 @@ func (l *loader) units(c *Config) []entry {
 		whole(Variable{
 			Name:    "UNITMETER_MAX_UNITS",
 			Default: strconv.Itoa(receiver.DefaultMaxSeries),
-			Meaning: "How many units get series of their own. The traffic of all others is in one series with otel.metric.overflow=true.",
+			Meaning: "Upper bound of the number of units with their own series. The traffic of all others is in one series with otel.metric.overflow=true.",
 		}, &c.Receiver.MaxSeries, 1, 1_000_000),
 		duration(Variable{
 			Name:    "UNITMETER_SWEEP_TIMEOUT",
 			Default: receiver.DefaultSweepTimeout.String(),
-			Meaning: "The most that one reading of all units may take. It must be below OTEL_METRIC_EXPORT_TIMEOUT. The default is lowered where needed, to half of that and to nine tenths of OTEL_METRIC_EXPORT_INTERVAL. Units that are not reached in time come first in the next reading.",
+			Meaning: "Upper bound of the time for one reading of all units. It must be below OTEL_METRIC_EXPORT_TIMEOUT. The default is lowered where needed, to half of that and to nine tenths of OTEL_METRIC_EXPORT_INTERVAL. Units that are not reached in time come first in the next reading.",
 		}, &c.Receiver.SweepTimeout, 100*time.Millisecond, 10*time.Minute, false),
 		enum(Variable{
 			Name:    "UNITMETER_STOP_RECORDS",
 			Default: receiver.DefaultStopRecords,
-			Meaning: "Whether to read in the journal what systemd records of a unit's traffic when it stops. Without it, the bytes between the last reading and the end of a unit are missed. Root and the systemd-journal group may read it. auto reads it where it can; with on, the doctor calls it an error where it cannot.",
+			Meaning: "Whether to read systemd's stop records in the journal: the last counters of each unit that stops. Without them, the bytes between the last reading and the end of a unit are missed. Root and the systemd-journal group may read them. auto reads them if the agent may; with on, the doctor reports a fault if it may not.",
 		}, &c.Receiver.StopRecords, "auto", "on", "off"),
 	}
 }
@@ -418,18 +418,18 @@ func (l *loader) state(c *Config) []entry {
 			Name:    "UNITMETER_STATE_DIR",
 			Values:  "an absolute path, or none",
 			Default: "$STATE_DIRECTORY, else $XDG_STATE_HOME/unitmeter, else ~/.local/state/unitmeter",
-			Meaning: "Where totals, unsent requests and history are kept. With none, every series starts anew with the agent, and what cannot be sent at once is lost.",
+			Meaning: "Directory for totals, unsent requests and history. With none, every series starts anew with the agent, and requests that cannot be sent at once are lost.",
 		}, derived: true, parse: func(text string, bad report) { c.Store.Dir = parseStateDir(text, bad) }},
 		{Variable: Variable{
 			Name:    "UNITMETER_OUTBOX_MAX_BYTES",
 			Values:  "a number with B, KiB, MiB, GiB or TiB, at least 1MiB",
 			Default: strconv.Itoa(store.DefaultOutboxMaxBytes>>20) + "MiB",
-			Meaning: "How much may wait on disk while the receiver is away.",
+			Meaning: "Upper bound of the unsent requests on disk.",
 		}, parse: func(text string, bad report) { c.Store.OutboxMaxBytes = parseSize(text, 1<<20, bad) }},
 		duration(Variable{
 			Name:    "UNITMETER_OUTBOX_MAX_AGE",
 			Default: showTime(store.DefaultOutboxMaxAge),
-			Meaning: "How long it may wait.",
+			Meaning: "Upper bound of the age of unsent requests; older ones are dropped.",
 		}, &c.Store.OutboxMaxAge, time.Minute, 3650*day, false),
 		duration(Variable{
 			Name:    "UNITMETER_HISTORY",

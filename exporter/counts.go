@@ -57,7 +57,7 @@ func (c *counts) accepted(points int, a otlp.Answer) {
 		c.hourly(slog.LevelWarn, "the receiver refused some points (partial success); they are counted and not sent again",
 			"rejected", rejected, "message", a.Message, "endpoint", c.target, "next", c.hint(a))
 	case a.Message != "":
-		c.hourly(slog.LevelWarn, "the receiver took all points and gives a warning", "message", a.Message, "endpoint", c.target)
+		c.hourly(slog.LevelWarn, "the receiver accepted all points, with a warning", "message", a.Message, "endpoint", c.target)
 	}
 }
 
@@ -74,7 +74,7 @@ func (c *counts) failed(a otlp.Answer, kept string) {
 // becomes of it.
 func (c *counts) poisoned(points int, a otlp.Answer, fate string) {
 	c.rejected.Add(int64(points))
-	c.log.Error("the receiver refuses points again and again; "+fate,
+	c.log.Error("the receiver refuses points repeatedly; "+fate,
 		"points", points, "err", a.Err, "endpoint", c.target, "next", c.hint(a))
 }
 
@@ -86,7 +86,7 @@ func (c *counts) drop(points int, why string) {
 // early counts points that wait for the wall clock to pass their start.
 func (c *counts) early(points int) {
 	c.leaveOut(points, "the wall clock is before their start, since it was set back; their bytes are in the totals that follow",
-		"check the clock with \"timedatectl\"; if it is right, they come again once it has passed their start")
+		"check the clock with \"timedatectl\"; if it is right, they are sent again once it has passed their start")
 }
 
 func (c *counts) leaveOut(points int, why, next string) {

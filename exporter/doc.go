@@ -1,8 +1,13 @@
-// Package exporter takes the metrics of one collection, makes the points of the
-// unit instruments from the sweep, and hands them over for delivery as OTLP.
+// Package exporter delivers the metrics of each collection as OTLP, or serves them to
+// Prometheus.
 //
-// Package otlp encodes, delivers and classifies answers; package store keeps what
-// waits. This one decides what is sent, and in which order.
+// Two things are needed of it: [New] makes an [Exporter] for the SDK's periodic reader,
+// and [NewDurable] gives it an outbox on disk. [NewPrometheus] and [NewConsole] are the
+// other two ways out.
+//
+// This package makes the points of the unit instruments from the sweep, and decides
+// the order of requests. Package otlp encodes and delivers them and classifies the
+// answers; package store keeps them until then.
 //
 // # Glossary
 //
@@ -15,12 +20,11 @@
 //   - Temporality: whether a point carries the total since the start time
 //     (cumulative) or the change since the previous point (delta). Export makes
 //     deltas itself, from totals that were handed over.
-//   - Cycle: one collection: a sweep, the request made from it, and the ledger
-//     after it.
+//   - Cycle: one collection, with its sweep, its request, and the ledger after it.
 //   - Handed over: a cycle is handed over when it is committed to the outbox or,
 //     where that takes none, kept in memory. Deltas are taken from the last total
 //     that was handed over, so that a failure delays bytes and never loses them.
-//   - Span: what one series says in a cycle: its values from a start to an end.
+//   - Span: the point of one series in a cycle: its change from a start to an end.
 //   - Mark: where the last delta of a series ended.
 //   - Outbox: where committed requests wait until they are delivered.
 //   - Queue: the outbox, and before it the requests that are in memory only.
@@ -31,9 +35,9 @@
 //     go on, wait, split, or set the entry aside (quarantine).
 //   - Thinning: making one request of two that follow each other, where the outbox
 //     is full (otlp.Merge). Totals stay exact, and lose a point in time.
-//   - Counts: of the points that were sent, rejected and dropped.
-//   - Episode: a lasting failure, from its first attempt to the first that went
-//     well again. It is logged at both ends, not at each attempt.
+//   - Counts: how many points were sent, rejected and dropped.
+//   - Episode: a lasting failure, from the first failed attempt to the next success.
+//     It is logged at both ends, not at each attempt.
 //
 // # Guarantee
 //

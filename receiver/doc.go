@@ -23,29 +23,30 @@
 //   - inventory: the loaded units and their states, listed once and kept up
 //     to date by systemd's signals.
 //   - sweep: one reading of the counters of all accounted units.
-//   - odometer: what turns raw counters, which restart, into totals, which do
-//     not: each reading adds what it has grown by since the last.
+//   - odometer: turns raw counters, which restart, into totals, which do not.
+//     Each reading adds the growth since the last one.
 //   - series: the total of one unit name over all of its runs, or of a fold.
 //   - fold: several units, matched by one pattern, that share a series.
 //   - overflow: the one series that takes the units over the limit.
-//   - stop record: what PID 1 writes to the journal at the end of a unit, its
-//     counters among it. It has the bytes between the last sweep and the end.
-//   - unattributed: what a top-level slice counted and no series has. With EBPF,
+//   - stop record: PID 1's message in the journal at the end of a unit, with its last
+//     counters. It has the bytes between the last sweep and the end.
+//   - unattributed: traffic that a top-level slice counted and no series has. With EBPF,
 //     traffic of cgroups that found no room, have no name, or are slices.
 //   - lost: a running unit whose counters systemd has lost.
 //
 // # What is exact, and what is not
 //
-// Each byte that systemd shows for a run is added once, whatever happens to
-// the unit, to the bus, to systemd or to this process, provided that
-// Config.State carries on what Sweep.State was. What systemd itself does not
-// count cannot be added: all traffic for as long as a reload or re-execution of
-// systemd takes, which is about a tenth of a second, and longer by what its generators
-// take (see docs/decisions/kernel-mode.md); and all that is
-// not sent or received through the unit's own IP sockets. With EBPF nothing is
-// missed while the meter is loaded. When the source changes, what passes between the last sweep of the one and
-// the first of the other is in no total of a series that both count. There is one
-// ambiguity: accounting that is switched off and on again between two readings,
-// without a signal, and by the second has counted more than before, looks like
-// growth.
+// Each byte that systemd shows for a run is added once, whatever happens to the unit,
+// the bus, systemd or this process. That needs the last Sweep.State in Config.State of
+// the next process.
+//
+// What systemd does not count cannot be added. It counts nothing during a reload or
+// re-execution: about a tenth of a second, and the time of slow generators (see
+// docs/decisions/kernel-mode.md). It counts only what passes through the unit's own IP
+// sockets. With EBPF nothing is missed while the meter is loaded.
+//
+// When the source changes, traffic between the last sweep of the old source and the
+// first of the new one is in no total. One ambiguity is left: accounting that is
+// switched off and on between two readings, without a signal, and has then counted
+// more than before, looks like growth.
 package receiver

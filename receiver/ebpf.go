@@ -101,7 +101,7 @@ func (m *meter) open(attach bool) error {
 		return fmt.Errorf("%w, and this process cannot count by itself: %w", ebpf.ErrNotLoaded, attachErr)
 	}
 	m.reader, m.own = reader, true
-	m.log.Info("no eBPF meter is loaded: counting for as long as this process runs")
+	m.log.Info("no eBPF meter is loaded: this process attached its own, which ends with it")
 	if err := reader.Naming(); err != nil {
 		m.log.Warn("short-lived units have no name", "err", err)
 	}
@@ -203,7 +203,7 @@ func (m *meter) fault(what string, err error) error {
 	switch {
 	case err == nil && m.failing != "":
 		m.failing = ""
-		m.log.Info("the eBPF meter is read again")
+		m.log.Info("the eBPF meter can be read again")
 	case err != nil && what != m.failing:
 		m.failing = what
 		m.log.Warn(what, "err", err)

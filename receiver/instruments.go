@@ -58,9 +58,9 @@ func Instruments() []Instrument {
 	return []Instrument{
 		{IOName, "observable counter", "By", "Bytes that a systemd unit received or sent, IP headers included. Forwarded packets, AF_PACKET sockets and the kernel's own sockets are not counted.", unit},
 		{PacketCountName, "observable counter", "{packet}", "IP packets that a systemd unit received or sent. A packet that segmentation offload splits later counts once, so this is not the number on the wire.", unit},
-		{WireIOName, "observable counter", "By", "Bytes after segmentation offload: each segment has its IP and TCP or UDP headers. Without the frames of the link. Opt-in: UNITMETER_WIRE=yes, with UNITMETER_SOURCE=ebpf.", unit},
-		{WirePacketCountName, "observable counter", "{packet}", "IP packets after segmentation offload. Opt-in as above.", unit},
-		{UnattributedName, "observable counter", "By", "Bytes of a top-level slice that are in no series: from units that are not metered, or that ended before they could be read. The slice needs IP accounting. With UNITMETER_SOURCE=ebpf, -.slice has what the eBPF program had no room for.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
+		{WireIOName, "observable counter", "By", "Bytes after segmentation offload: each segment with its IP and TCP or UDP headers, without those of the link. Opt-in: UNITMETER_WIRE=yes, with UNITMETER_SOURCE=ebpf.", unit},
+		{WirePacketCountName, "observable counter", "{packet}", "IP packets after segmentation offload. Opt-in: UNITMETER_WIRE=yes, with UNITMETER_SOURCE=ebpf.", unit},
+		{UnattributedName, "observable counter", "By", "Bytes of a top-level slice that are in no series: from units that are not metered, or that ended before they could be read. The slice needs IP accounting. With UNITMETER_SOURCE=ebpf: from cgroups that did not fit into the maps or have no name (-.slice), and from processes directly in a slice.", []string{"systemd.unit.slice", "network.io.direction", "host.name"}},
 		{"unitmeter.units", "observable gauge", "{unit}", "Loaded units of the metered types, by state of their IP accounting: on, off (IPAccounting=no), no_data (nothing to count), lost (systemd lost the counters), failed (invalid answer), unknown (not read yet).", append([]string{"unitmeter.accounting.state"}, host...)},
 		{"unitmeter.series", "observable gauge", "{series}", "Series in the ledger, including those whose unit no longer runs.", host},
 		{"unitmeter.sweep.duration", "observable gauge", "s", "Duration of the last reading of all units.", host},
@@ -79,8 +79,8 @@ func Instruments() []Instrument {
 }
 
 // Register makes the instruments on meter and the one callback that observes
-// them all: each collection is one sweep, or that of OfSweep. The callback never returns an error,
-// since the SDK drops the whole collection for one.
+// them all: each collection is one sweep, or the sweep given to OfSweep. The callback
+// never returns an error, since the SDK would drop the whole collection.
 func (r *Receiver) Register(meter metric.Meter) error {
 	counters, seconds := map[string]metric.Int64Observable{}, map[string]metric.Float64Observable{}
 	var all []metric.Observable

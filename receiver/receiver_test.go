@@ -378,7 +378,7 @@ func TestBadLists(t *testing.T) {
 			if test.err != "" {
 				r, l := unstarted(t, Config{Bus: fake.Address()})
 				systemdtest.Eventually(t, "it has tried again", func() bool { return fake.Calls("ListUnitsByPatterns") >= 2 })
-				l.only(t, 1, "WARN", "lost systemd; trying again", test.err)
+				l.only(t, 1, "WARN", "lost the connection to systemd; trying again", test.err)
 				if s := r.Sweep(t.Context()); !s.Partial || len(s.State.Series) != 0 {
 					t.Errorf("without a list, a sweep is %+v", s)
 				}
@@ -389,7 +389,7 @@ func TestBadLists(t *testing.T) {
 				}
 				fake.OnCall(nil)
 				want(t, sweepUntil(t, r, "it has recovered", func(s *Sweep) bool { return !s.Partial }), "good.service", all(7))
-				l.only(t, 1, "INFO", "found systemd again")
+				l.only(t, 1, "INFO", "connected to systemd again")
 				return
 			}
 			r, _ := start(t, Config{Bus: fake.Address()})
@@ -603,7 +603,7 @@ func TestReconnect(t *testing.T) {
 		s := sweepUntil(t, r, "the loss is noticed", func(s *Sweep) bool { return s.Partial })
 		none(t, s, "a.service")
 		systemdtest.Eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= int64(2*i+2) })
-		l.only(t, i+1, "WARN", "lost systemd; trying again")
+		l.only(t, i+1, "WARN", "lost the connection to systemd; trying again")
 		grown := uint64(200 + 100*i)
 		fake.SetUnit(accounted("a.service", 1, all(grown))) // counts on meanwhile
 		fake.SetUnit(accounted("b.service", 3+i, all(7)))   // restarts meanwhile
@@ -613,7 +613,7 @@ func TestReconnect(t *testing.T) {
 			t.Errorf("the series starts at %v, not at %v", got.Start, first.Start)
 		}
 		want(t, s, "b.service", all(107+7*uint64(i)))
-		l.only(t, i+1, "INFO", "found systemd again")
+		l.only(t, i+1, "INFO", "connected to systemd again")
 	}
 	l.only(t, 2, "WARN")
 }
@@ -1258,7 +1258,7 @@ func TestBusRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r, l := unstarted(t, Config{Bus: test.bus})
 			systemdtest.Eventually(t, "it has tried again", func() bool { return r.systemd.Health().Reconnects >= 2 })
-			l.only(t, 1, "WARN", "lost systemd; trying again", test.want)
+			l.only(t, 1, "WARN", "lost the connection to systemd; trying again", test.want)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 			defer cancel()
 			if err := r.Ready(ctx); err == nil || !strings.Contains(err.Error(), test.want) {

@@ -571,8 +571,8 @@ func TestRigBusRestart(t *testing.T) {
 	if got := want(t, s, "bus.service", sent(8)); !got.Start.Equal(first.Start) {
 		t.Errorf("the series starts at %v, not at %v", got.Start, first.Start)
 	}
-	l.only(t, 1, "lost systemd")
-	l.only(t, 1, "found systemd again")
+	l.only(t, 1, "lost the connection to systemd")
+	l.only(t, 1, "connected to systemd again")
 	// Signals come again too.
 	talker(t, rig, "after.service")
 	talk(t, rig, "after.service", 2)
@@ -655,7 +655,7 @@ func TestRigBusComesLater(t *testing.T) {
 	if err := os.Symlink(strings.TrimPrefix(rig.SystemBus(), "unix:path="), address); err != nil {
 		t.Fatal(err)
 	}
-	systemdtest.Eventually(t, "it has moved to the bus", func() bool { return strings.Contains(l.String(), "found systemd again") })
+	systemdtest.Eventually(t, "it has moved to the bus", func() bool { return strings.Contains(l.String(), "connected to systemd again") })
 	if err := source.Read(ctx); err != nil {
 		t.Error(err)
 	}

@@ -1,9 +1,10 @@
 // Command unitmeter is an OpenTelemetry metrics agent that meters the network
 // traffic of every systemd unit.
 //
-// Two things are needed: a host that runs systemd, and an OTLP receiver at
-// OTEL_EXPORTER_OTLP_ENDPOINT. "unitmeter run" then sends what each unit
-// received and sent, and "unitmeter once" prints it.
+// Two things are needed: a host whose units are counted, by systemd's IP accounting
+// ("unitmeter enable --default") or by eBPF ("unitmeter enable --ebpf"); and an OTLP
+// receiver at OTEL_EXPORTER_OTLP_ENDPOINT. "unitmeter run" sends the traffic of each
+// unit there, and "unitmeter once" prints it.
 package main
 
 import (

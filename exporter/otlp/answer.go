@@ -111,21 +111,21 @@ func (a Answer) Hint() string {
 	case a.aboutTLS():
 		return "check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY against the receiver's certificate"
 	case a.tooNew() && a.Ahead > 0:
-		return fmt.Sprintf("correct the clock of this host (timedatectl), which is %v ahead of the receiver's; the receiver takes the points once their time has come", a.Ahead.Round(time.Second))
+		return fmt.Sprintf("correct the clock of this host (timedatectl), which is %v ahead of the receiver's; until its clock passes the points' times, they wait", a.Ahead.Round(time.Second))
 	case a.tooNew():
-		return "compare the clocks of this host and of the receiver (timedatectl); the receiver takes the points once their time has come"
+		return "compare the clocks of this host and of the receiver (timedatectl); until the receiver's clock passes the points' times, they wait"
 	case a.Verdict == Accepted && a.says("cumulative") && !a.says("delta"):
-		return "the receiver may take deltas only: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"
+		return "the receiver may accept deltas only: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"
 	case a.says("temporality", "delta"):
-		return "the receiver may take no deltas: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"
+		return "the receiver may not accept deltas: set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=cumulative"
 	case a.Verdict == Unreachable:
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT and that the receiver runs there"
 	case a.Verdict == Misconfigured:
 		return "check OTEL_EXPORTER_OTLP_ENDPOINT (protocol and path) and the credentials in OTEL_EXPORTER_OTLP_HEADERS"
 	case a.tooOld():
-		return "the receiver takes no points that are as old as the outage was long: in Prometheus, set storage.tsdb.out_of_order_time_window to more than that"
+		return "the receiver refuses points as old as the outage: in Prometheus, set storage.tsdb.out_of_order_time_window to more than its length"
 	case a.Verdict != Accepted && (a.aboutSize() || a.Kind == "HTTP 413" || a.says("received from server: 413")):
-		return "raise the limit for the size of a request, at the receiver or at what is before it: it is below a single point"
+		return "raise the limit for the size of a request, at the receiver or at the proxy before it: a single point exceeds it"
 	case a.Verdict == Accepted:
 		return "look at the receiver's log for why it refuses the points"
 	case a.Verdict == Suspect, a.Verdict == TooLarge:

@@ -1,5 +1,8 @@
-// Package otlp is the official exporters' client: it encodes requests, delivers
-// them, and classifies the answers.
+// Package otlp encodes OTLP requests, delivers them, and classifies the answers.
+//
+// Two things are needed of it: [Open] makes a [Client], which encodes and sends; and the
+// [Answer] of each call says whether to go on, wait, split or give up. Nothing is kept:
+// the caller stores requests, and may call Send with the same one again.
 //
 // The official exporters (otlpmetricgrpc, otlpmetrichttp) build each request and
 // own the connection, with endpoint, headers, TLS and compression. The package

@@ -484,7 +484,7 @@ func (s *Store) quarantine(row outboxRow, reason string) error {
 		return err
 	}
 	if n, err := given.RowsAffected(); err == nil && n > 0 {
-		s.cfg.Logger.Warn("quarantine is full: the oldest requests are given up", "requests", n,
+		s.cfg.Logger.Warn("quarantine is full: the oldest requests are deleted", "requests", n,
 			"max_requests", quarantineMax, "max_bytes", quarantineMaxBytes)
 	}
 	return s.db.Row("SELECT count(*) FROM quarantine", nil, &s.outbox.counts.quarantined)

@@ -528,9 +528,9 @@ func (s *Store) leave() {
 // from it.
 func (s *Store) beganAnew(reason error, aside string, kept []string) {
 	s.replaced++
-	msg := "store began anew; totals begin again where the units' own counters do"
+	msg := "store began anew; totals restart from the units' own counters"
 	if slices.Contains(kept, "ledger") {
-		msg = "store began anew; totals go on"
+		msg = "store began anew; totals continue"
 	}
 	s.cfg.Logger.Warn(msg, "path", s.path, "reason", reason, "set_aside", aside, "kept", kept)
 }
@@ -619,6 +619,6 @@ func (s *Store) noteFailure(err error) {
 	if !s.down && errors.Is(err, ErrUnavailable) {
 		s.down = true
 		s.cfg.Logger.Warn("store is unavailable and will be tried again with each cycle", "path", s.path, "err", err,
-			"next", "mend the disk or free some of it, or choose another state directory")
+			"next", "repair the disk or free some space, or choose another state directory")
 	}
 }

@@ -151,8 +151,8 @@ Totals, unsent requests and history of the service. Purging the Debian package
 removes it.
 .TP
 .I /usr/share/doc/unitmeter/examples
-What the service may be given beyond its defaults, each with its price: secrets
-for the endpoint, and ways to count the last bytes of units that live shortly.
+Optional drop-ins for the service, each with its price: secrets for the endpoint,
+the last bytes of short-lived units, and counting by eBPF.
 .SH SEE ALSO
 .BR systemd.resource\-control (5),
 .BR systemctl (1),

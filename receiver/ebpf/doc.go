@@ -1,32 +1,33 @@
-// Package ebpf meters the network traffic of each cgroup by an eBPF program of its
-// own, so without IPAccounting=.
+// Package ebpf counts the network traffic of each cgroup with its own eBPF program, so
+// that no unit needs IPAccounting=.
 //
-// [Load] attaches the program at the root of the cgroup tree and pins it with its
-// maps; that takes three capabilities, once. [Open] reads the pinned maps, from
-// Linux 5.19 on without a capability. [Attach] does both in one process with
-// nothing pinned, for as long as the process lives. It needs 64-bit Linux 5.8 or
-// newer with cgroup v2, also beside version 1.
+// Two things are needed of it: [Load] attaches the program at the root of the cgroup
+// tree and pins it with its maps, which takes three capabilities, once; and [Open]
+// reads the pinned maps, from Linux 5.19 on without a capability. [Attach] does both in
+// one process, with nothing pinned, until the process ends. The package needs 64-bit
+// Linux 5.8 or newer with cgroup v2, also beside version 1.
 //
-// # Words
+// # Glossary
 //
-//   - program: meter.bpf.c as a whole, that is four functions. ingress and egress run
-//     for each packet of a socket, made and removed when a cgroup is created or removed.
-//   - entry: the counters of one cgroup in the kernel's map; a [Meter] is what was read
-//     of one.
+//   - program: meter.bpf.c as a whole. It has four functions. The kernel calls ingress
+//     and egress for each packet of a socket, and made and removed for each cgroup that
+//     is created or removed.
+//   - entry: the counters of one cgroup in the kernel's map. A [Meter] is one reading of
+//     an entry.
 //   - name: the path of a cgroup in the kernel's map.
-//   - root: the cgroup that is metered with all below it, mostly that of the host.
+//   - root: the cgroup that is metered with all below it, mostly the host's.
 //   - pin: a file in a BPF file system that keeps a map or a link alive.
 //   - link: the attachment of a program.
 //   - layout: the maps and their structures. A directory of pins has one.
-//   - gone: of a cgroup, removed. Its sockets may live on.
+//   - gone: the cgroup was removed. Its sockets may live on.
 //   - epoch: the life of an entry: boot id, cgroup id and Born. A counter never falls
 //     within an epoch, and each epoch begins at zero.
 //   - sweep: one reading of all entries.
 //
 // # What is exact
 //
-// Bytes and packets are those of systemd's IP accounting, at the same hook: whole IP
-// packets at the socket, a segmentation offload (GSO) packet being one. The tests
+// Bytes and packets equal systemd's IP accounting, which uses the same hook: whole IP
+// packets at the socket. A segmentation offload (GSO) packet is one packet. The tests
 // compare UDP, TCP, fragments, refused connections and delegated subtrees with
 // systemctl show. Wire counters add the segments and their headers; IPv6
 // extension headers and SCTP are left out of that addition.
@@ -36,7 +37,7 @@
 // same device.
 //
 // Denied packets (IPAddressDeny=) are counted here and not by systemd: the program
-// cannot see another one's verdict. Packet sockets, forwarded packets and those of
+// cannot see the verdict of another. Packet sockets, forwarded packets and those of
 // virtual machines belong to no socket and are counted in neither. Traffic before
 // Load is not counted.
 //
@@ -46,7 +47,7 @@
 //
 // # What survives
 //
-// The pinned program counts on without any process: while the reader restarts or is
+// The pinned program counts without any process: while the reader restarts or is
 // killed, while systemd reloads or reexecutes, and while another Load replaces the
 // program. Unload and the end of the boot end it. What [Attach] attached ends with the
 // process, also by SIGKILL.
@@ -56,10 +57,10 @@
 //
 // The Reader deletes the entry of a removed cgroup after ten minutes without traffic,
 // and returns its last values in the same Sweep. Later traffic makes a new entry, with
-// another Born and the same Identity for an hour. One window is left: a packet that
-// another CPU is counting within the some 100 ns of the deletion.
+// another Born and, for an hour, the same Identity. One gap is left: a packet that
+// another CPU counts during the deletion, which takes about 100 ns.
 //
-// With 65,536 entries in use, the traffic of further cgroups adds to [Lost].
+// With 65,536 entries in use, the traffic of further cgroups counts in [Lost].
 //
 // # Figures
 //

@@ -18,11 +18,12 @@
 //   - fold: several units, matched by one pattern, that share a series.
 //   - owner: whose a unit is where its name does not say, a user or a container. It
 //     makes the unit another series.
-//   - measure: what is counted of the traffic. A Ledger has one.
+//   - measure: the part and layer of the traffic that a Ledger counts, such as Total,
+//     Loopback or Wire.
 //   - overflow: the one series for the units over the limit.
 //   - balance: a top-level slice against the units in it.
-//   - unattributed: what a top-level slice counted and no series has, and traffic
-//     of which nobody knows the unit.
+//   - unattributed: traffic that a top-level slice counted and no series has, and
+//     traffic whose unit is unknown.
 //   - sweep: one reading of all units, between Begin and Finish.
 //
 // # What survives
@@ -31,14 +32,14 @@
 // its run has grown by since that State was taken. Totals never go down. A total
 // above 2^63-1, which OTLP cannot carry, begins again with a new start time.
 //
-// A run whose owner or unit changes, since the settings did, goes on in the other
-// series: what it had until then stays.
+// When a setting changes the owner or unit of a run, its further growth counts in the
+// other series. Its earlier bytes stay where they are.
 //
-// A State of another source goes on too, see Config.State. What passed between
+// The State of another source can be used too, see Config.State. Traffic between
 // the last sweep of the one and the first of the other is not in the totals.
 //
 // A run is remembered for Config.KeepEnded after its end, and one of an earlier
 // State for an hour. A reading that is older than the last one of its run adds
-// nothing. There is one ambiguity: counters that began again unnoticed, and have
-// passed the last reading by the next one, look like growth.
+// nothing. One ambiguity is left: counters that started again from 0 unnoticed, and
+// exceed the last reading by the next one, look like growth.
 package ledger

@@ -63,16 +63,16 @@ const (
 	Unattributed             // a balance; Name is the slice's
 )
 
-// Measure is what is counted of the same traffic.
+// Measure says which part of the traffic a series counts, and at which layer.
 type Measure uint8
 
 const (
 	Total        Measure = iota // at the socket, before segmentation
-	Remote                      // that without Loopback
-	Loopback                    // that over the loopback device
+	Remote                      // Total without Loopback
+	Loopback                    // over the loopback device
 	Wire                        // after segmentation
-	WireRemote                  // that without WireLoopback
-	WireLoopback                // that over the loopback device
+	WireRemote                  // Wire without WireLoopback
+	WireLoopback                // Wire over the loopback device
 )
 
 // ID names a series.
@@ -132,7 +132,7 @@ func (o Owner) Labels() Labels {
 }
 
 // Series is the total of one unit name or fold, of the units over the limit, or
-// of what is unattributed in one slice.
+// of the unattributed traffic of one slice.
 type Series struct {
 	ID
 	// Slice is the slice of the unit, as far as this Ledger has been told; empty

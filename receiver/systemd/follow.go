@@ -68,7 +68,7 @@ func (s *Source) follow(ctx context.Context) (connected bool, err error) {
 	units := len(s.units)
 	s.mu.Unlock()
 	if recovered {
-		s.log.Info("found systemd again", "units", units)
+		s.log.Info("connected to systemd again", "units", units)
 	}
 
 	ended := make(chan []*unit)
@@ -230,8 +230,7 @@ func (f *follower) lookAtFresh(ctx context.Context) (err error) {
 	return err
 }
 
-// reloaded ends the freeze. The first that tells the end of a reload tells
-// which kind it was.
+// reloaded ends the freeze. The first sign of the end of a reload shows its kind.
 func (f *follower) reloaded(count func(*Health)) {
 	f.thaw = nil
 	if f.reloading {

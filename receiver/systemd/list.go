@@ -101,7 +101,7 @@ func (s *Source) list(ctx context.Context, b *bus.Conn, states, patterns []strin
 	for _, name := range failed {
 		if !s.unlisted[name] && len(s.unlisted) < maxUnlisted {
 			s.unlisted[name] = true
-			s.log.Warn("systemd fails to list a unit, whose description is not UTF-8; it is not metered, all others are", "unit", name,
+			s.log.Warn("systemd cannot list a unit, since its description is not UTF-8; it is not metered, all others are", "unit", name,
 				"next", "give it another path or Description=, or upgrade systemd to 257")
 		}
 	}

@@ -206,7 +206,7 @@ func (s *Source) Run(ctx context.Context) error {
 			pause = shortest
 		}
 		if first {
-			s.log.Warn("lost systemd; trying again", "err", err)
+			s.log.Warn("lost the connection to systemd; trying again", "err", err)
 		}
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):

@@ -124,10 +124,10 @@ func (s *Source) noteLate(err error) {
 	var l late
 	switch isLate := errors.As(err, &l); {
 	case isLate && !s.late && l.silent:
-		s.log.Warn("a reading of all units ended at its deadline; systemd did not answer", "units", l.units,
+		s.log.Warn("the reading of all units ended at its deadline; systemd did not answer", "units", l.units,
 			"next", "see whether \"systemctl list-units\" answers; the readings go on")
 	case isLate && !s.late:
-		s.log.Warn("a reading of all units ended at its deadline; the units that were not reached come first in the next one",
+		s.log.Warn("the reading of all units ended at its deadline; the next one starts with the units that were not reached",
 			"units", l.units, "reached", l.reached, "next", "raise UNITMETER_SWEEP_TIMEOUT, or leave units out with UNITMETER_EXCLUDE")
 	case err == nil && s.late:
 		s.log.Info("all units are read in time again")

@@ -1,8 +1,14 @@
-// Package accounting is the IP accounting of this host's units as the commands
-// see it: who has it, how to name units, one reading of their counters, and the
-// calls that switch it.
+// Package accounting reads and switches the accounting of this host's units for the
+// commands (once, top, units, enable, doctor).
 //
-//   - accounting: systemd's setting IPAccounting= of a unit; on, off, or lost where it is on and systemd has no counters.
+// Two things are needed of it: [Open] makes a [Source], whose Read returns all units with
+// their counters, by systemd or by eBPF; and [Connect] makes a [Manager], whose calls
+// switch systemd's accounting.
+//
+//   - accounting: whether a unit is counted: on, off, or lost where systemd has lost the
+//     counters. systemd's setting is IPAccounting=.
+//   - source: who counts, systemd or an eBPF program. An [Origin] says which, and since
+//     when.
 //   - pattern: a unit's name with wildcards, as systemctl takes it.
 //   - reading: a unit with its counters at one time.
 //   - manager: a connection to systemd (org.freedesktop.systemd1(5)) for a few calls.

@@ -6,8 +6,8 @@
 //   - fix: the one command or setting that removes a fault.
 //   - report: the findings in the order of the checks.
 //
-// All of it runs in the caller's goroutine. It changes nothing on the host but for
-// a file in the state directory that it removes again.
+// All of it runs in the caller's goroutine. It changes nothing on the host: it removes
+// its test file in the state directory, and detaches its test program, within a second.
 package doctor
 
 import (

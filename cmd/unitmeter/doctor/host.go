@@ -316,7 +316,7 @@ func partialFinding(p store.Partial, since time.Time) finding {
 	if p.Rejected >= int64(p.Points) {
 		judged = failure
 	}
-	return judged(otlp.Answer{Message: p.Message}.Hint(), "since %s the Collector takes each request and refuses %d of its %d points: %q",
+	return judged(otlp.Answer{Message: p.Message}.Hint(), "since %s the Collector accepts each request and refuses %d of its %d points: %q",
 		since.UTC().Format(time.RFC3339), p.Rejected, p.Points, p.Message)
 }
 

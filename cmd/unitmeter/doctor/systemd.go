@@ -33,7 +33,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 		_ = m.Property(ctx, "UnitPath", &paths) // a hint only
 		if len(paths) > 0 && !slices.Contains(paths, "/etc/systemd/system") {
 			m.Close()
-			return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS", "the systemd at %s is that of a user, which has no IP accounting", m.Address)
+			return failure("unset UNITMETER_BUS and DBUS_SYSTEM_BUS_ADDRESS", "the systemd at %s is a user's, which has no IP accounting", m.Address)
 		}
 		if err = m.Property(ctx, "Version", &version); err != nil {
 			err = &accounting.BusError{Address: m.Address, Err: fmt.Errorf("use systemd at %s: %w", m.Address, err)}
@@ -48,7 +48,7 @@ func (d *doctor) checkBus(ctx context.Context) finding {
 	}
 	d.m = m
 	if m.Address == bus.PrivateSocket && d.cfg.Receiver.Bus != "private" {
-		return warning("systemctl start dbus.socket dbus.service", "only PID 1's own socket answers (%s): PID 1 grows for as long as the agent is stopped", m.Address)
+		return warning("systemctl start dbus.socket dbus.service", "only PID 1's own socket answers (%s): PID 1 needs more and more memory while the agent is stopped", m.Address)
 	}
 	return good("systemd answers at %s", m.Address)
 }

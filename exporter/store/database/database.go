@@ -1,14 +1,22 @@
-// Package database keeps one SQLite file that is checked before it is trusted.
+// Package database opens one SQLite file, and checks it before anything of it is used.
+//
+// Two things are needed of it: [Open] with a [Spec] makes a [DB], and DB.Tx runs
+// statements in one durable transaction. [OpenBeside] is for a process beside the one
+// that writes.
 //
 // [Open] looks at the kind of each file before it opens any: a pipe or a
 // directory in the place of the file or of its log would hang or stop SQLite. The
-// header and the schema must be those that [Spec.Schema] makes, so that no trigger
-// or view of somebody else runs, and SQLite's own check of the whole tree must
-// pass. Any other file is [ErrForeign] or damaged, see [Damaged]; [SetAside] makes
-// room for a new one.
+// header and the schema must be those that [Spec.Schema] makes, so that no foreign
+// trigger or view runs. SQLite's own check of the whole tree must pass. Any other file
+// is [ErrForeign] or damaged, see [Damaged]; [SetAside] renames it, so that a new one
+// can be made.
 //
-// SQLite takes a write-ahead log that is damaged for a shorter one, in silence.
-// [DB.Mark] notes beside the file how far it had come, and Open compares.
+//   - log: SQLite's write-ahead log, beside the file.
+//   - mark: a number beside the file and the log: how far the content had come.
+//
+// What Tx has committed survives a crash and a power cut. SQLite takes a damaged log
+// for a shorter one, without an error. So the caller notes the progress with DB.Mark,
+// and compares it with [Marked] after Open.
 package database
 
 import (
@@ -33,7 +41,7 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/store/record"
 )
 
-// ErrForeign says that the file is not one that this version has written.
+// ErrForeign means that this version has not written the file.
 var ErrForeign = errors.New("is not a store of this version of unitmeter")
 
 // Spec says what a file must be.
@@ -242,7 +250,7 @@ func (db *DB) Check(ctx context.Context) error {
 	return nil
 }
 
-// headerSize is that of SQLite's file header.
+// headerSize is the size of SQLite's file header.
 const headerSize = 100
 
 // inspect looks at the files without opening any that could block, and compares
@@ -367,8 +375,8 @@ func (db *DB) Exec(query string, args ...any) (sql.Result, error) {
 	return s.ExecContext(context.Background(), args...)
 }
 
-// Row reads the one row of a query; sql.ErrNoRows if there is none. A value of
-// another type than that of to is ErrDamaged of package record.
+// Row reads the one row of a query; sql.ErrNoRows if there is none. A value whose type
+// is not that of its argument in to is ErrDamaged of package record.
 func (db *DB) Row(query string, args []any, to ...any) error {
 	s, err := db.stmt(query)
 	if err != nil {
@@ -382,8 +390,8 @@ func (db *DB) Row(query string, args []any, to ...any) error {
 }
 
 // Each calls fn for each row of a query, until fn fails. fn must use no other
-// statement, since there is one connection. What scan says of a value of another
-// type than that of its argument is ErrDamaged of package record.
+// statement, since there is one connection. scan returns ErrDamaged of package record
+// for a value whose type is not that of its argument.
 func (db *DB) Each(query string, args []any, fn func(scan func(...any) error) error) error {
 	s, err := db.stmt(query)
 	if err != nil {

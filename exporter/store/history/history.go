@@ -1,18 +1,20 @@
-// Package history keeps what each unit transferred, for some weeks back.
+// Package history keeps the traffic of each unit for some weeks back.
 //
-// It is written three times, each time smaller:
+// Two things are needed of it: a [Writer], whose Append adds the samples of a cycle in
+// the caller's transaction; and [Read], which answers a [Query], also from another
+// process.
 //
-//   - a cycle as one row of recent, to the millisecond;
-//   - an hour that is over as one row of hour for each unit, in minutes, with
-//     times to a tenth of a second; then its cycles are deleted;
-//   - the sums of that row as plain columns, for people with sqlite3.
+//   - sample: the traffic of one unit in one interval. It belongs to the hour of its
+//     cycle, in which the interval ends.
+//   - cycle: one row of the table recent, with times to the millisecond.
+//   - hour: one row of the table hour for each unit, in minutes, with times to a tenth
+//     of a second. Its sums are also plain columns, for people with sqlite3.
+//   - roll-up: writing the rows of an hour that is over, and deleting its cycles. The
+//     table rolling has the units in between.
 //
-// A sample belongs to the hour of its cycle. Rounding of times does not add up,
-// since each interval ends where the next begins.
-//
-// A [Writer] is used by the one who writes the database, and [Read] answers
-// questions beside it. Each row has a checksum: what does not match is left out and
-// counted.
+// Rounding errors of times do not accumulate, since each interval ends where the next
+// begins. Each row has a checksum. A damaged row is left out and counted. A transaction
+// that failed needs Load before the next Append.
 package history
 
 import (

@@ -1,6 +1,15 @@
-// Package record has the binary forms of what a store keeps: bodies with a checksum,
-// columns of numbers in few bits, and zstd. A decoder never trusts its input: the
-// error of each is [ErrDamaged], and none allocates much more than was encoded.
+// Package record encodes the rows of a store: bodies with a checksum, columns of
+// numbers in few bits, and zstd.
+//
+// Two things are needed of it: [AppendSum] and [CheckSum] for the checksum around a
+// body; and a pair for each part of a body, such as [AppendColumn] and [ReadColumn].
+//
+//   - body: the bytes of one row, after its plain columns.
+//   - column: numbers of the same kind, one for each row in a body.
+//   - sum: the CRC-32C at the end of a body. It covers the plain columns of its row too.
+//
+// A decoder never trusts its input. Its only error is [ErrDamaged], and it allocates
+// little more than the encoded value needs.
 package record
 
 import (

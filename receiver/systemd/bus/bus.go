@@ -1,14 +1,21 @@
-// Package bus is a connection to systemd over D-Bus: by way of a message bus, or to
+// Package bus connects to systemd over D-Bus, through a message bus or directly to
 // PID 1's own socket.
 //
-// Three things set it apart from godbus, on which it stands. Properties are read in
-// pipelines of many calls (Gets). Signals count only from systemd itself and from the
-// bus, whoever else sends some. And no message of another peer can make this process
-// large, or end the connection.
+// Two things are needed of it: [Open] makes a [Conn], for calls, signals and Gets; and
+// [DialPrivate] makes a [Line] to PID 1 for Gets alone.
 //
-//   - private socket: PID 1's own (PrivateSocket), without a bus in between. PID 1
-//     keeps what its clients there do not read, without a bound.
-//   - genuine: of a signal, from the peer that has systemd's name.
+// It adds three things to godbus, on which it is built. Gets reads many properties in a
+// pipeline of calls. Signals count only if systemd or the bus sent them. And no message
+// of another peer can fill the memory of this process, or end the connection.
+//
+//   - private socket: PID 1's own ([PrivateSocket]), without a bus in between. PID 1
+//     queues messages that its clients do not read, without an upper bound.
+//   - genuine signal: one sent by the peer that owns systemd's name on the bus.
+//   - flood: more signals than the queue holds. Further ones are dropped and counted
+//     until Resume.
+//   - window: the number of calls that may wait for replies at the same time.
+//
+// A Conn or Line that has lost its socket stays lost; the caller opens another.
 package bus
 
 import (
@@ -82,7 +89,7 @@ func DialPrivate(ctx context.Context, address string) (*Line, error) {
 	return l, nil
 }
 
-// Gets is that of Conn.
+// Gets is like Conn.Gets.
 func (l *Line) Gets(ctx context.Context, n int, call func(i int) Property, done func(i int, r Reply)) error {
 	return l.connection.gets(ctx, n, call, done)
 }
@@ -132,7 +139,7 @@ func Open(ctx context.Context, cfg Config) (*Conn, error) {
 	return c, nil
 }
 
-// hello makes the connection one that calls can be made on.
+// hello authenticates and registers the connection, so that calls can be made on it.
 func (c *Conn) hello(ctx context.Context) error {
 	if err := c.client.Auth([]dbus.Auth{external{}}); err != nil || !c.connection.bus {
 		return err

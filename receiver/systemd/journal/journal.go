@@ -166,7 +166,7 @@ func (j *Journal) Run(ctx context.Context) {
 		}
 		if !warned {
 			warned = true
-			j.log.Warn("no stop records from the journal; the last bytes of short units may be missed (see unitmeter.unattributed)", "err", err)
+			j.log.Warn("no stop records from the journal; the last bytes of short-lived units may be missed (see unitmeter.unattributed)", "err", err)
 		}
 		select {
 		case <-time.After(retry):
@@ -236,7 +236,7 @@ func (j *Journal) probe(ctx context.Context, silent func(error)) {
 			// One that cannot read either is found by the other's end.
 			err := j.records(ctx, func(rec record) { last = rec.Cursor }, "--lines=1")
 			if err == nil && last != "" && (cursor == nil || last != *cursor) && j.cursor.Load() == cursor {
-				j.log.Warn("journalctl printed nothing while units ended; it is started again")
+				j.log.Warn("journalctl printed nothing while units ended; restarting it")
 				silent(errSilent)
 				return
 			}

@@ -1,0 +1,31 @@
+// Package systemd reads the IP accounting of systemd's units: their counters over
+// D-Bus, and the last counters of units that have stopped from the journal.
+//
+// Two things are needed of it: a [Source], whose Run stays connected to systemd and
+// whose Read takes the counters of all units; and a [Journal], whose Run passes on stop
+// records. Both give counters of single runs to the caller, who makes totals of them.
+//
+// # Glossary
+//
+//   - accounting: whether systemd counts a unit's traffic (IPAccounting=).
+//   - run: one invocation of a unit, from its start to its end.
+//   - epoch: the name of a run. It is the invocation id, or BOOT/UNIT without one.
+//   - inventory: the loaded units of the metered types and their states. It is listed
+//     once, and systemd's signals keep it up to date.
+//   - sweep: one Read. It reads the units in batches.
+//   - final reading: the reading of a unit soon after its end, while it is still loaded.
+//   - left-over processes: those that outlive their unit (KillMode=process).
+//   - stop record: the message with a unit's counters that PID 1 writes to the journal
+//     when the unit stops. A position is a place in the journal after such a record.
+//   - lost: accounting is on, and systemd has lost the counters.
+//   - private socket: PID 1's own, see package bus.
+//
+// # What survives
+//
+// A Source connects again by itself, also after a restart of the bus or a re-execution of
+// systemd, and lists the units again for the signals that it missed. A Journal starts
+// journalctl again after the last stop record. Neither stores anything: the caller keeps
+// the position, and Config.Known says which runs an earlier process has read.
+//
+// docs/decisions/readings.md has the rules by which each byte counts once.
+package systemd
