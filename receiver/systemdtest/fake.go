@@ -396,6 +396,11 @@ type listed struct {
 
 func (f *Fake) list(states, patterns []string) answer {
 	units := []listed{}
+	// A backslash is itself (FNM_NOESCAPE), and a bad pattern matches nothing.
+	globs, glob := make([]string, len(patterns)), strings.NewReplacer(`\`, `\\`, "[!", "[^")
+	for i, pattern := range patterns {
+		globs[i] = glob.Replace(pattern)
+	}
 	for _, name := range slices.Sorted(maps.Keys(f.units)) {
 		u := f.units[name]
 		load, active, sub := u.states()
@@ -403,12 +408,11 @@ func (f *Fake) list(states, patterns []string) answer {
 		if len(states) > 0 && !slices.Contains(states, load) && !slices.Contains(states, active) && !slices.Contains(states, sub) {
 			continue
 		}
-		matches := func(pattern string) bool {
-			// A backslash is itself (FNM_NOESCAPE), and a bad pattern matches nothing.
-			ok, err := path.Match(strings.NewReplacer(`\`, `\\`, "[!", "[^").Replace(pattern), name)
+		matches := func(glob string) bool {
+			ok, err := path.Match(glob, name)
 			return ok && err == nil
 		}
-		if len(patterns) > 0 && !slices.ContainsFunc(patterns, matches) {
+		if len(globs) > 0 && !slices.ContainsFunc(globs, matches) {
 			continue
 		}
 		units = append(units, listed{Name: name, Description: u.Description, Load: load, Active: active, Sub: sub, Path: unitPath(name), JobPath: "/"})
@@ -528,14 +532,12 @@ func (f *Fake) lookup(object dbus.ObjectPath) (Unit, answer) {
 		}
 		return Unit{}, failed("org.freedesktop.systemd1.NoUnitForInvocationID", "No unit with the specified invocation ID %s known.", last)
 	}
-	for name, u := range f.units {
-		if unitPath(name) == object {
-			return u, answer{}
-		}
+	name := unescape(last)
+	if u, ok := f.units[name]; ok && unitPath(name) == object {
+		return u, answer{}
 	}
 	// systemd does not refuse a name that it does not know: it loads a unit for it
 	// that is not found, answers, and drops it.
-	name := unescape(last)
 	f.stub(name)
 	return Unit{
 		Name: name, LoadState: "not-found", ActiveState: "inactive", SubState: "dead",
@@ -635,6 +637,9 @@ func unitPath(name string) dbus.ObjectPath {
 
 // unescape is the reverse of unitPath. What was never escaped stays as it is.
 func unescape(s string) string {
+	if s == "_" {
+		return ""
+	}
 	var b strings.Builder
 	for i := 0; i < len(s); i++ {
 		if s[i] == '_' && i+2 < len(s) {
