@@ -159,8 +159,8 @@ func TestEarlierBootInParts(t *testing.T) {
 		},
 	}
 	records := []*journal.Record{
-		{Unit: "a.service", Epoch: a, Boot: earlier, Counters: all(7), Time: began.Add(time.Second), Ended: began},
-		{Unit: "b.service", Epoch: b, Boot: earlier, Counters: all(60), Time: began.Add(time.Second), Ended: began},
+		{Unit: "a.service", Epoch: a, Boot: earlier, Counted: true, Counters: all(7), Time: began.Add(time.Second), Ended: began},
+		{Unit: "b.service", Epoch: b, Boot: earlier, Counted: true, Counters: all(60), Time: began.Add(time.Second), Ended: began},
 	}
 	take := func(r *Receiver, records []*journal.Record) *Sweep {
 		for i, record := range records {

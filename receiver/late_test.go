@@ -79,7 +79,7 @@ func TestLateGrowth(t *testing.T) {
 	ended := time.Now().Add(-time.Second)
 	recorded := func(i int) {
 		r.takeRecord(journal.Position{Cursor: strconv.Itoa(i)}, &journal.Record{
-			Unit: "a.service", Epoch: id(i), Counters: Counters{EgressBytes: 128, EgressPackets: 1}, Time: ended, Ended: ended,
+			Unit: "a.service", Epoch: id(i), Counted: true, Counters: Counters{EgressBytes: 128, EgressPackets: 1}, Time: ended, Ended: ended,
 		})
 	}
 	before := Series{Series: &ledger.Series{}}

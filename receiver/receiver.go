@@ -461,8 +461,8 @@ func (r *Receiver) takeRecord(at journal.Position, record *journal.Record) {
 	r.ledger.SetJournal(ledger.Position(at))
 	if record != nil {
 		r.ledger.Take(ledger.Record{
-			Unit: record.Unit, Epoch: record.Epoch, Boot: record.Boot, Counters: countersOf(record.Counters),
-			Time: record.Time, Ended: record.Ended,
+			Unit: record.Unit, Epoch: record.Epoch, Boot: record.Boot,
+			Counted: record.Counted, Counters: countersOf(record.Counters), Time: record.Time, Ended: record.Ended,
 		}, time.Now())
 	}
 }

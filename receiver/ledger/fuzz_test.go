@@ -107,7 +107,7 @@ func (h *fuzzHost) start(u *fuzzUnit) {
 func (h *fuzzHost) stop(u *fuzzUnit, logged bool) {
 	if u.epoch != "" && logged {
 		h.journal = append(h.journal, Record{
-			Unit: u.name, Epoch: u.epoch, Boot: strconv.Itoa(h.boot), Counters: u.raw, Time: h.now, Ended: h.now,
+			Unit: u.name, Epoch: u.epoch, Boot: strconv.Itoa(h.boot), Counted: true, Counters: u.raw, Time: h.now, Ended: h.now,
 		})
 	}
 	u.epoch = ""

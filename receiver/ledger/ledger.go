@@ -83,7 +83,9 @@ type Record struct {
 	Unit  string
 	Epoch string
 	// Boot is the id of the boot that the run was of; empty for this one.
-	Boot     string
+	Boot string
+	// Counted says that the record has Counters. Another one of the same run may have.
+	Counted  bool
 	Counters Counters
 	// Time is the moment at which the record was written, and Ended the moment
 	// at which the run ended, by the monotonic clock.
@@ -410,19 +412,21 @@ func (l *Ledger) Take(record Record, now time.Time) bool {
 	if !l.cfg.Metered(record.Unit) {
 		return true
 	}
-	if record.Counters == (Counters{}) {
-		r := l.runOf(record.Unit, record.Epoch) // Place may yet come
+	r, ok := l.runs[record.Epoch]
+	if !ok && record.Ended.After(l.cfg.Began) && !record.Ended.After(l.forgotten) {
+		if record.Counters != (Counters{}) {
+			l.missed++
+		}
+		return false
+	}
+	if !record.Counted {
+		r = l.runOf(record.Unit, record.Epoch) // Place may yet come
 		r.final, r.boot = true, cmp.Or(r.boot, record.Boot)
 		return true
 	}
 	at := record.Time
 	if at.After(now) {
 		at = now // of a clock that was set back since
-	}
-	r, ok := l.runs[record.Epoch]
-	if !ok && record.Ended.After(l.cfg.Began) && !record.Ended.After(l.forgotten) {
-		l.missed++
-		return false
 	}
 	if !ok {
 		r = l.runOf(record.Unit, record.Epoch)
@@ -446,6 +450,9 @@ func (l *Ledger) Take(record Record, now time.Time) bool {
 	// Before the first sweep nobody knows whether the run is older than that.
 	overlaps := r.time.IsZero() && !l.switched.IsZero() && l.swept.Equal(l.switched)
 	delta, _ := r.advance(record.Counters.Max(r.last), at)
+	if r.series == nil && delta == (Counters{}) {
+		return true // a run that had no traffic makes no series
+	}
 	if r.series == nil {
 		r.series = l.seriesOf(r.unit, r.owner, r.slice, start)
 	}

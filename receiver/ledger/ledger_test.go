@@ -24,7 +24,7 @@ func reading(unit, epoch string, second int, c Counters) Reading {
 }
 
 func record(unit, epoch string, second int, c Counters) Record {
-	return Record{Unit: unit, Epoch: epoch, Counters: c, Time: at(second), Ended: at(second)}
+	return Record{Unit: unit, Epoch: epoch, Counted: true, Counters: c, Time: at(second), Ended: at(second)}
 }
 
 // sweep credits the readings in one sweep; their runs are those that are loaded.
@@ -271,6 +271,13 @@ func TestLateRecord(t *testing.T) {
 	}
 	if l.Take(record("a.service", "1", 2, all(100)), at(201)) || l.Missed() != 2 {
 		t.Errorf("took it; %d missed, want 2", l.Missed())
+	}
+	// Of a run there may be two records, of which the first has no counters.
+	end := record("a.service", "1", 2, Counters{})
+	end.Counted = false
+	l.Take(end, at(201))
+	if l.Take(record("a.service", "1", 2, all(100)), at(201)) || l.Missed() != 3 {
+		t.Errorf("took the second record; %d missed, want 3", l.Missed())
 	}
 	if !l.Take(record("a.service", "2", 201, all(1)), at(201)) || !l.Take(record("a.service", "0", -9, all(2)), at(201)) {
 		t.Error("refused a record of a run that it cannot have counted")

@@ -52,13 +52,15 @@ type Position struct {
 	Boot   string // of that record, else of who looked, as the journal writes it; empty if nobody did
 }
 
-// Record is a stop record: what a run had counted at its end. Counters that are all
-// zero are of the end of a run that had no traffic, or of which another record comes.
+// Record is what PID 1 logged of the end of a run.
 type Record struct {
 	Unit  string
 	Epoch string // the invocation id
 	// Boot is the id of the boot that the run was of; empty for this one.
-	Boot     string
+	Boot string
+	// Counted says that the record has Counters: what the run had counted at its end.
+	// Else systemd counted nothing of it, or another record has them.
+	Counted  bool
 	Counters systemd.Counters
 	// Time is when the record was written, by the wall clock. Ended is the same by
 	// the monotonic clock of this process.
@@ -321,7 +323,7 @@ func (j *Journal) take(rec record) {
 		j.move(to, nil) // the end of a unit without runs
 		return
 	}
-	counters, at, err := rec.counters()
+	counters, counted, at, err := rec.counters()
 	if err != nil || !systemd.ValidUnitName(rec.Unit) {
 		j.bad.Add(1)
 		j.move(to, nil)
@@ -330,7 +332,7 @@ func (j *Journal) take(rec record) {
 	written, _ := strconv.ParseInt(cmp.Or(rec.Source, rec.Realtime), 10, 64)
 	now := time.Now()
 	record := Record{
-		Unit: rec.Unit, Epoch: rec.Invocation, Counters: counters, Time: at,
+		Unit: rec.Unit, Epoch: rec.Invocation, Counted: counted, Counters: counters, Time: at,
 		Ended: now.Add(-now.Sub(time.UnixMicro(written))),
 	}
 	if rec.Boot != j.boot() {
@@ -339,10 +341,11 @@ func (j *Journal) take(rec record) {
 	j.move(to, &record)
 }
 
-// counters returns what the record says of the run, and when it was written.
-func (rec *record) counters() (final systemd.Counters, at time.Time, err error) {
+// counters returns what the record says of the run, if anything, and when it was
+// written.
+func (rec *record) counters() (final systemd.Counters, counted bool, at time.Time, err error) {
 	if len(rec.Invocation) != 32 {
-		return final, at, fmt.Errorf("read a stop record: the invocation id is %q", rec.Invocation)
+		return final, false, at, fmt.Errorf("read a stop record: the invocation id is %q", rec.Invocation)
 	}
 	for _, field := range []struct {
 		text string
@@ -352,6 +355,7 @@ func (rec *record) counters() (final systemd.Counters, at time.Time, err error) 
 		{rec.EgressBytes, &final.EgressBytes}, {rec.EgressPackets, &final.EgressPackets},
 	} {
 		if field.text != "" && err == nil {
+			counted = true
 			*field.to, err = strconv.ParseUint(field.text, 10, 63)
 		}
 	}
@@ -359,5 +363,5 @@ func (rec *record) counters() (final systemd.Counters, at time.Time, err error) 
 	if err == nil {
 		usec, err = strconv.ParseInt(rec.Realtime, 10, 64)
 	}
-	return final, time.UnixMicro(usec), err
+	return final, counted, time.UnixMicro(usec), err
 }

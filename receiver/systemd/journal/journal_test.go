@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"testing"
 	"time"
 )
@@ -29,7 +31,7 @@ func TestTake(t *testing.T) {
 	var units []string
 	j := New(Config{BootID: "b-1", At: Position{"c0", "b1"}, Take: func(p Position, r *Record) {
 		if at = p; r != nil {
-			units = append(units, r.Unit+" "+r.Boot)
+			units = append(units, fmt.Sprintf("%s %s %v", r.Unit, r.Boot, r.Counted))
 		}
 	}})
 	good := record{Boot: "b1", Invocation: "0123456789abcdef0123456789abcdef", Realtime: "1700000000000000", EgressBytes: "5"}
@@ -39,16 +41,17 @@ func TestTake(t *testing.T) {
 		func(r *record) { r.Cursor, r.Unit, r.Boot = "c2", "b.service", "b0" },
 		func(r *record) { r.Cursor, r.Unit, r.Invocation = "c3", "c.service", "short" },
 		func(r *record) { r.Cursor, r.Unit, r.EgressBytes = "c4", "d.service", "18446744073709551615" },
-		func(r *record) { r.Cursor, r.Unit = "c5", "no unit\x1b[2J.service" },
+		func(r *record) { r.Cursor, r.Unit, r.EgressBytes = "c5", "e.service", "" },
+		func(r *record) { r.Cursor, r.Unit = "c6", "no unit\x1b[2J.service" },
 	} {
 		rec := good
 		change(&rec)
 		j.take(rec)
 	}
-	if got, want := units, []string{"a.service ", "b.service b0"}; len(got) != 2 || got[0] != want[0] || got[1] != want[1] {
+	if got, want := units, []string{"a.service  true", "b.service b0 true", "e.service  false"}; !slices.Equal(got, want) {
 		t.Errorf("taken are %q, want %q", got, want)
 	}
-	if at.Cursor != "c5" || j.Bad() != 3 {
+	if at.Cursor != "c6" || j.Bad() != 3 {
 		t.Errorf("the position is %v, %d were bad", at, j.Bad())
 	}
 }
