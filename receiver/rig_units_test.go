@@ -123,14 +123,20 @@ func missedLater(r *Receiver) int64 {
 func TestRigSilentRecords(t *testing.T) {
 	rig := theRig(t)
 	sink(t, rig)
-	run := func(name, command string) { // of which systemd keeps nothing
-		rig.WriteFile(t, "/etc/systemd/system/"+name+".service", "[Service]\nType=oneshot\nIPAccounting=yes\nExecStart=sleep .3\nExecStart="+command+"\n")
-		rig.Run(t, "systemctl", "start", name)
+	run := func(r *Receiver, name, command string) { // of which systemd keeps nothing
+		rig.WriteFile(t, "/etc/systemd/system/"+name+".service",
+			"[Service]\nType=oneshot\nIPAccounting=yes\nExecStart=sh -c 'until [ -e /run/%p.go ]; do sleep .02; done'\nExecStart="+command+"\n")
+		rig.Run(t, "systemctl", "start", "--no-block", name)
+		systemdtest.Eventually(t, "it is known that "+name+" is accounted", func() bool {
+			return slices.ContainsFunc(r.Units(), func(u systemd.Unit) bool { return u.Name == name+".service" && u.Slice != "" })
+		})
+		rig.WriteFile(t, "/run/"+name+".go", "")
+		systemdtest.Eventually(t, name+" is gone", func() bool { return len(r.Units()) == 0 })
 	}
 	include := []string{"*-silent.service"}
 	r, stop := journaled(t, rig, Config{Include: include})
 	r.Sweep(t.Context())
-	run("idle-silent", "true")
+	run(r, "idle-silent", "true")
 	s := readTo(t, rig, r, "sends-silent")
 	want(t, s, "sends-silent.service", sent(5))
 	if n := missedLater(r); n != 0 {
@@ -143,9 +149,8 @@ func TestRigSilentRecords(t *testing.T) {
 	rig.Run(t, "systemd-analyze", "log-level", "notice")
 	t.Cleanup(func() { rig.Run(t, "systemd-analyze", "log-level", "info") })
 	for i := range 3 {
-		run("quiet"+strconv.Itoa(i)+"-silent", rig.Traffic()+" udp-send "+sinkAddress+" -count 5")
+		run(r, "quiet"+strconv.Itoa(i)+"-silent", rig.Traffic()+" udp-send "+sinkAddress+" -count 5")
 	}
-	systemdtest.Eventually(t, "the units are gone", func() bool { return len(r.Units()) == 0 })
 	if n := missedLater(r); n != 3 {
 		t.Errorf("%d runs are missed, want 3", n)
 	}
