@@ -170,7 +170,13 @@ func TestRigJournalctlSilent(t *testing.T) {
 	if err = errors.Join(err, err2, syscall.Kill(-pid, syscall.SIGSTOP)); err != nil {
 		t.Fatal(err)
 	}
-	wantFive(t, readTo(t, rig, r, "second-stuck"), "first-stuck", "second-stuck")
+	sends(t, rig, "second-stuck")
+	stuck := r.position()
+	systemdtest.Eventually(t, "another journalctl prints", func() bool {
+		sends(t, rig, "more-stuck")
+		return r.position() != stuck
+	})
+	wantFive(t, readTo(t, rig, r, "third-stuck"), "first-stuck", "second-stuck", "third-stuck")
 }
 
 // TestRigSlowReload: the time of a reload is stated, generators included.

@@ -226,6 +226,7 @@ var errSilent = errors.New("follow the journal: journalctl prints nothing, and t
 // probe ends a journalctl that is alive and silent, until ctx ends.
 func (j *Journal) probe(ctx context.Context, silent func(error)) {
 	ends, cursor := j.cfg.Ends(), j.cursor.Load()
+	before := ends // at the look before the last: a record comes a little after the end
 	for {
 		select {
 		case <-time.After(j.cfg.Probe):
@@ -233,7 +234,7 @@ func (j *Journal) probe(ctx context.Context, silent func(error)) {
 			return
 		}
 		nowEnds, nowCursor := j.cfg.Ends(), j.cursor.Load()
-		if nowEnds != ends && nowCursor == cursor {
+		if nowEnds != before && nowCursor == cursor {
 			last := ""
 			// One that cannot read either is found by the other's end.
 			err := j.records(ctx, func(rec record) { last = rec.Cursor }, "--lines=1")
@@ -243,7 +244,7 @@ func (j *Journal) probe(ctx context.Context, silent func(error)) {
 				return
 			}
 		}
-		ends, cursor = nowEnds, nowCursor
+		before, ends, cursor = ends, nowEnds, nowCursor
 	}
 }
 
