@@ -471,15 +471,20 @@ func TestKilledOwnerLeavesNothing(t *testing.T) {
 // the next Boot must find the rest.
 func TestKilledSupervisorIsSweptLater(t *testing.T) {
 	needRig(t)
-	cmd, pid1, supervisor := startHelper(t)
-	tr := tracesOf(t, pid1, supervisor)
 	other := Start(t) // a living rig is not stale
-	kill(t, supervisor)
-	kill(t, cmd.Process.Pid)
-	cmd.Wait()
-	eventually(t, "the processes to be gone", func() bool { return len(tr.processes()) == 0 })
-	left := tr.left(t)
-	if len(left) < 2 {
+	var tr traces
+	for range 10 {
+		cmd, pid1, supervisor := startHelper(t)
+		tr = tracesOf(t, pid1, supervisor)
+		kill(t, supervisor)
+		kill(t, cmd.Process.Pid)
+		cmd.Wait()
+		eventually(t, "the processes to be gone", func() bool { return len(tr.processes()) == 0 })
+		if len(tr.left(t)) >= 2 {
+			break // else the Boot of another test has been here first
+		}
+	}
+	if left := tr.left(t); len(left) < 2 {
 		t.Fatalf("cgroup and directory should have been left, got %q: this test shows nothing", left)
 	}
 	next := Start(t)
