@@ -52,7 +52,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	// All units that could be metered, so that it can be said why they are not.
 	everything := cfg
 	everything.Include, everything.Exclude, everything.Types = nil, nil, accounting.Types()
-	source, err := accounting.Open(ctx, everything, receiver.DBus)
+	source, err := accounting.Open(ctx, everything, receiver.DBus, systemd.Patterns{})
 	if err != nil {
 		return err
 	}
@@ -94,7 +94,7 @@ func units(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 // countedByEBPF returns the units that an eBPF program counts, with "metered", or
 // could count, with "possible". refused is why there are none.
 func countedByEBPF(ctx context.Context, cfg receiver.Config) (counting string, units map[string]systemd.Unit, refused error) {
-	source, err := accounting.Open(ctx, cfg, receiver.EBPF)
+	source, err := accounting.Open(ctx, cfg, receiver.EBPF, systemd.Patterns{})
 	if err != nil {
 		return "", nil, err
 	}

@@ -59,8 +59,8 @@ func (s *sums) of(unit string) Counters {
 	return s.totals[unit]
 }
 
-// start starts a Source of all services, and waits until it has
-// listed the units. It ends with the test.
+// start starts a Source of all services, and waits until it has listed the units. It
+// ends with the test.
 func start(t testing.TB, bus string) (*Source, *sums) {
 	t.Helper()
 	return startWith(t, Config{Bus: bus})

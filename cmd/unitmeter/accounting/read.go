@@ -61,16 +61,23 @@ type Sweep struct {
 func Sources() []string { return []string{receiver.Auto, receiver.DBus, receiver.EBPF} }
 
 // Open opens a source by its name in Sources, and reads it once. Auto takes the
-// counters of a loaded eBPF program. Without one it takes systemd's, unless more
-// units have IP accounting off than on: then it attaches a program, which ends with
-// Close or with the process. The caller closes the source.
-func Open(ctx context.Context, cfg receiver.Config, name string) (*Source, error) {
+// counters of a loaded eBPF program. Without one it takes systemd's, if that counts
+// all units that match any of the patterns, or no fewer units than it leaves out.
+// Else Auto attaches a program, which ends with Close or with the process. The caller
+// closes the source.
+func Open(ctx context.Context, cfg receiver.Config, name string, patterns systemd.Patterns) (*Source, error) {
 	if name != receiver.Auto {
 		return open(ctx, cfg, name)
 	}
 	s, err := open(ctx, cfg, receiver.Auto)
 	if err == nil && (s.Source == receiver.EBPF || !s.first.sparse()) {
 		return s, nil
+	}
+	if err == nil && patterns.Len() > 0 {
+		// Where systemd has ended meanwhile, a program may count all the same.
+		if wanted, err := Resolve(ctx, cfg, patterns); err == nil && s.first.counts(wanted) {
+			return s, nil
+		}
 	}
 	own, ownErr := open(ctx, cfg, receiver.EBPF)
 	switch {
@@ -203,6 +210,20 @@ func (s *Sweep) sparse() bool {
 	return off > on
 }
 
+// counts reports whether each pattern has a unit, and each of these has counters.
+func (s *Sweep) counts(patterns systemd.Patterns) bool {
+	found := make([]bool, patterns.Len())
+	for _, u := range s.Units {
+		for _, i := range patterns.All(u.Name) {
+			found[i] = true
+			if !Counted(u) {
+				return false
+			}
+		}
+	}
+	return !slices.Contains(found, false)
+}
+
 // Err is the error of a command that needs all units.
 func (s *Sweep) Err() error {
 	if s.Partial {
@@ -248,7 +269,7 @@ type Readings struct {
 // without patterns. With an interval above zero it reads twice and computes speeds.
 // So it does, over a second, where the counting begins with this call.
 func Read(ctx context.Context, cfg receiver.Config, source string, patterns systemd.Patterns, interval time.Duration) (*Readings, error) {
-	s, err := Open(ctx, cfg, source)
+	s, err := Open(ctx, cfg, source, patterns)
 	if err != nil {
 		return nil, err
 	}

@@ -233,7 +233,7 @@ func (d *doctor) checkFilters(ctx context.Context) finding {
 func (d *doctor) checkBoth(ctx context.Context) finding {
 	cfg := d.cfg.Receiver
 	cfg.SweepTimeout = 0 // ctx is shorter
-	theirs, err := accounting.Open(ctx, cfg, receiver.DBus)
+	theirs, err := accounting.Open(ctx, cfg, receiver.DBus, systemd.Patterns{})
 	if err != nil {
 		return skipped("systemd cannot be read: %v", err)
 	}

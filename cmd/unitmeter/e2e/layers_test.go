@@ -17,7 +17,7 @@ import (
 var layers = map[string][]string{
 	"cmd/unitmeter": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/doctor", "cmd/unitmeter/enable", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
-		"exporter", "exporter/otlp", "exporter/store", "exporter/store/history", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus",
+		"exporter", "exporter/otlp", "exporter/store", "exporter/store/history", "receiver", "receiver/ebpf", "receiver/systemd",
 	},
 	"cmd/unitmeter/doctor": {
 		"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "config",
@@ -74,6 +74,11 @@ func TestLayers(t *testing.T) {
 		for _, path := range pkg.Imports {
 			if name, ours := strings.CutPrefix(path, modulePrefix); ours && !slices.Contains(allowed, name) {
 				t.Errorf("%s imports %s, which is not below it", pkg.name(), name)
+			}
+		}
+		for _, name := range allowed {
+			if !slices.Contains(pkg.Imports, modulePrefix+name) {
+				t.Errorf("%s may import %s, and does not: remove it from layers", pkg.name(), name)
 			}
 		}
 		// `go test` runs a cached test again when a directory that it read changes.

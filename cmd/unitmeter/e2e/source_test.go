@@ -94,7 +94,13 @@ func TestNothingSwitchedOn(t *testing.T) {
 		t.Errorf("as nobody, with eBPF: %v\n%s", err, text)
 	}
 
-	// Where systemd counts most units, it counts.
+	// Where systemd counts most units, or those that are asked for, it counts.
+	w.sh("unitmeter enable sink --runtime >&2")
+	for names, source := range map[string]string{"sink": "dbus", "sink dbus.service": "ebpf", "'s[hi]nk*'": "dbus", "sink browser": "ebpf"} {
+		if u := once("unitmeter once --json " + names)["sink.service"]; u.Source != source {
+			t.Errorf("asked for %s, sink.service is %+v, want source %s", names, u, source)
+		}
+	}
 	w.sh("unitmeter enable --all >&2")
 	if u := once("unitmeter once --json sink")["sink.service"]; u.Source != "dbus" || u.State != "on" {
 		t.Errorf("with accounting on, sink.service is %+v", u)

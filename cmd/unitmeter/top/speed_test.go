@@ -16,6 +16,7 @@ import (
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/systemd"
 	"github.com/unitmeter/unitmeter/receiver/systemdtest"
 )
 
@@ -26,7 +27,7 @@ func TestTopSpeed(t *testing.T) {
 	sh := func(command string) string { return rig.Run(t, "sh", "-euc", command) }
 	sh("systemd-run --quiet --unit=natsd -p IPAccounting=yes " + tool(t, "nats-server") + " -a 127.0.0.1")
 	sh("i=0; until bash -c 'exec 3<>/dev/tcp/127.0.0.1/4222'; do i=$((i+1)); [ $i -lt 1800 ]; sleep 0.1; done 2>/dev/null")
-	source, err := accounting.Open(t.Context(), receiver.Config{Bus: rig.SystemBus()}, receiver.DBus)
+	source, err := accounting.Open(t.Context(), receiver.Config{Bus: rig.SystemBus()}, receiver.DBus, systemd.Patterns{})
 	if err != nil {
 		t.Fatal(err)
 	}

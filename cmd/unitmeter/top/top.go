@@ -47,7 +47,7 @@ type Config struct {
 // read from, and without any unit that Patterns match, it returns an error.
 func Run(ctx context.Context, cfg Config) error {
 	// Before the screen is taken over: an error can still be read there.
-	source, err := accounting.Open(ctx, cfg.Receiver, cfg.Source)
+	source, err := accounting.Open(ctx, cfg.Receiver, cfg.Source, cfg.Patterns)
 	if err != nil {
 		return fmt.Errorf("%w; see \"unitmeter doctor\"", err)
 	}
