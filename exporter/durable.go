@@ -22,12 +22,14 @@ import (
 type Durable struct {
 	store *store.Store
 	state ledger.State // as it was at the start
+	sent  ledger.State // the same, with the totals that deltas have
 
 	// Of the last commit, for the next one. Only Commit uses them.
-	now   ledger.State
-	whole time.Time // when the last sweep that reached all units began
-	cycle int       // counts commits of a sweep
-	last  map[ledger.ID]sampled
+	now    ledger.State
+	behind []store.Series // Cycle.Behind
+	whole  time.Time      // when the last sweep that reached all units began
+	cycle  int            // counts commits of a sweep
+	last   map[ledger.ID]sampled
 }
 
 // sampled is the end of the last history sample of a series.
@@ -47,34 +49,46 @@ func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 	if err != nil {
 		return nil, fmt.Errorf("restore the totals of all units: %w", err)
 	}
-	d := &Durable{store: s, state: stateOf(saved), whole: saved.Time, last: make(map[ledger.ID]sampled, len(saved.Series))}
+	totals, sent := saved, saved
+	var behind []store.Series
+	totals.Series, sent.Series, behind = split(saved.Series)
+	d := &Durable{store: s, state: stateOf(totals), sent: stateOf(sent), whole: saved.Time, last: make(map[ledger.ID]sampled, len(saved.Series))}
 	for s := range d.state.All() {
 		d.last[s.ID] = sampled{amountsOf(s.Total), s.Start, s.Time, -1}
 	}
-	d.now = d.state
+	d.now, d.behind = d.state, behind
 	return d, nil
 }
 
-// State returns the ledger as it was at the start: for receiver.Config.State and
-// Config.Ledger.
+// State returns the ledger as it was at the start: for receiver.Config.State.
 func (d *Durable) State() ledger.State { return d.state }
+
+// Sent returns State with the totals that deltas were handed over up to: for
+// Config.Sent.
+func (d *Durable) Sent() ledger.State { return d.sent }
 
 // Commit implements Outbox.
 func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
-	now := d.now
+	now, behind := d.now, d.behind
 	c := store.Cycle{Time: time.Now(), Request: cycle.Request, Points: cycle.Points}
 	if cycle.Sweep != nil {
-		now, c.Time = cycle.Sweep.State, cycle.Sweep.Time
+		now, behind, c.Time = cycle.Sweep.State, nil, cycle.Sweep.Time
+		for i := range cycle.Behind {
+			row := seriesRow(&cycle.Behind[i])
+			row.Kind |= sentMark
+			behind = append(behind, row)
+		}
 		c.Samples = d.samples(cycle.Sweep.State)
 	}
 	c.Ledger = ledgerOf(now)
+	c.Ledger.Series = append(c.Ledger.Series, behind...)
 	if err := d.store.Commit(ctx, c); err != nil {
 		return err
 	}
 	if cycle.Sweep == nil {
 		return nil
 	}
-	d.now = now
+	d.now, d.behind = now, behind
 	if d.cycle++; !cycle.Sweep.Partial {
 		d.whole = c.Time.Add(-cycle.Sweep.Duration)
 	}
@@ -212,7 +226,44 @@ const (
 
 	// measureShift is where a kind has its Measure, above one of these numbers.
 	measureShift = 4
+
+	// sentMark beside a kind and a measure says that the row's total is what deltas
+	// have of the series. Without such a row they have the series' own.
+	sentMark = 1 << 7
 )
+
+// split returns the rows of series without those of their deltas, with these in their
+// place, and the rows of the deltas.
+func split(rows []store.Series) (totals, sent, behind []store.Series) {
+	type ref struct {
+		kind uint8
+		key  string
+	}
+	place := map[ref]int{}
+	for _, row := range rows {
+		if row.Kind&sentMark == 0 {
+			place[ref{row.Kind, row.Key}] = len(totals)
+			totals = append(totals, row)
+		}
+	}
+	sent = slices.Clone(totals)
+	for _, row := range rows {
+		if row.Kind&sentMark != 0 {
+			behind = append(behind, row)
+			row.Kind &^= sentMark
+			if i, ok := place[ref{row.Kind, row.Key}]; ok {
+				sent[i] = row
+			}
+		}
+	}
+	return totals, sent, behind
+}
+
+// seriesRow is what the store keeps of a series.
+func seriesRow(s *ledger.Series) store.Series {
+	kind, key := rowOf(s.ID)
+	return store.Series{Kind: kind, Key: key, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time}
+}
 
 // ledgerOf is what the store keeps of a state.
 func ledgerOf(state ledger.State) store.Ledger {
@@ -243,8 +294,7 @@ func keep(kept *store.Ledger, state *ledger.State) {
 			store.Series{Kind: measure | kindWaiting, Key: b.Slice, Total: amountsOf(b.Waiting), Seen: b.Unattributed.Time})
 	}
 	for s := range state.All() {
-		kind, key := rowOf(s.ID)
-		kept.Series = append(kept.Series, store.Series{Kind: kind, Key: key, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time})
+		kept.Series = append(kept.Series, seriesRow(s))
 	}
 	for i := range state.Runs {
 		r := &state.Runs[i]

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"google.golang.org/grpc/codes"
 
 	"github.com/unitmeter/unitmeter/exporter/otlp"
@@ -449,7 +451,7 @@ func TestKilledAgentLosesNothing(t *testing.T) {
 // runAgent is the child: it says each cycle that is committed, until it is killed.
 func runAgent(t *testing.T, dir string) {
 	_, d := openStore(t, dir)
-	a := newAgent(t, os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT"), Config{OTLP: &otlp.Config{Protocol: os.Getenv("PROTOCOL")}, Outbox: d, Ledger: d.State()})
+	a := newAgent(t, os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT"), Config{OTLP: &otlp.Config{Protocol: os.Getenv("PROTOCOL")}, Outbox: d, Sent: d.Sent()})
 	n := uint64(0)
 	for _, s := range d.State().Series {
 		n = s.Total.Received.Bytes
@@ -485,12 +487,67 @@ func TestOutboxValues(t *testing.T) {
 	}
 }
 
+// After the clock was set back, a delta waits for the next cycle. It arrives even where
+// the agent is killed before that, or makes a cycle without a sweep.
+func TestWaitingDeltaOutlivesTheAgent(t *testing.T) {
+	server := otlptest.Start(t, otlptest.Config{})
+	dir := filepath.Join(t.TempDir(), "state")
+	owned := ledger.ID{Name: "b.service", Owner: ledger.OwnerOf(ledger.Labels{User: "1000"})}
+	fresh := unit("fresh.service", at(0), at(0), 7) // has no interval yet
+	fresh.Observed = false
+	run := func(f func(a *agent, see func(n uint64, now float64))) {
+		t.Helper()
+		s, d := openStore(t, dir)
+		a := newAgent(t, server.URL(), Config{Outbox: d, Sent: d.Sent(), Temporality: "delta"})
+		f(a, func(n uint64, now float64) {
+			t.Helper()
+			if err := a.cycle(unit("a.service", at(0), at(now), n), series(owned, at(0), at(now), n), overflow(at(0), at(now), n),
+				unattributed("system.slice", at(0), at(now), n), fresh); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if err := errors.Join(a.Exporter.Shutdown(t.Context()), s.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(func(_ *agent, see func(uint64, float64)) { see(100, 100); see(130, 40) })
+	run(func(a *agent, _ func(uint64, float64)) { // it is killed before its first sweep
+		if err := a.Export(t.Context(), &metricdata.ResourceMetrics{}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	run(func(_ *agent, see func(uint64, float64)) {
+		see(150, 50)
+		fresh.Observed, fresh.Time = true, at(60)
+		see(160, 60)
+	})
+	want := map[string]string{"a.service": "[100 50 10]", "fresh.service": "[7]"}
+	for unit, want := range want {
+		if got := fmt.Sprint(values(server.Points(), receiver.IOName, unit, "receive")); got != want {
+			t.Errorf("deltas of %s are %s, want %s", unit, got, want)
+		}
+	}
+	sums := map[string]int64{}
+	for _, p := range server.Points() {
+		if p.Metric == receiver.IOName && p.Attrs["network.io.direction"] == "receive" {
+			sums[p.Series()] += p.Value
+		}
+	}
+	total := int64(0)
+	for _, sum := range sums {
+		total += sum
+	}
+	if total != 3*160+7 { // the unattributed are another metric
+		t.Errorf("the deltas sum up to %d: %v", total, sums)
+	}
+}
+
 func TestDeltaGoesOnAfterARestart(t *testing.T) {
 	server := otlptest.Start(t, otlptest.Config{})
 	dir := filepath.Join(t.TempDir(), "state")
 	for run := range uint64(3) {
 		s, d := openStore(t, dir)
-		a := newAgent(t, server.URL(), Config{Outbox: d, Ledger: d.State(), Temporality: "delta"})
+		a := newAgent(t, server.URL(), Config{Outbox: d, Sent: d.Sent(), Temporality: "delta"})
 		if err := d.Register(a.provider.Meter("outbox"), "h"); err != nil {
 			t.Fatal(err)
 		}

@@ -37,9 +37,9 @@ type Config struct {
 	// Source has the sweep of each cycle. Without one, points of the unit
 	// instruments are dropped: their start times are not known.
 	Source Source
-	// Ledger is the state that the Source started from. Deltas go on from its
-	// totals.
-	Ledger ledger.State
+	// Sent is the state that the Source started from, with the totals up to which
+	// deltas were handed over. Deltas go on from them.
+	Sent ledger.State
 	// Outbox makes cycles durable. Default: none, requests wait in memory.
 	Outbox Outbox
 	// Logger gets changes of state: a failure when it begins and when it is
@@ -85,7 +85,7 @@ func New(ctx context.Context, cfg Config) (*Exporter, error) {
 		e.selector = sdkmetric.CumulativeTemporalitySelector
 	case "delta":
 		e.selector = sdkmetric.DeltaTemporalitySelector
-		e.deltas = newDeltas(cfg.Ledger)
+		e.deltas = newDeltas(cfg.Sent)
 	case "lowmemory":
 		e.selector = sdkmetric.LowMemoryTemporalitySelector
 	default:
@@ -147,6 +147,9 @@ func (e *Exporter) Export(ctx context.Context, rm *metricdata.ResourceMetrics) e
 	cycle := Cycle{Sweep: sweep}
 	if e.client != nil {
 		cycle.Request, cycle.Points = e.request(ctx, rm, sweep)
+		if e.deltas != nil && sweep != nil {
+			cycle.Behind = e.deltas.behind(&sweep.State)
+		}
 	}
 	if e.handOver(ctx, cycle) && e.deltas != nil {
 		e.deltas.advance(sweep)

@@ -161,6 +161,7 @@ func TestExportEndToEnd(t *testing.T) {
 }
 
 func TestFailuresAreLoggedOnChangeAndCollectionGoesOn(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	type script struct {
 		name    string
 		answers []otlptest.Answer // to the first requests
@@ -201,6 +202,7 @@ func TestFailuresAreLoggedOnChangeAndCollectionGoesOn(t *testing.T) {
 }
 
 func TestReceiverDownAndBack(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		server := otlptest.Start(t, cfg)
 		server.Stop()
@@ -229,6 +231,7 @@ func TestReceiverDownAndBack(t *testing.T) {
 }
 
 func TestSlowReceiverDoesNotHoldUpCycles(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	protocols(t, func(t *testing.T, protocol string, cfg otlptest.Config) {
 		cfg.Script = []otlptest.Answer{{Delay: time.Minute}}
 		server := otlptest.Start(t, cfg)
@@ -723,6 +726,7 @@ func TestNewRefusesBadSettings(t *testing.T) {
 // A connection on which nothing comes through, as after a firewall has forgotten
 // it, must not be tried again until TCP gives it up. HTTP/2 would.
 func TestDeadConnectionIsReplaced(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	ca := otlptest.NewCA(t)
 	server := otlptest.Start(t, otlptest.Config{HTTP: true, TLS: ca.Server(t, false)})
 	door, err := net.Listen("tcp", "127.0.0.1:0")
@@ -761,18 +765,18 @@ func TestDeadConnectionIsReplaced(t *testing.T) {
 			}
 		}
 	})
-	a := newAgent(t, "https://"+door.Addr().String(), Config{OTLP: &otlp.Config{Protocol: "http/protobuf", TLS: always(trusting(t, ca)), Timeout: 2 * time.Second}, Outbox: &memory{}})
+	a := newAgent(t, "https://"+door.Addr().String(), Config{OTLP: &otlp.Config{Protocol: "http/protobuf", TLS: always(trusting(t, ca)), Timeout: time.Second}, Outbox: &memory{}})
 	t.Cleanup(func() {
 		door.Close()
 		server.Stop()
 		forwarding.Wait()
 	})
-	for i := range 3 {
+	for i := range 2 {
 		_ = a.cycle(unit("a.service", at(0), at(float64(100+i)), 5)) // its error is the dead connection
 		a.drained(t)
 		dead.Store(connections.Load())
 	}
-	if n := connections.Load(); n < 3 {
+	if n := connections.Load(); n < 2 {
 		t.Errorf("%d connections", n)
 	}
 }

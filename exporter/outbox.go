@@ -8,6 +8,7 @@ import (
 
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/receiver"
+	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
 // Outbox keeps committed requests until they are delivered. An Exporter calls
@@ -35,6 +36,9 @@ type Cycle struct {
 	Request []byte
 	// Points is the number of data points in Request.
 	Points int
+	// Behind are the series of Sweep whose totals the deltas do not have yet, with
+	// what the deltas have in place of Total. Mostly there are none.
+	Behind []ledger.Series
 }
 
 // Entry is one request in the outbox.

@@ -254,6 +254,24 @@ func (d *deltas) advance(sweep *receiver.Sweep) {
 	}
 }
 
+// behind returns the series whose totals are not in the deltas up to the end of this
+// cycle, with what these have in place of the total: a kill must not lose the rest.
+func (d *deltas) behind(state *ledger.State) (list []ledger.Series) {
+	for s := range state.All() {
+		m, ok := d.next.series[s.ID]
+		if !ok {
+			m, ok = d.series[s.ID]
+		}
+		if !ok {
+			m.start, m.end = s.Start.UnixNano(), s.Start.UnixNano()
+		}
+		if m.values != amountsOf(s.Total) {
+			list = append(list, ledger.Series{ID: s.ID, Start: time.Unix(0, m.start), Time: time.Unix(0, m.end), Total: m.values.counters()})
+		}
+	}
+	return list
+}
+
 // forget keeps a map in step with the ledger, now and then: a series that it does
 // not have any more can only come back as a new one.
 func forget[V any](byID map[ledger.ID]V, state *ledger.State) {

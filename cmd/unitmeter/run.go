@@ -263,7 +263,7 @@ func openExporters(ctx context.Context, t *terminal, cfg config.Config, rcv *rec
 		}
 	}
 	if state.durable != nil {
-		main.Ledger, main.Outbox = state.durable.State(), state.durable
+		main.Sent, main.Outbox = state.durable.Sent(), state.durable
 	}
 	out.main, err = exporter.New(ctx, main)
 	return out, err

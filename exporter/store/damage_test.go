@@ -74,9 +74,7 @@ func sector(r *rand.Rand, b []byte, size int) []byte {
 // store is never blocked for good and never has a wrong number, and what is not
 // there any more has been said or is counted.
 func TestRandomDamage(t *testing.T) {
-	if info, err := os.Stat("/dev/shm"); err == nil && info.IsDir() {
-		t.Setenv("TMPDIR", "/dev/shm") // in memory: what is lost in a crash is not the point here
-	}
+	inMemory(t)
 	r := rand.New(rand.NewPCG(17, 18))
 	now := clock()
 	cfg := Config{Dir: filepath.Join(t.TempDir(), "state"), Now: func() time.Time { return now }, OutboxMaxAge: 1000 * time.Hour}

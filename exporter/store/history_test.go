@@ -41,6 +41,7 @@ func ask(t testing.TB, dir string, q history.Query) history.Usage {
 // Six hours of cycles every 10 s, with an agent that was away for a while,
 // against sums made here; at each step the same, before and after the roll-up.
 func TestHistorySums(t *testing.T) {
+	inMemory(t)
 	r := rand.New(rand.NewPCG(9, 10))
 	dir := filepath.Join(t.TempDir(), "state")
 	start := time.Date(2026, 11, 1, 21, 0, 0, 0, time.UTC)
@@ -214,6 +215,7 @@ func TestHistoryOfAPattern(t *testing.T) {
 }
 
 func TestHistoryExpires(t *testing.T) {
+	inMemory(t)
 	dir := filepath.Join(t.TempDir(), "state")
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
 	cfg := Config{Dir: dir, History: 12 * time.Hour, Now: func() time.Time { return now }}
@@ -309,6 +311,7 @@ func TestReaderErrors(t *testing.T) {
 // The one line that the documentation promises, with the real sqlite3, while
 // the store is open.
 func TestTopTalkersWithSqlite3(t *testing.T) {
+	inMemory(t)
 	tool, err := exec.LookPath("sqlite3")
 	if err != nil {
 		skip(t, "sqlite3 is not installed: apt-get install sqlite3")

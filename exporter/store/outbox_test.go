@@ -58,6 +58,7 @@ func mergeNumbered(older, newer []byte) ([]byte, int, error) {
 // cycle is delivered once and in order, or is counted as dropped or in
 // quarantine; and the ledger and the history are what was committed.
 func TestRandomCalls(t *testing.T) {
+	inMemory(t)
 	for _, seed := range []uint64{1, 2, 3} {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) { randomCalls(t, seed) })
 	}
@@ -276,6 +277,7 @@ func TestThinningLeavesLeasedAlone(t *testing.T) {
 }
 
 func TestThinningKeepsResolutionOfTheNewest(t *testing.T) {
+	inMemory(t)
 	r := rand.New(rand.NewPCG(1, 2))
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
 	s := openTest(t, Config{OutboxMaxBytes: 100 << 10, Merge: mergeNumbered, Now: func() time.Time { return now }})
@@ -344,6 +346,7 @@ func TestMergeThatFailsDropsInstead(t *testing.T) {
 }
 
 func TestAge(t *testing.T) {
+	inMemory(t)
 	r := rand.New(rand.NewPCG(1, 4))
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
 	s := openTest(t, Config{OutboxMaxAge: time.Hour, Now: func() time.Time { return now }})
@@ -378,6 +381,7 @@ func TestAge(t *testing.T) {
 }
 
 func TestQuarantine(t *testing.T) {
+	inMemory(t)
 	r := rand.New(rand.NewPCG(1, 5))
 	dir := filepath.Join(t.TempDir(), "state")
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
@@ -423,6 +427,7 @@ func TestQuarantine(t *testing.T) {
 // Requests that a person wants to be sent again come after those that wait, with
 // the next cycle or after the next start. They are neither merged nor too old.
 func TestRetry(t *testing.T) {
+	inMemory(t)
 	dir := filepath.Join(t.TempDir(), "state")
 	now := clock()
 	cfg := Config{Dir: dir, Now: func() time.Time { return now }}

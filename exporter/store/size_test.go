@@ -18,6 +18,7 @@ var full = flag.Bool("full", false, "run the size tests over their whole time: a
 // A day of a Collector's absence at 10 s and 1,000 units, one in ten active,
 // must fit in 400 MB. Without -full half an hour is extrapolated.
 func TestOutageSize(t *testing.T) {
+	inMemory(t)
 	const day = 24 * 360
 	cycles := day / 48
 	if *full {
@@ -94,11 +95,12 @@ func TestOutageSize(t *testing.T) {
 
 // An outbox that is full stays within its bound on disk, also the file itself.
 func TestFullOutboxOnDisk(t *testing.T) {
+	inMemory(t)
 	h := newHost(100, 100, 10*time.Second)
 	dir := filepath.Join(t.TempDir(), "state")
 	const bound = 512 << 10
 	s := openTest(t, Config{Dir: dir, OutboxMaxBytes: bound, History: -1, Now: func() time.Time { return h.now }})
-	cycles := 1500
+	cycles := 800
 	if raceEnabled {
 		cycles = 400
 	}
@@ -147,6 +149,7 @@ func TestHistorySize(t *testing.T) {
 // historyOf makes a store with hours of minutes of 1,000 units, of which the
 // given number, always the same, have traffic.
 func historyOf(t testing.TB, hours, active int) (dir string, s *Store, took []time.Duration) {
+	inMemory(t)
 	h := newHost(1000, 0, time.Minute)
 	dir = filepath.Join(t.TempDir(), "state")
 	s = openTest(t, Config{Dir: dir, Now: func() time.Time { return h.now }})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -28,6 +29,14 @@ func openTest(t testing.TB, cfg Config) *Store {
 	}
 	t.Cleanup(func() { s.Close() })
 	return s
+}
+
+// inMemory has TempDir in memory from now on, where the machine offers that. It is for
+// tests of many commits in which what a disk loses is not the point.
+func inMemory(t testing.TB) {
+	if info, err := os.Stat("/dev/shm"); err == nil && info.IsDir() {
+		t.Setenv("TMPDIR", "/dev/shm")
+	}
 }
 
 func TestSeriesAreForgotten(t *testing.T) {

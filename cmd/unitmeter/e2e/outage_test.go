@@ -165,7 +165,7 @@ func (o outage) commit(t *testing.T) (*exporter.Exporter, *store.Store) {
 	}
 	source := &made{}
 	exp, err := exporter.New(t.Context(), exporter.Config{
-		OTLP: &otlp.Config{Endpoint: o.endpoint, Insecure: true}, Source: source, Ledger: durable.State(), Outbox: durable,
+		OTLP: &otlp.Config{Endpoint: o.endpoint, Insecure: true}, Source: source, Sent: durable.Sent(), Outbox: durable,
 	})
 	if err != nil {
 		t.Fatal(err)
