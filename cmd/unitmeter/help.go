@@ -74,7 +74,11 @@ func printCommandHelp(w io.Writer, c command, flags *flag.FlagSet) {
 		if !slices.Contains([]string{"", "false", "0s"}, f.DefValue) {
 			usage += " (default " + f.DefValue + ")"
 		}
-		fmt.Fprintf(w, "  --%-14s%s\n", f.Name, usage)
+		name := "--" + f.Name
+		if len(f.Name) == 1 {
+			name = "-" + f.Name
+		}
+		fmt.Fprintf(w, "  %-16s%s\n", name, usage)
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/calendar"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/config"
 	"github.com/unitmeter/unitmeter/exporter/store"
@@ -23,10 +25,31 @@ import (
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
+// historyView is what to print of the history.
+type historyView struct {
+	query       history.Query
+	period      calendar.Period // 0: one sum
+	most        int             // units, by bytes; 0: all
+	all         bool            // idle units as well
+	exact, bits bool
+}
+
 func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
-	since := flags.String("since", "24h", "begin: a duration ago (90m, 24h, 7d), a day (2026-11-23) or a time (2026-11-23T14:00)")
-	until := flags.String("until", "0s", "end, in the same forms")
-	step := flags.String("step", "", "one row for each step of this length (1m, 1h, 1d); default: one row for each unit")
+	var view historyView
+	since := flags.String("since", "", "begin: "+calendar.Forms)
+	until := flags.String("until", "now", "end, in the same forms")
+	named := map[string]calendar.Period{"minutely": calendar.Minute, "hourly": calendar.Hour, "daily": calendar.Day, "weekly": calendar.Week, "monthly": calendar.Month}
+	var periods []string
+	for name, what := range map[string]string{"minutely": "minute, for the last hour", "hourly": "hour, for the last day", "daily": "day, for 30 days", "weekly": "week from Monday, for 13 weeks", "monthly": "month, for a year"} {
+		flags.BoolFunc(name, "one row for each "+what+", or since --since", func(string) error {
+			view.period, periods = named[name], append(periods, "--"+name)
+			return nil
+		})
+	}
+	flags.IntVar(&view.most, "n", 0, "only the units with the most bytes, so many of them")
+	flags.BoolVar(&view.all, "all", false, "idle units as well")
+	flags.BoolVar(&view.exact, "bytes", false, "exact numbers instead of kB and MB")
+	flags.BoolVar(&view.bits, "bits", false, "speeds in bits per second")
 	asJSON := flags.Bool("json", false, "print JSON")
 	asCSV := flags.Bool("csv", false, "print comma-separated values")
 	quarantined := flags.Bool("quarantined", false, "list the requests that the Collector refused")
@@ -35,17 +58,23 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	if *asJSON && *asCSV {
+	counted := false
+	flags.Visit(func(f *flag.Flag) { counted = counted || f.Name == "n" })
+	switch {
+	case *asJSON && *asCSV:
 		return usageError{errors.New("--json and --csv exclude each other; give one of them")}
-	}
-	if *retry && !*quarantined {
+	case (*asJSON || *asCSV) && (view.all || view.exact || view.bits):
+		return usageError{errors.New("--all, --bytes and --bits are for tables; leave them out with --json and --csv, which have all units and bytes")}
+	case *retry && !*quarantined:
 		return usageError{errors.New("--retry is for refused requests; give it with --quarantined")}
-	}
-	if others := flags.NFlag() > 1 && !*retry || flags.NFlag() > 2; *quarantined && (others || len(units) > 0) {
+	case *quarantined && (flags.NFlag() > 1 && !*retry || flags.NFlag() > 2 || len(units) > 0):
 		return usageError{errors.New("--quarantined takes no other argument than --retry; give it alone")}
+	case len(periods) > 1:
+		return usageError{fmt.Errorf("%s exclude each other; give one of them", strings.Join(periods, " and "))}
+	case counted && view.most < 1:
+		return usageError{fmt.Errorf("-n %d is no number of units; use one from 1 on", view.most)}
 	}
-	query, err := parseQuery(*since, *until, *step, units)
-	if err != nil {
+	if err := view.ask(*since, *until, units, time.Now()); err != nil {
 		return err
 	}
 	cfg, err := loadConfig(t)
@@ -66,42 +95,48 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if *quarantined {
 		return printQuarantined(ctx, t.stdout, reader)
 	}
-	usage, err := reader.History(ctx, query)
+	usage, err := reader.History(ctx, view.query)
 	if err != nil {
 		return err
 	}
-	if err := explainGaps(t.stderr, query, usage); err != nil {
+	if err := explainGaps(t.stderr, view.query, usage); err != nil {
 		return err
 	}
 	switch {
 	case *asJSON:
-		return tty.WriteJSON(t.stdout, historyRows(usage))
+		return tty.WriteJSON(t.stdout, historyRows(view.busiest(usage.Units)))
 	case *asCSV:
-		return historyCSV(t.stdout, usage)
-	case query.Step > 0:
-		return historyCharts(t.stdout, usage, query)
+		return historyCSV(t.stdout, view.busiest(usage.Units))
 	}
-	return historyTable(t.stdout, usage)
+	return view.table(t.stdout, usage)
 }
 
-// parseQuery checks the flags that say what to read.
-func parseQuery(since, until, step string, units []string) (query history.Query, err error) {
-	now := time.Now()
-	if query.Since, err = parseMoment("since", since, now); err != nil {
-		return query, err
-	}
-	if query.Until, err = parseMoment("until", until, now); err != nil {
-		return query, err
-	}
-	if !query.Since.Before(query.Until) {
-		return query, usageError{fmt.Errorf("--since %s is not before --until %s; give an earlier --since", since, until)}
-	}
-	if step != "" {
-		if query.Step, err = parseLength("step", step); err != nil {
-			return query, err
+// ask fills in the query.
+func (v *historyView) ask(since, until string, units []string, now time.Time) error {
+	var err error
+	moment := func(name, text string) time.Time {
+		t, problem := calendar.Parse(text, now)
+		if problem != nil && err == nil {
+			err = usageError{fmt.Errorf("--%s %q is %w", name, text, problem)}
 		}
-		if query.Step <= 0 {
-			return query, usageError{fmt.Errorf("--step %s is not above zero; use a length such as 1h", step)}
+		return t
+	}
+	v.query.Until = moment("until", until)
+	if since != "" {
+		v.query.Since = moment("since", since)
+	} else {
+		v.query.Since = v.defaultSince(now)
+	}
+	if err != nil {
+		return err
+	}
+	if !v.query.Since.Before(v.query.Until) {
+		return usageError{fmt.Errorf("the begin, %s, is not before the end, %s; give an earlier --since",
+			v.query.Since.Format(time.DateTime), v.query.Until.Format(time.DateTime))}
+	}
+	if v.period != 0 {
+		if v.query.Periods, err = v.period.Divide(v.query.Since, v.query.Until); err != nil {
+			return usageError{err}
 		}
 	}
 	for _, u := range units {
@@ -109,9 +144,27 @@ func parseQuery(since, until, step string, units []string) (query history.Query,
 			u = systemd.FullName(u)
 		}
 		// SQLite negates with ^.
-		query.Units = append(query.Units, strings.ReplaceAll(u, "[!", "[^"))
+		v.query.Units = append(v.query.Units, strings.ReplaceAll(u, "[!", "[^"))
 	}
-	return query, nil
+	return nil
+}
+
+// defaultSince is the begin of a period.
+func (v *historyView) defaultSince(now time.Time) time.Time {
+	since := now.Add(-24 * time.Hour)
+	switch v.period {
+	case 0:
+		return since
+	case calendar.Minute:
+		since = now.Add(-time.Hour)
+	case calendar.Day:
+		since = now.AddDate(0, 0, -29)
+	case calendar.Week:
+		since = now.AddDate(0, 0, -12*7)
+	case calendar.Month:
+		since = v.period.Begin(now).AddDate(0, -11, 0)
+	}
+	return v.period.Begin(since)
 }
 
 // explainGaps writes what is missing in the answer. It is an error if that is all of
@@ -155,151 +208,192 @@ func historyDir(cfg config.Config) string {
 	return cfg.Store.Dir
 }
 
-// parseMoment reads a flag that is a moment, or a length of time before now.
-func parseMoment(name, text string, now time.Time) (time.Time, error) {
-	for _, layout := range []string{time.DateOnly, "2006-01-02T15:04", "2006-01-02 15:04", "2006-01-02T15:04:05", time.DateTime} {
-		if t, err := time.ParseInLocation(layout, text, time.Local); err == nil {
-			return t, nil
-		}
-	}
-	if t, err := time.Parse(time.RFC3339, text); err == nil {
-		return t, nil
-	}
-	ago, err := parseLength(name, text)
-	if err != nil {
-		return now, usageError{fmt.Errorf("--%s %q is not a time; use one such as 90m or 7d (ago), 2026-11-23 or 2026-11-23T14:00", name, text)}
-	}
-	return now.Add(-ago), nil
-}
-
-// parseLength reads a flag that is a duration, in Go's form or in days.
-func parseLength(name, text string) (time.Duration, error) {
-	if days, ok := strings.CutSuffix(text, "d"); ok {
-		if n, err := strconv.ParseFloat(days, 64); err == nil && n >= 0 && n < 36500 {
-			return time.Duration(n * float64(24*time.Hour)), nil
-		}
-	} else if d, err := time.ParseDuration(text); err == nil && d >= 0 {
-		return d, nil
-	}
-	return 0, usageError{fmt.Errorf("--%s %q is not a duration; use one such as 90m, 24h or 7d", name, text)}
-}
-
-// historyRow is one unit, or one step of a unit. The names of the eight numbers
-// are those of pg_netstat's columns, with systemd's words for the directions.
+// historyRow is one unit, or one period of a unit. Speeds are null where no time was
+// measured.
 type historyRow struct {
-	Unit                 string    `json:"unit"`
-	Time                 time.Time `json:"time"`
-	IngressBytes         uint64    `json:"ingress_bytes"`
-	IngressPackets       uint64    `json:"ingress_packets"`
-	EgressBytes          uint64    `json:"egress_bytes"`
-	EgressPackets        uint64    `json:"egress_packets"`
-	IngressBytesPerSec   float64   `json:"ingress_bytes_per_second"`
-	IngressPacketsPerSec float64   `json:"ingress_packets_per_second"`
-	EgressBytesPerSec    float64   `json:"egress_bytes_per_second"`
-	EgressPacketsPerSec  float64   `json:"egress_packets_per_second"`
-	MeasuredSeconds      float64   `json:"measured_seconds"`
+	Unit                  string    `json:"unit"`
+	Time                  time.Time `json:"time"` // begin
+	ReceiveBytes          uint64    `json:"receive_bytes"`
+	ReceivePackets        uint64    `json:"receive_packets"`
+	TransmitBytes         uint64    `json:"transmit_bytes"`
+	TransmitPackets       uint64    `json:"transmit_packets"`
+	ReceiveBytesPerSec    *float64  `json:"receive_bytes_per_second"`
+	ReceivePacketsPerSec  *float64  `json:"receive_packets_per_second"`
+	TransmitBytesPerSec   *float64  `json:"transmit_bytes_per_second"`
+	TransmitPacketsPerSec *float64  `json:"transmit_packets_per_second"`
+	MeasuredSeconds       float64   `json:"measured_seconds"`
 }
 
-// historyRows lists all steps of all units.
-func historyRows(usage history.Usage) []historyRow {
+// busiest sorts units by their bytes, and returns as many as are wanted.
+func (v *historyView) busiest(units []history.UnitUsage) []history.UnitUsage {
+	slices.SortStableFunc(units, func(a, b history.UnitUsage) int { return cmp.Compare(bytesOf(sum(b.Steps)), bytesOf(sum(a.Steps))) })
+	if v.most > 0 {
+		units = units[:min(v.most, len(units))]
+	}
+	return units
+}
+
+func bytesOf(s history.Step) float64 { return float64(s.Total[0]) + float64(s.Total[2]) }
+
+// speedOf returns false where no time was measured.
+func speedOf(s history.Step, kind int) (perSecond float64, known bool) {
+	if s.Measured <= 0 {
+		return 0, false
+	}
+	return float64(s.Total[kind]) / s.Measured.Seconds(), true
+}
+
+// sum adds up steps. Its numbers stop at 2^64-1.
+func sum(steps []history.Step) (all history.Step) {
+	for _, s := range steps {
+		all.Measured += s.Measured
+		for kind, n := range s.Total {
+			all.Total[kind] += min(n, math.MaxUint64-all.Total[kind])
+		}
+	}
+	return all
+}
+
+// historyRows lists all periods of all units.
+func historyRows(units []history.UnitUsage) []historyRow {
 	rows := []historyRow{}
-	for _, u := range usage.Units {
+	for _, u := range units {
 		for _, s := range u.Steps {
-			row := historyRow{
-				Unit: u.Unit, Time: s.Time, MeasuredSeconds: s.Measured.Seconds(),
-				IngressBytes: s.Total[0], IngressPackets: s.Total[1], EgressBytes: s.Total[2], EgressPackets: s.Total[3],
+			speed := func(kind int) *float64 {
+				if v, known := speedOf(s, kind); known {
+					return &v
+				}
+				return nil
 			}
-			if seconds := row.MeasuredSeconds; seconds > 0 {
-				row.IngressBytesPerSec, row.IngressPacketsPerSec = float64(s.Total[0])/seconds, float64(s.Total[1])/seconds
-				row.EgressBytesPerSec, row.EgressPacketsPerSec = float64(s.Total[2])/seconds, float64(s.Total[3])/seconds
-			}
-			rows = append(rows, row)
+			rows = append(rows, historyRow{
+				Unit: u.Unit, Time: s.Time.Local(), MeasuredSeconds: s.Measured.Seconds(),
+				ReceiveBytes: s.Total[0], ReceivePackets: s.Total[1], TransmitBytes: s.Total[2], TransmitPackets: s.Total[3],
+				ReceiveBytesPerSec: speed(0), ReceivePacketsPerSec: speed(1), TransmitBytesPerSec: speed(2), TransmitPacketsPerSec: speed(3),
+			})
 		}
 	}
 	return rows
 }
 
-func historyCSV(w io.Writer, usage history.Usage) error {
+func historyCSV(w io.Writer, units []history.UnitUsage) error {
 	out := csv.NewWriter(w)
-	_ = out.Write([]string{"unit", "time", "ingress_bytes", "ingress_packets", "egress_bytes", "egress_packets",
-		"ingress_bytes_per_second", "ingress_packets_per_second", "egress_bytes_per_second", "egress_packets_per_second", "measured_seconds"})
-	decimal := func(v float64) string { return strconv.FormatFloat(v, 'f', 3, 64) }
-	for _, r := range historyRows(usage) {
+	_ = out.Write([]string{"unit", "time", "receive_bytes", "receive_packets", "transmit_bytes", "transmit_packets",
+		"receive_bytes_per_second", "receive_packets_per_second", "transmit_bytes_per_second", "transmit_packets_per_second", "measured_seconds"})
+	decimal := func(v *float64) string {
+		if v == nil {
+			return ""
+		}
+		return strconv.FormatFloat(*v, 'f', 3, 64)
+	}
+	for _, r := range historyRows(units) {
 		_ = out.Write([]string{tty.Clean(r.Unit), r.Time.Format(time.RFC3339),
-			strconv.FormatUint(r.IngressBytes, 10), strconv.FormatUint(r.IngressPackets, 10),
-			strconv.FormatUint(r.EgressBytes, 10), strconv.FormatUint(r.EgressPackets, 10),
-			decimal(r.IngressBytesPerSec), decimal(r.IngressPacketsPerSec), decimal(r.EgressBytesPerSec), decimal(r.EgressPacketsPerSec),
-			decimal(r.MeasuredSeconds)})
+			strconv.FormatUint(r.ReceiveBytes, 10), strconv.FormatUint(r.ReceivePackets, 10),
+			strconv.FormatUint(r.TransmitBytes, 10), strconv.FormatUint(r.TransmitPackets, 10),
+			decimal(r.ReceiveBytesPerSec), decimal(r.ReceivePacketsPerSec), decimal(r.TransmitBytesPerSec), decimal(r.TransmitPacketsPerSec),
+			decimal(&r.MeasuredSeconds)})
 	}
 	out.Flush()
 	return out.Error() // of all the writes
 }
 
-// historyTable prints one row for each unit, the busiest first.
-func historyTable(w io.Writer, usage history.Usage) error {
-	rows := historyRows(usage)
-	slices.SortStableFunc(rows, func(a, b historyRow) int {
-		return cmp.Compare(b.IngressBytes+b.EgressBytes, a.IngressBytes+a.EgressBytes)
-	})
-	tab := tty.NewTable(w, true, "IN BYTES", "IN PACKETS", "OUT BYTES", "OUT PACKETS", "IN B/S", "IN P/S", "OUT B/S", "OUT P/S", "UNIT")
-	for _, r := range rows {
-		count := func(n uint64) string { return strconv.FormatUint(n, 10) }
-		rate := func(v float64, decimals int) string { return strconv.FormatFloat(v, 'f', decimals, 64) }
-		tab.Row(count(r.IngressBytes), count(r.IngressPackets), count(r.EgressBytes), count(r.EgressPackets),
-			rate(r.IngressBytesPerSec, 0), rate(r.IngressPacketsPerSec, 1), rate(r.EgressBytesPerSec, 0), rate(r.EgressPacketsPerSec, 1), r.Unit)
+// table prints a row for each unit, the busiest first; with periods, a row for each
+// period, and for each unit in it where units are asked for.
+func (v *historyView) table(w io.Writer, usage history.Usage) error {
+	header := []string{"RECEIVED", "SENT", "TOTAL", "RECEIVED/s", "SENT/s", "RECEIVED pkt", "SENT pkt", "UNIT"}
+	if v.period != 0 {
+		header = slices.Insert(header, 0, "TIME")
 	}
-	return tab.Flush()
-}
-
-// chartWidth is what fits behind the numbers in 80 columns.
-const chartWidth = 19
-
-// historyCharts prints, for each unit, a row for each step with a bar for the
-// bytes of both directions. Steps without a sample are gaps, not zeros, even where
-// the next sample covers the time.
-func historyCharts(w io.Writer, usage history.Usage, query history.Query) error {
-	for i, u := range usage.Units {
-		if i > 0 {
-			fmt.Fprintln(w)
+	tab := tty.NewTable(w, true, header...)
+	tab.Drop([]string{"RECEIVED pkt", "SENT pkt"}, []string{"TOTAL"}, []string{"RECEIVED/s", "SENT/s"})
+	row := func(when string, s history.Step, name string) {
+		cells := []string{v.volume(s.Total[0]), v.volume(s.Total[2]), v.volume(s.Total[0] + min(s.Total[2], math.MaxUint64-s.Total[0])),
+			v.speed(s, 0), v.speed(s, 2), tty.Grouped(s.Total[1]), tty.Grouped(s.Total[3]), name}
+		if v.period != 0 {
+			cells = slices.Insert(cells, 0, when)
 		}
-		var most float64
-		rows := historyRows(history.Usage{Units: []history.UnitUsage{u}})
-		for _, r := range rows {
-			most = max(most, r.IngressBytesPerSec+r.EgressBytesPerSec)
+		tab.Row(cells...)
+	}
+	count := len(usage.Units)
+	idle := 0
+	if !v.all && len(v.query.Units) == 0 {
+		usage.Units = slices.DeleteFunc(usage.Units, func(u history.UnitUsage) bool { return sum(u.Steps).Total == [4]uint64{} })
+		idle = count - len(usage.Units)
+	}
+	units := v.busiest(usage.Units)
+	if v.period != 0 && v.most == 0 && len(v.query.Units) == 0 {
+		units = []history.UnitUsage{{Unit: "all units", Steps: usage.All}}
+	}
+	type line struct {
+		unit string
+		history.Step
+	}
+	var lines []line
+	for _, u := range units {
+		for _, s := range u.Steps {
+			lines = append(lines, line{u.Unit, s})
 		}
-		fmt.Fprintf(w, "%s, a step of %s\n", tty.Clean(u.Unit), query.Step)
-		fmt.Fprintf(w, "%-16s %11s %11s %9s %9s\n", "TIME", "IN B/S", "OUT B/S", "IN P/S", "OUT P/S")
-		layout, last := "2006-01-02 15:04", time.Time{}
-		if query.Step < time.Minute {
-			layout = "01-02 15:04:05"
-		}
-		for _, r := range rows {
-			if missing := r.Time.Sub(last) - query.Step; !last.IsZero() && missing > 0 {
-				what := "no data"
-				if r.MeasuredSeconds >= missing.Seconds() {
-					what = "in the next"
-				}
-				fmt.Fprintf(w, "%-16s %11s\n", "...", what)
-			}
-			last = r.Time
-			_, err := fmt.Fprintf(w, "%-16s %11.0f %11.0f %9.1f %9.1f %s\n", r.Time.Local().Format(layout),
-				r.IngressBytesPerSec, r.EgressBytesPerSec, r.IngressPacketsPerSec, r.EgressPacketsPerSec,
-				bar(r.IngressBytesPerSec, r.EgressBytesPerSec, most))
-			if err != nil {
-				return err
-			}
+	}
+	slices.SortStableFunc(lines, func(a, b line) int {
+		return cmp.Or(a.Time.Compare(b.Time), cmp.Compare(bytesOf(b.Step), bytesOf(a.Step)))
+	})
+	for _, l := range lines {
+		row(v.label(l.Time, usage.Begin), l.Step, l.unit)
+	}
+	if len(lines) > 1 || len(units) < count {
+		row("", sum(usage.All), fmt.Sprintf("total of %d units", count))
+	}
+	if err := tab.Flush(); err != nil {
+		return err
+	}
+	if idle > 0 && v.period == 0 {
+		fmt.Fprintf(w, "%d idle units are not shown; --all shows them\n", idle)
+	}
+	if !usage.Begin.IsZero() && v.query.Since.Before(usage.Begin) {
+		fmt.Fprintf(w, "nothing is recorded before %s\n", usage.Begin.Local().Format("2006-01-02 15:04"))
+		if v.period > calendar.Day {
+			fmt.Fprintln(w, "the agent keeps three weeks, or what its UNITMETER_HISTORY says")
 		}
 	}
 	return nil
 }
 
-// bar draws both directions: received in front, sent behind.
-func bar(in, out, most float64) string {
-	if most <= 0 {
+// label is the name of a period. The first one may have begun before the first sample.
+func (v *historyView) label(begin, first time.Time) string {
+	if v.period == 0 {
 		return ""
 	}
-	scaled := func(v float64) int { return int(v/most*chartWidth + 0.5) }
-	return strings.Repeat("▒", scaled(in)) + strings.Repeat("█", scaled(in+out)-scaled(in))
+	if first.After(begin) {
+		begin = first
+	}
+	text := v.period.Format(begin.Local())
+	// An hour that clocks show twice has two names.
+	_, before := v.query.Since.Local().Zone()
+	if _, after := v.query.Until.Local().Zone(); v.period <= calendar.Hour && before != after {
+		text += begin.Local().Format(" MST")
+	}
+	return text
+}
+
+func (v *historyView) volume(n uint64) string {
+	if v.exact {
+		return tty.Grouped(n) + " B"
+	}
+	return tty.Bytes(float64(n))
+}
+
+func (v *historyView) speed(s history.Step, kind int) string {
+	perSecond, known := speedOf(s, kind)
+	switch {
+	case !known:
+		return "-"
+	case v.bits && v.exact:
+		return tty.Grouped(uint64(math.Round(8*perSecond))) + " bit/s"
+	case v.bits:
+		return tty.Bits(8*perSecond) + "/s"
+	case v.exact:
+		return tty.Grouped(uint64(math.Round(perSecond))) + " B/s"
+	}
+	return tty.Bytes(perSecond) + "/s"
 }
 
 func retryQuarantined(ctx context.Context, w io.Writer, dir string) error {

@@ -38,6 +38,15 @@ func ask(t testing.TB, dir string, q history.Query) history.Usage {
 	return u
 }
 
+// every has n periods of the same length.
+func every(step time.Duration, start time.Time, n int) []time.Time {
+	var periods []time.Time
+	for i := range n {
+		periods = append(periods, start.Add(time.Duration(i)*step))
+	}
+	return periods
+}
+
 // Six hours of cycles every 10 s, with an agent that was away for a while,
 // against sums made here; at each step the same, before and after the roll-up.
 func TestHistorySums(t *testing.T) {
@@ -127,7 +136,7 @@ func TestHistorySums(t *testing.T) {
 	if hours != 5 && hours != 6 || recent > 2 {
 		t.Fatalf("%d hours are rolled up and %d are not", hours, recent)
 	}
-	got := ask(t, dir, history.Query{Since: start, Step: step})
+	got := ask(t, dir, history.Query{Periods: every(step, start, 37)})
 	if got.Damaged != 0 || len(got.Units) != len(units) {
 		t.Fatalf("%d units, %d damaged", len(got.Units), got.Damaged)
 	}
@@ -144,6 +153,25 @@ func TestHistorySums(t *testing.T) {
 	if found != len(want) {
 		t.Errorf("%d steps, want %d", found, len(want))
 	}
+	// A period of all units has the sums of each, and the time of the one that was
+	// measured longest: all were measured together.
+	for _, all := range got.All {
+		var total [4]uint64
+		var longest time.Duration
+		for _, u := range got.Units {
+			for _, s := range u.Steps {
+				if s.Time.Equal(all.Time) {
+					total, longest = add(total, s.Total), max(longest, s.Measured)
+				}
+			}
+		}
+		if all.Total != total || (all.Measured-longest).Abs() > time.Second {
+			t.Errorf("%v: all units have %v in %v, want %v in %v", all.Time, all.Total, all.Measured, total, longest)
+		}
+	}
+	if begin := got.Begin.Sub(start); begin < 9*time.Second || begin > 11*time.Second {
+		t.Errorf("the first sample begins %v after the start", begin)
+	}
 	// The same numbers whatever the question.
 	all := ask(t, dir, history.Query{})
 	for i, u := range got.Units {
@@ -154,7 +182,7 @@ func TestHistorySums(t *testing.T) {
 		if all.Units[i].Unit != u.Unit || len(all.Units[i].Steps) != 1 || all.Units[i].Steps[0].Total != total {
 			t.Errorf("%s: %v in one, %v in steps", u.Unit, all.Units[i].Steps, total)
 		}
-		one := ask(t, dir, history.Query{Units: []string{u.Unit}, Since: start, Step: step})
+		one := ask(t, dir, history.Query{Units: []string{u.Unit}, Periods: every(step, start, 37)})
 		if len(one.Units) != 1 || !reflect.DeepEqual(one.Units[0], u) {
 			t.Errorf("%s asked alone has %d units", u.Unit, len(one.Units))
 		}
@@ -189,7 +217,7 @@ func TestHistoryClockSteps(t *testing.T) {
 			commitSamples(t, s, now, history.Sample{Unit: "a", Time: now.Add(-time.Duration(n%2) * 30 * time.Hour), Delta: [4]uint64{1, 2, 3, n}, Interval: time.Minute})
 		}
 	}
-	got := ask(t, dir, history.Query{Units: []string{"a"}, Step: time.Hour})
+	got := ask(t, dir, history.Query{Units: []string{"a"}, Periods: every(time.Hour, time.Date(2026, 10, 30, 0, 0, 0, 0, time.UTC), 120)})
 	var total [4]uint64
 	var measured time.Duration
 	for i, step := range got.Units[0].Steps {
@@ -228,7 +256,7 @@ func TestHistoryExpires(t *testing.T) {
 		}
 		commitSamples(t, s, now, history.Sample{Unit: unit, Time: now, Delta: [4]uint64{1}, Interval: time.Minute})
 	}
-	got := ask(t, dir, history.Query{Step: time.Hour})
+	got := ask(t, dir, history.Query{Periods: every(time.Hour, now.Add(-40*time.Hour), 41)})
 	if len(got.Units) != 1 || got.Units[0].Unit != "always" {
 		t.Fatalf("%d units", len(got.Units))
 	}
@@ -300,7 +328,7 @@ func TestReaderErrors(t *testing.T) {
 		t.Errorf("empty history: %v %v", u, err)
 	}
 	for _, q := range []history.Query{
-		{Step: -1}, {Since: time.Unix(2, 0), Until: time.Unix(1, 0)}, {Since: time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)},
+		{Periods: []time.Time{time.Unix(2, 0), time.Unix(1, 0)}}, {Since: time.Unix(2, 0), Until: time.Unix(1, 0)}, {Since: time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)},
 	} {
 		if _, err := r.History(t.Context(), q); err == nil {
 			t.Errorf("%+v: no error", q)

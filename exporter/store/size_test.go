@@ -195,10 +195,11 @@ func BenchmarkHistoryQuery(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer r.Close()
+	start := newHost(1, 0, time.Minute).now
 	for name, q := range map[string]history.Query{
-		"unit,minutes": {Units: []string{"worker-1.service"}, Step: time.Minute},
+		"unit,minutes": {Units: []string{"worker-1.service"}, Periods: every(time.Minute, start, 72*60)},
 		"all,one sum":  {},
-		"all,hours":    {Step: time.Hour},
+		"all,hours":    {Periods: every(time.Hour, start, 72)},
 	} {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {

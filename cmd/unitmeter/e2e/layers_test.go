@@ -16,7 +16,7 @@ import (
 // ARCHITECTURE.md draws it.
 var layers = map[string][]string{
 	"cmd/unitmeter": {
-		"cmd/unitmeter/accounting", "cmd/unitmeter/doctor", "cmd/unitmeter/enable", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
+		"cmd/unitmeter/accounting", "cmd/unitmeter/calendar", "cmd/unitmeter/doctor", "cmd/unitmeter/enable", "cmd/unitmeter/top", "cmd/unitmeter/tty", "config",
 		"exporter", "exporter/otlp", "exporter/store", "exporter/store/history", "receiver", "receiver/ebpf", "receiver/systemd",
 	},
 	"cmd/unitmeter/doctor": {
@@ -26,6 +26,7 @@ var layers = map[string][]string{
 	"cmd/unitmeter/enable":     {"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "receiver", "receiver/ebpf", "receiver/systemd", "receiver/systemd/bus"},
 	"cmd/unitmeter/top":        {"cmd/unitmeter/accounting", "cmd/unitmeter/tty", "receiver", "receiver/systemd"},
 	"cmd/unitmeter/accounting": {"cmd/unitmeter/tty", "receiver", "receiver/systemd", "receiver/systemd/bus"},
+	"cmd/unitmeter/calendar":   {},
 	"cmd/unitmeter/tty":        {},
 
 	"config":        {"exporter", "exporter/otlp", "exporter/store", "receiver", "receiver/systemd"},

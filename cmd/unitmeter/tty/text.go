@@ -120,11 +120,16 @@ func Fit(text string, width int, right bool) string {
 
 // Bytes writes a number of bytes with three digits and a decimal unit, as in
 // 1.23 MB. Below 1 kB it is exact.
-func Bytes(v float64) string {
-	units := []string{"B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB"}
+func Bytes(v float64) string { return scaled(v, "B") }
+
+// Bits writes a number of bits as Bytes does, as in 1.23 Mbit.
+func Bits(v float64) string { return scaled(v, "bit") }
+
+func scaled(v float64, unit string) string {
+	prefixes := []string{"", "k", "M", "G", "T", "P", "E", "Z"}
 	i := 0
 	// 999.5 and not 1000: it would be rounded to 1000 kB.
-	for v >= 999.5 && i < len(units)-1 {
+	for v >= 999.5 && i < len(prefixes)-1 {
 		v /= 1000
 		i++
 	}
@@ -136,7 +141,7 @@ func Bytes(v float64) string {
 	case v < 99.95:
 		decimals = 1
 	}
-	return strconv.FormatFloat(v, 'f', decimals, 64) + " " + units[i]
+	return strconv.FormatFloat(v, 'f', decimals, 64) + " " + prefixes[i] + unit
 }
 
 // Grouped writes a whole number in groups of three digits.

@@ -1,6 +1,7 @@
 package history
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,15 +23,20 @@ type Query struct {
 	// Since and Until bound the samples by the end of their interval: after
 	// Since, up to and with Until. Zero = no bound.
 	Since, Until time.Time
-	// Step is the resolution: sums are made of that length, counted from Since,
-	// or from the first hour that is there. Less than a minute makes sense only
-	// for the hour that is not over. 0 = one sum of everything.
-	Step time.Duration
+	// Periods are the begins of the periods to sum, ascending. Each goes on to the
+	// next, the last one to Until. What is before the first is left out. None = one
+	// sum of everything after Since.
+	Periods []time.Time
 }
 
 // Usage is the answer to a Query.
 type Usage struct {
 	Units []UnitUsage // by name
+	// All sums up the units. Its Measured is the time that a sample of any of them
+	// covers.
+	All []Step
+	// Begin is when the oldest sample begins; zero without samples.
+	Begin time.Time
 	// Damaged is how many hours of a unit, or cycles, could not be decoded and
 	// are missing.
 	Damaged int
@@ -42,13 +48,13 @@ type UnitUsage struct {
 	Steps []Step // by time; only those with a sample, so a gap is a gap
 }
 
-// Step is a sum over one step. The speed is Total divided by Measured.
+// Step is a sum over one period. The speed is Total divided by Measured.
 type Step struct {
-	Time  time.Time // begin of the step, UTC
+	Time  time.Time // begin of the period, UTC
 	Total [4]uint64 // as in Sample.Delta
-	// Measured is how much time the samples cover. It is less than the step
-	// where samples are missing, and it may be more: an interval counts where
-	// it ends, so after the agent has been away one step covers all that time.
+	// Measured is how much time the samples cover. It is less than the
+	// period where samples are missing, and it may be more: an interval counts where
+	// it ends, so after the agent has been away one period covers all that time.
 	Measured time.Duration
 }
 
@@ -57,8 +63,9 @@ const maxSteps = 8 << 20
 
 // Read answers q from one consistent state of the history.
 func Read(ctx context.Context, db *database.DB, q Query) (Usage, error) {
-	if q.Step < 0 || !q.Until.IsZero() && q.Until.Before(q.Since) || !record.InRange(q.Since) || !record.InRange(q.Until) {
-		return Usage{}, fmt.Errorf("since %v, until %v, step %v: until must come after since, and step must not be negative", q.Since, q.Until, q.Step)
+	ordered := slices.IsSortedFunc(q.Periods, time.Time.Compare) && (len(q.Periods) == 0 || record.InRange(q.Periods[0]) && record.InRange(q.Periods[len(q.Periods)-1]))
+	if !ordered || !q.Until.IsZero() && q.Until.Before(q.Since) || !record.InRange(q.Since) || !record.InRange(q.Until) {
+		return Usage{}, fmt.Errorf("since %v, until %v, %d periods: until must come after since, and each period after the one before", q.Since, q.Until, len(q.Periods))
 	}
 	if _, err := db.Exec("BEGIN"); err != nil { // one snapshot for all queries
 		return Usage{}, err
@@ -149,6 +156,11 @@ func Read(ctx context.Context, db *database.DB, q Query) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
+	for i, covered := range c.covered {
+		for _, s := range covered {
+			c.usage.All[i].Measured += time.Duration(s.end-s.begin) * time.Millisecond
+		}
+	}
 	for _, u := range c.units {
 		if len(u.Steps) > 0 {
 			c.usage.Units = append(c.usage.Units, *u)
@@ -160,20 +172,24 @@ func Read(ctx context.Context, db *database.DB, q Query) (Usage, error) {
 
 // collector sums spans into steps. Times are unix milliseconds.
 type collector struct {
-	since, until, step int64
-	all                bool                 // units are wanted
-	units              map[int64]*UnitUsage // by id
-	order              []int64
-	steps              int
-	usage              Usage
+	since, until int64
+	periods      []int64
+	all          bool                 // units are wanted
+	units        map[int64]*UnitUsage // by id
+	order        []int64
+	covered      [][]span // for each of usage.All: what its samples cover, by time, without overlaps
+	steps        int
+	usage        Usage
 }
 
 func collect(db *database.DB, q Query) (*collector, error) {
-	c := &collector{all: len(q.Units) == 0, units: map[int64]*UnitUsage{}, step: q.Step.Milliseconds()}
-	if q.Step > 0 && c.step == 0 {
-		c.step = 1
+	c := &collector{all: len(q.Units) == 0, units: map[int64]*UnitUsage{}}
+	for _, begin := range q.Periods {
+		c.periods = append(c.periods, begin.UnixMilli())
 	}
-	if q.Since.IsZero() {
+	if q.Since.IsZero() && len(q.Periods) > 0 {
+		c.since = c.periods[0]
+	} else if q.Since.IsZero() {
 		var first int64
 		err := db.Row("SELECT coalesce(min(h), 0) FROM (SELECT min(hour) AS h FROM hour UNION ALL SELECT min(hour) FROM recent)", nil, &first)
 		if err != nil {
@@ -235,27 +251,56 @@ func (c *collector) add(unit int64, s span) error {
 		return nil
 	}
 	at := c.since
-	if c.step > 0 {
-		at += (s.end - c.since - 1) / c.step * c.step
+	if len(c.periods) > 0 {
+		i, _ := slices.BinarySearch(c.periods, s.end) // the first that begins at the end or later
+		if i == 0 {
+			return nil
+		}
+		at = c.periods[i-1]
 	}
 	begin := time.UnixMilli(at).UTC()
-	n := len(u.Steps)
-	i := n - 1
-	if n == 0 || !u.Steps[i].Time.Equal(begin) {
-		// Nearly always the next step; not so where the clock was set back.
-		var found bool
-		i, found = slices.BinarySearchFunc(u.Steps, begin, func(s Step, t time.Time) int { return s.Time.Compare(t) })
-		if !found {
-			if c.steps++; c.steps > maxSteps {
-				return fmt.Errorf("the answer has more than %d steps: ask for a larger step, fewer units or less time", maxSteps)
-			}
-			u.Steps = slices.Insert(u.Steps, i, Step{Time: begin})
+	i, found := find(u.Steps, begin)
+	if !found {
+		if c.steps++; c.steps > maxSteps {
+			return fmt.Errorf("the answer has more than %d sums: ask for longer periods, fewer units or less time", maxSteps)
 		}
+		u.Steps = slices.Insert(u.Steps, i, Step{Time: begin})
 	}
-	step := &u.Steps[i]
-	step.Measured += time.Duration(s.end-s.begin) * time.Millisecond
-	for k := range step.Total {
-		step.Total[k] = addSaturated(step.Total[k], s.delta[k])
+	u.Steps[i].Measured += time.Duration(s.end-s.begin) * time.Millisecond
+	u.Steps[i].add(s.delta)
+	if i, found = find(c.usage.All, begin); !found {
+		c.usage.All = slices.Insert(c.usage.All, i, Step{Time: begin})
+		c.covered = slices.Insert(c.covered, i, nil)
+	}
+	c.usage.All[i].add(s.delta)
+	c.covered[i] = cover(c.covered[i], s)
+	if first := time.UnixMilli(s.begin).UTC(); c.usage.Begin.IsZero() || first.Before(c.usage.Begin) {
+		c.usage.Begin = first
 	}
 	return nil
+}
+
+// find is where the step with that begin is, or belongs.
+func find(steps []Step, begin time.Time) (int, bool) {
+	// Nearly always the last one.
+	if n := len(steps) - 1; n >= 0 && steps[n].Time.Equal(begin) {
+		return n, true
+	}
+	return slices.BinarySearchFunc(steps, begin, func(s Step, t time.Time) int { return s.Time.Compare(t) })
+}
+
+func (s *Step) add(delta [4]uint64) {
+	for k := range s.Total {
+		s.Total[k] = addSaturated(s.Total[k], delta[k])
+	}
+}
+
+// cover adds a span to spans without overlaps.
+func cover(covered []span, s span) []span {
+	from, _ := slices.BinarySearchFunc(covered, s.begin, func(c span, begin int64) int { return cmp.Compare(c.end, begin) })
+	to := from
+	for ; to < len(covered) && covered[to].begin <= s.end; to++ {
+		s.begin, s.end = min(s.begin, covered[to].begin), max(s.end, covered[to].end)
+	}
+	return slices.Replace(covered, from, to, span{begin: s.begin, end: s.end})
 }
