@@ -126,8 +126,8 @@ func Load(environ []string) (Config, error) {
 	return l.cfg, nil
 }
 
-// A setting is the text of a variable, the name under which it was set, and as
-// much of the text as may be shown in an error.
+// A setting has the text of a variable, the name under which it was set, and the part
+// of the text that an error may show.
 type setting struct{ name, text, shown string }
 
 // A loader is one run of Load.

@@ -22,7 +22,7 @@ type Source interface {
 	Last() *receiver.Sweep
 }
 
-// DefaultTemporality is that of an empty Config.Temporality.
+// DefaultTemporality applies where Config.Temporality is empty.
 const DefaultTemporality = "cumulative"
 
 // Config tells an Exporter what to send and how.
@@ -130,10 +130,10 @@ func (e *Exporter) Aggregation(kind sdkmetric.InstrumentKind) sdkmetric.Aggregat
 // Export hands one cycle over. It changes rm in place.
 //
 // It returns when the cycle is durable or, if the outbox fails and without one, in
-// memory, whether or not ctx has ended meanwhile: delivery is the sender's. A cycle
-// that was not handed over is no error here: it is logged when the failures begin and
-// when they are over, and the next cycle's totals and deltas include its bytes.
-// Health has the present state.
+// memory, even if ctx has ended meanwhile. The sender delivers it later. A cycle that
+// was not handed over gives no error here. The first such failure and their end are
+// logged, and the next cycle's totals and deltas include its bytes. Health has the
+// present state.
 func (e *Exporter) Export(ctx context.Context, rm *metricdata.ResourceMetrics) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -11,9 +11,9 @@ import (
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
-// Outbox keeps committed requests until they are delivered. An Exporter calls
-// Commit from Export, and Next and Done from its sender, so that Commit may run
-// at the same time as one of the others.
+// Outbox keeps committed requests until they are delivered. An Exporter calls Commit
+// from Export, and Next and Done from its sender. So Commit may run at the same time
+// as one of the others.
 type Outbox interface {
 	// Commit makes the cycle durable before it returns nil. After an error
 	// nothing of the cycle may show up in Next.
@@ -60,7 +60,7 @@ type Outcome struct {
 	Poison string
 	// Refused is a request with those points. The receiver has the others.
 	Refused []byte
-	// Partial is what the receiver refused of the request that the entry was in.
+	// Partial has the points that the receiver refused of the entry's request.
 	Partial Partial
 }
 
@@ -75,8 +75,8 @@ type Partial struct {
 const (
 	// maxSpare bounds the request in memory that grows during an outage.
 	maxSpare = 8 << 20
-	// minSpare is how many requests are kept in memory as they are: the one that is
-	// being delivered, and another to try in its place.
+	// minSpare is how many requests are kept in memory unmerged: the one being
+	// delivered, and another to try in its place.
 	minSpare = 2
 )
 
@@ -96,9 +96,9 @@ type queue struct {
 	unrecorded []Outcome // the outbox does not know them yet
 }
 
-// add keeps the request of a cycle in memory. The newest one there grows by it once
-// there are more than minSpare, in which totals stay exact and lose points in time. It
-// returns false where the request would be too large.
+// add keeps the request of a cycle in memory. With more than minSpare there, it is
+// merged into the newest one: totals stay exact, and points in time are lost. add
+// returns false if the request would be too large.
 func (q *queue) add(c Cycle) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -115,8 +115,9 @@ func (q *queue) add(c Cycle) bool {
 	return true
 }
 
-// next is Outbox.Next. It returns an error as long as the outbox does not know what
-// is done: it would give that out again. With after, it stays where it began.
+// next is like Outbox.Next, for memory first and then the outbox. It returns an error
+// while outcomes are not recorded in the outbox, which would return these entries
+// again. With after, it continues in the place of the call before.
 func (q *queue) next(ctx context.Context, after int64, maxBytes int) ([]Entry, error) {
 	q.mu.Lock()
 	spare := slices.Clone(q.spare[:min(len(q.spare), minSpare)])
@@ -178,8 +179,8 @@ func (q *queue) failed(what string, err error) {
 		"next", "check the space, the rights and the health of the disk under the state directory")
 }
 
-// waiting says that entries which are not delivered are all in the outbox, and that
-// it could be read and written when it was last tried.
+// waiting reports whether the undelivered entries are all in the outbox, and the outbox
+// could be read and written at the last try.
 func (q *queue) waiting() bool {
 	_, err := q.trouble.current()
 	q.mu.Lock()

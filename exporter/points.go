@@ -13,10 +13,10 @@ import (
 	"github.com/unitmeter/unitmeter/receiver/ledger"
 )
 
-// unitMetric is the metric of a unit instrument. Its points are made from the
-// sweep, so that start, time and value come from one place: the SDK's own points
-// have its start time, which would make a long-lived counter look like a burst,
-// and another order each time, in which the outbox compresses worse.
+// unitMetric is the metric of a unit instrument. Its points are made from the sweep, so
+// that start, time and value come from one place. The SDK's own points start when the
+// SDK does, which makes a long-lived counter look like a burst. They also have another
+// order each time, in which the outbox compresses worse.
 type unitMetric struct {
 	name      string
 	collected int // points that the SDK had

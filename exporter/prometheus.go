@@ -52,7 +52,7 @@ type PrometheusConfig struct {
 	Source Sweeper
 	// Resource is what the metrics are about.
 	Resource *resource.Resource
-	// Version is that of the agent, for unitmeter_build_info.
+	// Version is the agent's, for unitmeter_build_info.
 	Version string
 	// Logger gets the end of the server, if nobody asked for it. Default:
 	// none.

@@ -129,8 +129,8 @@ func (s *sender) flush(ctx context.Context) error {
 	}
 }
 
-// behind says that there are entries in the outbox which the sender can read, so
-// that it will deliver them as soon as the receiver lets it.
+// behind reports whether the outbox has readable entries, which the sender delivers as
+// soon as the receiver accepts them.
 func (s *sender) behind() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

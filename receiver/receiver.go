@@ -28,13 +28,12 @@ type Config struct {
 	// pinned maps of that can be opened, and else DBus. Default: DefaultSource.
 	//
 	// With EBPF there is no connection to systemd, no journal is read, and Bus,
-	// SystemBus and StopRecords mean nothing. Traffic of cgroups that are no unit's
-	// is metered under a name of theirs. Where no maps are pinned, New attaches the
+	// SystemBus and StopRecords have no effect. Traffic of cgroups without a unit is
+	// metered under the cgroup's name. Where no maps are pinned, New attaches the
 	// program for this process, which takes the rights of ebpf.Attach.
 	Source string
-	// Bus is "private" for PID 1's own socket (root only, half the cost),
-	// "system" for the system bus, a D-Bus address, or "auto" for the private
-	// socket where it can be opened and else the system bus. Default: DefaultBus.
+	// Bus is "private" for PID 1's own socket (root only), "system" for the system bus, a
+	// D-Bus address, or "auto"; see systemd.Config. Default: DefaultBus.
 	Bus string
 	// SystemBus is the D-Bus address of the system bus. Default:
 	// systemd.UsualSystemBus.
@@ -64,11 +63,10 @@ type Config struct {
 	ReadOnly bool
 	// HostName is put on each point as host.name. Default: the kernel's.
 	HostName string
-	// StopRecords says whether the last bytes of a unit are taken from what PID 1
-	// logs when it stops, which needs root or the systemd-journal group: "auto"
-	// does so where the privileges allow, "on" and "off" say it outright. A
-	// Receiver treats "on" as "auto"; the doctor reports a journal that cannot be
-	// read. Default: DefaultStopRecords.
+	// StopRecords says whether the last bytes of a unit are read from the journal, which
+	// needs root or the systemd-journal group: "off" never, "auto" and "on" where the
+	// privileges allow. With "on" the doctor reports a journal that cannot be read.
+	// Default: DefaultStopRecords.
 	StopRecords string
 	// KeepEnded is how long the last point of a unit that has gone is repeated, so
 	// that each of several readers gets it: more than the longest time between two
@@ -401,8 +399,8 @@ const Unattributed = "(unattributed)"
 
 // Units returns the units of the metered types as they were read last, in the order
 // of their names. With DBus these are the loaded units, as systemd shows them. With
-// EBPF they are those that have a cgroup (Accounting is "on") and those that have
-// had traffic ("ended"), with their totals over all runs since counting began.
+// EBPF they are the units that have a cgroup (Accounting is "on") or have had traffic
+// ("ended"). Their totals are over all runs since counting began.
 func (r *Receiver) Units() []systemd.Unit {
 	if r.meter == nil {
 		return r.systemd.Units()

@@ -60,9 +60,9 @@ func main() {
 	os.Exit(dispatch(ctx, t))
 }
 
-// withhold takes the variables of OTLP out of the environment of the process. The
-// official exporters read them as well, and log what they do not understand with
-// its value, which may be a secret, even if the variable for metrics wins over it.
+// withhold removes the variables of OTLP from the environment of the process. The
+// official exporters read them as well. They log invalid ones with their values, which
+// may be secrets, even if the variable for metrics wins.
 func withhold() {
 	for _, v := range config.Variables() {
 		if v.Specific != "" {

@@ -194,9 +194,9 @@ func serve(ctx context.Context, cfg config.Config, rcv *receiver.Receiver, provi
 
 	log.Info("stopping")
 	notify(log, daemon.SdNotifyStopping)
-	// The order: a last collection and its delivery, and scrapes for as long as
-	// that takes, then the connection to systemd that all of them needed, then the
-	// state that it was committed to.
+	// First a last collection and its delivery, with scrapes until then. Then the
+	// connection to systemd ends, which these needed, and last the state, to which
+	// they were committed.
 	ending, stopEnding := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer stopEnding()
 	err := errors.Join(provider.Shutdown(ending), out.close(ending))

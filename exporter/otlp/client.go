@@ -174,10 +174,10 @@ func (c *Client) Close(ctx context.Context) error {
 	return nil
 }
 
-// Encode has the official exporter build the request for rm, with points put in
-// where a metric of their name has none, and stops it before the network. It
-// returns the number of data points in the request. The error may come with a
-// request: some metrics could not be encoded, and the request has the others.
+// Encode has the official exporter build the request for rm, and takes it before the
+// network. It adds points to metrics of their name without any. It returns the number
+// of data points in the request. An error may come with a request, which then has the
+// metrics that could be encoded.
 func (c *Client) Encode(ctx context.Context, rm *metricdata.ResourceMetrics, points map[string]*Points) (request []byte, n int, err error) {
 	made, err := c.capture(ctx, rm, points)
 	return made.request, made.points, err

@@ -6,9 +6,9 @@
 //
 // The official exporters (otlpmetricgrpc, otlpmetrichttp) build each request and
 // own the connection, with endpoint, headers, TLS and compression. The package
-// stops the finished request on its way out, so that the caller can make it
-// durable first and send it again, byte for byte, for as long as it takes. Only
-// the points of large metrics, thousands in each request, it encodes itself.
+// takes the finished request before it is sent. So the caller can store it first, and
+// send it again, byte for byte, until it is accepted. The package itself encodes only
+// the points of large metrics, thousands in each request.
 //
 // # Glossary
 //

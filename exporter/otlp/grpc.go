@@ -188,10 +188,10 @@ func (t trackedCredentials) Clone() credentials.TransportCredentials {
 	return trackedCredentials{t.TransportCredentials.Clone(), t.open}
 }
 
-// GRPCAnswer sorts the status codes. InvalidArgument alone can blame the data. All
-// other codes also come from what stands before the receiver, and from a receiver
-// whose backend has a hiccup (Internal), or that knows no such token
-// (Unauthenticated). grpc-go makes Unknown of a proxy's answer in HTML.
+// GRPCAnswer classifies the status codes. Only InvalidArgument can blame the data. All
+// other codes also come from proxies before the receiver, from a receiver whose backend
+// fails (Internal), or from one that does not know the token (Unauthenticated). grpc-go
+// turns a proxy's answer in HTML into Unknown.
 func GRPCAnswer(s *status.Status) Answer {
 	a := Answer{Kind: s.Code().String(), Err: s.Err(), Verdict: Misconfigured}
 	for _, detail := range s.Details() {

@@ -11,9 +11,9 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// Join makes one request of several. Resource metrics are a repeated
-// field, so that the bytes of several messages one after the other are the
-// message that has all of them (Protocol Buffers encoding, "Last One Wins").
+// Join makes one request of several. It appends them, since resource metrics are a
+// repeated field, of which concatenated messages keep all elements (Protocol Buffers
+// encoding, "Last One Wins").
 func Join(requests ...[]byte) []byte {
 	if len(requests) == 1 {
 		return requests[0]

@@ -167,8 +167,8 @@ func (s *Store) Ledger(ctx context.Context) (Ledger, error) {
 }
 
 // Commit writes one cycle in one transaction. When it returns nil the cycle is
-// durable. After an error nothing of it will be delivered or remembered, and the
-// next Commit makes up for the ledger, since each holds the whole state.
+// durable. After an error nothing of it is kept or delivered. The next Commit then has
+// the missing part of the ledger too, since each holds the whole state.
 //
 // A ctx that is already done makes it fail; later it is not looked at, since an
 // interrupted commit would leave unclear whether it happened.

@@ -23,7 +23,7 @@
 // # What survives
 //
 // A Source connects again by itself, also after a restart of the bus or a re-execution of
-// systemd, and lists the units again for the signals that it missed. A Journal starts
+// systemd. Then it lists the units again, since it may have missed signals. A Journal starts
 // journalctl again after the last stop record. Neither stores anything: the caller keeps
 // the position, and Config.Known says which runs an earlier process has read.
 //

@@ -10,9 +10,9 @@ import (
 )
 
 // maxAsked is how many units may wait for the answers to two questions each. With
-// maxInFlight that stays below dbus-daemon's limit of 128; and the answers fit into
-// their channel, so that they never hold up the goroutine that reads the
-// connection, for which the follower itself may wait.
+// maxInFlight that stays below dbus-daemon's limit of 128. The answers fit into their
+// channel, so they never block the goroutine that reads the connection. Otherwise the
+// follower and that goroutine could wait for each other.
 const maxAsked = 24
 
 // finalRead bounds the reading of the units that have ended since the last one.
@@ -23,8 +23,8 @@ const finalRead = time.Second
 // answered meanwhile; under a burst of ends it reads many in one go. Where a unit
 // is unloaded already, the journal has its last counters.
 //
-// What units have left behind is read often: the next start resets the counters, and
-// nothing can be read between its signal and that for sure.
+// Left-over processes are read often: the next start of the unit resets the counters,
+// and there may be no time for a reading between its signal and the reset.
 func (s *Source) readEnded(ctx context.Context, b *bus.Conn, ended <-chan []*unit) {
 	for {
 		left := s.left()
@@ -60,8 +60,8 @@ func (s *Source) left() (units []*unit) {
 	return units
 }
 
-// readFinal reads units that have ended. What it does not reach, the next sweep
-// reads.
+// readFinal reads units that have ended. The next sweep reads those that it does not
+// reach.
 func (s *Source) readFinal(ctx context.Context, b *bus.Conn, units []*unit) {
 	ctx, cancel := context.WithTimeout(ctx, finalRead)
 	defer cancel()
@@ -75,20 +75,20 @@ func (s *Source) readFinal(ctx context.Context, b *bus.Conn, units []*unit) {
 	_ = s.collect(ctx, b, targets)
 }
 
-// placing is the asking of what a stop record does not say of a run that no sweep
-// has seen: its slice, and whether it has IP accounting, without which it has none.
+// placing asks for the slice and the IP accounting of runs that no sweep has seen. A
+// stop record has neither, and a run without IP accounting has no stop record.
 type placing struct {
 	places  chan *dbus.Call // answers
 	unasked []*unit         // units that wait for their turn
 	asked   map[dbus.ObjectPath]*place
 }
 
-// place is what is known of a run.
+// place has the answers about one run so far.
 type place struct {
 	run       *run
 	slice     string
 	accounted bool
-	waiting   int // for how many answers
+	waiting   int // the number of answers still to come
 }
 
 func newPlacing() placing {
@@ -103,7 +103,7 @@ func (f *follower) place(u *unit) {
 	f.askPlaces()
 }
 
-// askPlaces makes the calls that there is room for.
+// askPlaces asks about further units, as many as maxAsked allows.
 func (f *follower) askPlaces() {
 	for len(f.asked) < maxAsked && len(f.unasked) > 0 {
 		u := f.unasked[0]
@@ -133,7 +133,7 @@ func (f *follower) askPlaces() {
 	}
 }
 
-// placed takes an answer. A unit that has gone meanwhile has none.
+// placed handles one answer. It is an error for a unit that is gone meanwhile.
 func (f *follower) placed(call *dbus.Call) {
 	p := f.asked[call.Path]
 	var v dbus.Variant
@@ -151,7 +151,7 @@ func (f *follower) placed(call *dbus.Call) {
 	}
 }
 
-// settle hands on what is known.
+// settle passes the answers about a run to the Sink.
 func (f *follower) settle(p *place) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -44,7 +44,7 @@ type unit struct {
 	status status
 }
 
-// accounting is what is known of a unit's counters.
+// accounting is the state of a unit's counters.
 type accounting int
 
 const (
@@ -79,16 +79,16 @@ type run struct {
 	// last full reading: then its bytes need no reading until that moves.
 	quiet [2]bool
 	ended time.Time // when the unit was seen to be inactive; zero while it runs
-	// grew is when a reading after the end last had more, and left says that the
-	// cgroup has outlived the end, with the processes in it (KillMode=process).
+	// grew is the time of the last reading after the end that had more. left means that
+	// processes have outlived the unit in its cgroup (KillMode=process).
 	grew time.Time
 	left bool
 	// parted says that the last reading is of a service that has exited and goes on
 	// without a cgroup (RemainAfterExit=). From systemd 256 on the next one of the
 	// same run, for ExecStop= or ExecReload=, counts from 0.
 	parted bool
-	// unbegun says that systemd has named the run and announced nothing else of
-	// it: its counters may still be those of the run before.
+	// unbegun means that systemd has announced only the id of the run. Its counters may
+	// still belong to the run before.
 	unbegun bool
 	placed  bool // the slice and the accounting have been asked for
 }

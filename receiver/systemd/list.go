@@ -26,9 +26,9 @@ type Listed struct {
 // and match any of the patterns, in which a backslash stands for itself. It loads
 // nothing.
 //
-// systemd before 257 fails to list anything with a unit in it whose description is not
-// UTF-8, such as a mount at a path in another encoding. Then List returns the others, and
-// the names of those that fail.
+// Before version 257, systemd fails to list any units if the description of one is not
+// UTF-8, such as a mount at a path in another encoding. Then List returns the others,
+// and the names of those that fail.
 func List(ctx context.Context, b *bus.Conn, states, patterns []string) (rows []Listed, failed []string, err error) {
 	if len(patterns) == 0 {
 		return nil, nil, nil

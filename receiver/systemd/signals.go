@@ -26,8 +26,8 @@ func wanted(s bus.Signal) bool {
 	return false
 }
 
-// meteredPath reports whether an object path is one of a unit of a type that
-// has IP counters, or one that names a unit by its invocation id.
+// meteredPath reports whether an object path belongs to a unit of a type with IP
+// counters, or names a unit by its invocation id.
 func meteredPath(path string) bool {
 	i := strings.LastIndex(path, "_2e")
 	if i < 0 {

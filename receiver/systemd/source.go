@@ -18,9 +18,9 @@ import (
 // Config says where systemd is and which units to read.
 type Config struct {
 	// Bus is "private" for PID 1's own socket (root only), "system" for the system
-	// bus, a D-Bus address, or "auto": the system bus, and for sweeps of many units
-	// the private socket, where it can be opened; that alone without a bus.
-	// Default: auto.
+	// bus, a D-Bus address, or "auto". That is the system bus, with the private socket
+	// for sweeps of many units if it can be opened; without a bus the private socket
+	// alone. Default: auto.
 	Bus string
 	// SystemBus is the D-Bus address of the system bus. Default:
 	// UsualSystemBus.
@@ -28,8 +28,9 @@ type Config struct {
 	// PrivateSocket is the D-Bus address of PID 1's own socket. Default:
 	// bus.PrivateSocket.
 	PrivateSocket string
-	// PrivateFrom is how many units a sweep must read to go there. To open it costs PID 1
-	// as much as the calls for so many units cost the bus. Default: 16.
+	// PrivateFrom is the number of units from which a sweep uses the private socket.
+	// Opening it costs PID 1 as much as the calls for so many units cost the bus.
+	// Default: 16.
 	PrivateFrom int
 	// Types are the unit types to list, such as "service".
 	Types []string
@@ -39,9 +40,9 @@ type Config struct {
 	// Balanced reports whether a unit is a slice that is read beside the units in
 	// it, metered or not. Under the same conditions as Metered.
 	Balanced func(unit string) bool
-	// Names are names of units in settings, which may be second ones (Alias=). Named
-	// takes the units' own names of those that are, by alias, before each complete
-	// list. It must not call the Source. Nil: nobody asks.
+	// Names are names of units in settings, which may be aliases (Alias=). Before each
+	// complete list, Named gets the units' own names by alias. It must not call the
+	// Source. Nil: aliases are not resolved.
 	Names []string
 	Named func(own map[string]string)
 	// Known reports whether an earlier Source has read a run. Nil: none.
@@ -49,7 +50,7 @@ type Config struct {
 	// BootID is the id of this boot. It names the runs of units that have no
 	// invocation id.
 	BootID string
-	// Sink takes what is read. It must not call the Source.
+	// Sink takes the readings. It must not call the Source.
 	Sink Sink
 	// RelistEvery is how often the units are listed again, for what signals may have
 	// missed. Default: 5 minutes.
@@ -108,7 +109,7 @@ type Reading struct {
 	Unmetered bool
 }
 
-// Unit is what is known of one loaded unit of a metered type.
+// Unit is the present state of one loaded unit of a metered type.
 type Unit struct {
 	Name string
 	// Accounting is on, off (IPAccounting=no), no_data (nothing to count),
@@ -151,8 +152,8 @@ type Source struct {
 	pace    time.Duration // of the last readings, for one unit; used in Read only
 	ends    atomic.Int64  // see Ends
 
-	// mu guards what follows. It is held for as long as a message takes to be
-	// worked into it, and never while systemd is waited for.
+	// mu guards the fields below. It is held while a message is worked into them, and
+	// never while systemd is waited for.
 	mu  sync.Mutex
 	bus *bus.Conn // nil while not connected
 	// private is the address to which sweeps of many units go instead; empty for none.
@@ -231,7 +232,7 @@ func (s *Source) Ready(ctx context.Context) error {
 }
 
 // Progress returns a number that grows while the state of units is being read, which
-// takes long where there are many: whoever waits for Ready knows by it whether to.
+// takes long for many units. It shows whether waiting for Ready makes sense.
 func (s *Source) Progress() int64 { return s.learned.Load() }
 
 // Listed reports whether the units have been listed for the first time.

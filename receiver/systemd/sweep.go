@@ -17,8 +17,8 @@ import (
 )
 
 // The properties of a target, in the order in which they are read. Packets
-// come first: a packet that is counted between two reads then moves the packet
-// counter past what was read, so that the next sweep reads the bytes again.
+// come first. A packet that is counted between two reads then makes the packet counter
+// move in the next sweep, which reads the bytes again.
 //
 // The packets of a direction have its number, the bytes have it with
 // ingressBytes added.
@@ -565,7 +565,7 @@ func (s *Source) withoutData(u *unit, t *target) {
 	case t.cgroup != "" && !t.ended && (had || u.status.active == "active" && (kind == "service" && u.status.sub == "running" || kind == "scope")):
 		u.state = accountingLost
 		if was != accountingLost {
-			s.say(slog.LevelWarn, "systemd lost the counters of a unit (known of systemd 256 and 257 after a reload); it has no points until they are back",
+			s.say(slog.LevelWarn, "systemd lost the counters of a unit (systemd 256 and 257 do so at a reload); it has no points until they are back",
 				"unit", u.name, "next", "systemctl set-property --runtime "+u.name+" IPAccounting=yes")
 		}
 	default:

@@ -148,8 +148,8 @@ func Grouped(n uint64) string {
 	return text
 }
 
-// ShellWord quotes a word for a command that is to be copied where a shell would
-// change it, as it does with the backslashes of escaped unit names.
+// ShellWord quotes a word for a command to be copied, if a shell would change it, such
+// as the backslashes of escaped unit names.
 func ShellWord(word string) string {
 	if strings.Contains(word, `\`) {
 		return "'" + word + "'"

@@ -19,15 +19,15 @@ import (
 // ErrInUse says that another process has the directory.
 var ErrInUse = errors.New("state directory is in use")
 
-// Refusal is an error that another try will not cure.
+// Refusal is an error that another try cannot fix.
 type Refusal struct{ error }
 
 func (r Refusal) Unwrap() error { return r.error }
 
-// LockDir makes the directory if there is none, checks that nobody else can
-// write to it, and takes it for this process until the file is closed. The lock
-// is on the directory itself: it needs no file, so no room on a full disk, and
-// no process can leave a stale one.
+// LockDir makes the directory if there is none, and checks that no other user can write
+// to it. It locks the directory for this process until the file is closed. The lock is
+// on the directory itself: it needs no file, so no space on a full disk, and no process
+// can leave a stale one.
 func LockDir(dir string) (*os.File, error) {
 	if dir == "" {
 		return nil, Refusal{errors.New("open store: no directory is given: set a state directory")}

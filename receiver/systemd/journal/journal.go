@@ -112,13 +112,13 @@ func New(cfg Config) *Journal {
 	return &Journal{cfg: cfg, log: cfg.Logger, at: cfg.At, located: make(chan struct{})}
 }
 
-// Bad returns how many records made no sense.
+// Bad returns the number of invalid records.
 func (j *Journal) Bad() int64 { return j.bad.Load() }
 
-// Located waits until the position in the journal is known, or will not be known
-// soon, and for ctx at the longest. An agent that is killed after its first commit
-// would begin where the journal ends by then, if the commit did not have it, and
-// leave out what ended meanwhile.
+// Located waits until the position in the journal is known, or will not be known soon,
+// or until ctx ends. The first commit needs the position. If the agent is killed after
+// a commit without it, the next one starts at the end of the journal, and misses the
+// units that ended meanwhile.
 func (j *Journal) Located(ctx context.Context) {
 	select {
 	case <-j.located:
@@ -140,10 +140,9 @@ type record struct {
 	EgressPackets  string `json:"IP_METRIC_EGRESS_PACKETS"`
 }
 
-// Run takes PID 1's stop records until ctx ends. Where journalctl has
-// ended, the next one goes on from the last record. Where that keeps ending, what
-// it cannot read is left out: a run is forgotten two minutes after its end, and
-// would then be counted again.
+// Run takes PID 1's stop records until ctx ends. If journalctl ends, it is started again
+// after the last record. If it keeps ending, the records meanwhile are left out: the
+// ledger drops a run two minutes after its end, and would then count it again.
 func (j *Journal) Run(ctx context.Context) {
 	located := sync.OnceFunc(func() { close(j.located) })
 	defer time.AfterFunc(patience, located).Stop()
