@@ -10,7 +10,7 @@ import (
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 )
 
-// Health is how the delivery of metrics goes.
+// Health is the state of the delivery of metrics.
 type Health struct {
 	// Sent, Rejected and Dropped count data points since the start. Sent ones
 	// were accepted by a receiver; rejected ones were refused by it for good (a
@@ -96,8 +96,8 @@ func (c *counts) leaveOut(points int, why, next string) {
 	}
 }
 
-// hourly logs a message that may come with each cycle at most once an hour. The
-// counters have every one of them.
+// hourly logs a message that may come with each cycle, but only once an hour. The
+// counters include each of them.
 func (c *counts) hourly(level slog.Level, msg string, args ...any) {
 	c.mu.Lock()
 	last, seen := c.logged[msg]

@@ -41,8 +41,8 @@ type sampled struct {
 }
 
 // NewDurable reads the ledger of s. It fails with store.ErrUnavailable if that
-// cannot be done now: an agent that went on without it would begin every series
-// anew and overwrite the old ones. The caller closes s after the Exporter's
+// cannot be done now. Without it an agent would restart every series and overwrite the
+// old ones. The caller closes s after the Exporter's
 // Shutdown.
 func NewDurable(ctx context.Context, s *store.Store) (*Durable, error) {
 	saved, err := s.Ledger(ctx)
@@ -101,12 +101,11 @@ func (d *Durable) Commit(ctx context.Context, cycle Cycle) error {
 	return nil
 }
 
-// samples returns what each unit transferred since its last sample. A unit that
-// began since the last cycle, or while its sweep went on, has all of its total in
-// the sample. One that is older, but seen for the first time, has none: nobody
-// knows when it transferred what its total says. The same goes for a series that
-// was given up over the limit of series and began anew under its name: its start
-// tells.
+// samples returns the traffic of each unit since its last sample. A unit that started
+// since the last cycle, or during its sweep, has all of its total in the sample. An
+// older unit that is seen for the first time has none, since the times of its traffic
+// are unknown. The same applies to a series that was dropped at the limit of series and
+// started again under its name: its start differs.
 func (d *Durable) samples(state ledger.State) []history.Sample {
 	samples := make([]history.Sample, 0, len(state.Series))
 	var began map[ledger.ID]bool // made when it is needed
@@ -144,9 +143,9 @@ func (d *Durable) samples(state ledger.State) []history.Sample {
 	return samples
 }
 
-// began returns the series of units that were away at the last cycle: all that
-// they transferred since their last sample is that of runs which began after it.
-// Otherwise a backup that runs once a night would seem to take all day.
+// began returns the series of units that were away at the last cycle: their traffic
+// since the last sample is from runs that started after it. Without this, a backup that
+// runs once a night would seem to take all day.
 func (d *Durable) began(runs []ledger.Run) map[ledger.ID]bool {
 	old := make(map[string]bool, len(d.now.Runs))
 	for _, r := range d.now.Runs {
@@ -185,7 +184,7 @@ func (d *Durable) Done(ctx context.Context, outcomes ...Outcome) error {
 		if p.Rejected == 0 {
 			p = store.Partial{}
 		}
-		// What is only for the doctor must not hold up the delivery.
+		// This is for the doctor only, and must not hold up the delivery.
 		_ = d.store.NotePartial(ctx, p)
 	}
 	delivered := int64(0)
@@ -259,13 +258,13 @@ func split(rows []store.Series) (totals, sent, behind []store.Series) {
 	return totals, sent, behind
 }
 
-// seriesRow is what the store keeps of a series.
+// seriesRow converts a series to the store's form.
 func seriesRow(s *ledger.Series) store.Series {
 	kind, key := rowOf(s.ID)
 	return store.Series{Kind: kind, Key: key, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time}
 }
 
-// ledgerOf is what the store keeps of a state.
+// ledgerOf converts a state to the store's form.
 func ledgerOf(state ledger.State) store.Ledger {
 	others := state.Others
 	state.Others = nil
@@ -332,7 +331,7 @@ func ownedKey(id ledger.ID) string {
 	return strings.Join([]string{id.Name, l.User, l.Runtime, l.ContainerID, l.ContainerName, l.Pod, l.Namespace}, "\x00")
 }
 
-// parseOwned undoes ownedKey; ok is false for what is none.
+// parseOwned undoes ownedKey; ok is false for any other key.
 func parseOwned(key string) (name string, owner ledger.Owner, ok bool) {
 	p := strings.Split(key, "\x00")
 	if len(p) != 7 {
@@ -375,7 +374,7 @@ func stateOf(kept store.Ledger) ledger.State {
 	return state
 }
 
-// restored undoes keep. A balance whose total the store has given up begins anew.
+// restored undoes keep. A balance whose total the store has dropped begins anew.
 func restored(kept *store.Ledger, measure ledger.Measure) ledger.State {
 	state := ledger.State{Measure: measure}
 	balances := map[string]*ledger.Balance{}

@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	// maxCall is the most that one call carries: servers refuse more than
-	// 4 MiB by default, and the framing needs some of that.
+	// maxCall bounds the size of one call: servers refuse more than 4 MiB by default,
+	// and the framing needs some of that.
 	maxCall = 3 << 20
 	// minCall is where halving maxCall ends. Single entries may be larger:
 	// they are split by points.
@@ -61,7 +61,7 @@ type sender struct {
 	drained  bool            // run has noticed drain
 }
 
-// work is what was done for an entry so far.
+// work has the results for an entry so far.
 type work struct {
 	sum     [sha256.Size]byte // of the request, since a new file has the same IDs again
 	left    []part            // at least one, unless it is over
@@ -75,8 +75,8 @@ type work struct {
 // part is a part of an entry, or all of it.
 type part struct {
 	request []byte // nil for all of it between two tries, since that is large
-	// refusals is how often it was refused. proven says that since then the receiver
-	// has accepted something else.
+	// refusals is how often it was refused. proven means that the receiver has accepted
+	// something else since.
 	refusals int
 	proven   bool
 }
@@ -91,7 +91,7 @@ func newSender(outbox Outbox, c *counts, log *slog.Logger, send func(context.Con
 	}
 }
 
-// kick tells the sender about a new entry. It never blocks.
+// kick wakes the sender for a new entry. It never blocks.
 func (s *sender) kick() {
 	s.mu.Lock()
 	s.kicks++
@@ -186,8 +186,7 @@ func (s *sender) rest(ctx context.Context) {
 	}
 }
 
-// sleep waits for d. The beginning of the drain cuts it short once: a last try
-// is worth its cost.
+// sleep waits for d. The start of the drain ends it early once, for a last try.
 func (s *sender) sleep(ctx context.Context, d time.Duration) {
 	drain := s.drain
 	if s.drained {
@@ -237,7 +236,7 @@ func (s *sender) step(ctx context.Context) (wait time.Duration, more bool) {
 	return s.joined(ctx, batch), true
 }
 
-// hold notes why entries are held and returns the delay before the next try.
+// hold records why entries are held and returns the delay before the next try.
 func (s *sender) hold(err error, a otlp.Answer) time.Duration {
 	s.mu.Lock()
 	s.set(false, err)
@@ -340,11 +339,11 @@ func (s *sender) single(ctx context.Context, e Entry) (wait time.Duration) {
 	return s.fail(a)
 }
 
-// dubious says that an answer may be about the data.
+// dubious reports whether an answer may blame the data.
 func dubious(a otlp.Answer) bool { return a.Verdict == otlp.Suspect || a.Verdict == otlp.Doubtful }
 
-// try makes one call with a part of an entry. What was accepted is done, and what
-// was too large, or too slow, is cut in two.
+// try makes one call with a part of an entry. An accepted part is done. A part that was
+// too large, or too slow, is cut in two.
 func (s *sender) try(ctx context.Context, e Entry, w *work, at int) (a otlp.Answer, cut bool) {
 	p, points := &w.left[at], e.Points
 	if len(p.request) < len(e.Request) {
@@ -393,11 +392,11 @@ func (w *work) search(at int) bool {
 	return true
 }
 
-// acceptsAnother says whether the receiver accepts something else than the first part
-// of the first entry. If it does not, it is rather the receiver that is broken. It
-// tries them in their order, from where it ended last, so that nothing is overtaken
-// but what was refused just before: a Prometheus takes no older points after newer
-// ones. With all, the others follow the one that is accepted.
+// acceptsAnother reports whether the receiver accepts anything but the first part of the
+// first entry. If not, the receiver is probably broken. It tries the parts in their
+// order, from where it ended last. So only parts that were refused just before are
+// overtaken: a Prometheus accepts no older points after newer ones. With all, it goes on
+// after the first success.
 func (s *sender) acceptsAnother(ctx context.Context, first Entry, all bool) (some bool) {
 	if w := s.begin(first); !all && w.left[0].refusals > minRefusals {
 		w.search(0) // if each request has a bad point, none is accepted as a whole
@@ -418,7 +417,7 @@ func (s *sender) acceptsAnother(ctx context.Context, first Entry, all bool) (som
 					}
 				case cut && !a.Slow:
 				case dubious(a):
-					// Once all were refused, the points are told apart.
+					// Once all were refused, the points are tried apart.
 					if refused++; a.Verdict != otlp.Suspect || w.left[at].refusals < 2 || !w.search(at) {
 						at++
 					}
@@ -445,7 +444,7 @@ func (s *sender) acceptsAnother(ctx context.Context, first Entry, all bool) (som
 	return some
 }
 
-// workOf returns what was done for an entry; nil if that is nothing.
+// workOf returns the work for an entry, nil if there is none.
 func (s *sender) workOf(e Entry) *work {
 	w := s.begun[e.ID]
 	if w == nil || w.sum != sha256.Sum256(e.Request) {
@@ -476,7 +475,7 @@ func (s *sender) pause(e Entry, w *work) {
 	}
 }
 
-// ended notes that the delivery of the first entry is over.
+// ended records that the delivery of the first entry is over.
 func (s *sender) ended(ctx context.Context, e Entry, w *work) {
 	delete(s.begun, e.ID)
 	outcome := Outcome{ID: e.ID, Partial: w.partial}

@@ -18,8 +18,7 @@ import (
 const (
 	// kernelName is the series of the root cgroup, whose sockets are the kernel's own.
 	kernelName = "kernel"
-	// rootSlice is the slice under which traffic is unattributed that nobody can
-	// name.
+	// rootSlice is the slice of unattributed traffic without a name.
 	rootSlice = "-.slice"
 )
 
@@ -39,7 +38,7 @@ func openMeter(cfg ebpf.Config, dirs []string) (*ebpf.Reader, error) {
 		if err == nil {
 			return reader, nil
 		}
-		// That there is nothing in one place says less than what is wrong in another.
+		// A fault in one place explains more than the absence in the other.
 		if reason == nil || errors.Is(reason, ebpf.ErrNotLoaded) {
 			reason = err
 		}
@@ -47,15 +46,15 @@ func openMeter(cfg ebpf.Config, dirs []string) (*ebpf.Reader, error) {
 	return nil, reason
 }
 
-// meter is the source of readings that counts by itself. It reads the maps of the
-// pinned program, or attaches one of its own for as long as it runs.
+// meter is the eBPF source. It reads the maps of the pinned program, or attaches its
+// own program while it runs.
 type meter struct {
 	cfg     ebpf.Config
 	dirs    []string
 	metered func(unit string) bool
 	credit  func(reading ledger.Reading, received, sent ebpf.Counters)
 	log     *slog.Logger
-	// What has series of its own: see Config.
+	// Which units and containers have their own series: see Config.
 	userUnits, slices bool
 	containers        *containers // nil: they have none
 
@@ -66,14 +65,14 @@ type meter struct {
 	runs   map[cgroup]*cgroupRun // by the entries of the last sweep
 	list   []*cgroupRun          // the same, to go through
 	swept  time.Time             // when the last sweep began, of an earlier Receiver at first
-	// failing is what could not be done at the last sweep, empty if all could.
+	// failing is the operation that failed at the last sweep, empty if none did.
 	failing string
 }
 
 // cgroup is one entry of the maps.
 type cgroup struct{ id, born uint64 }
 
-// cgroupRun is what the readings of one entry have in common.
+// cgroupRun has the common part of all readings of one entry.
 type cgroupRun struct {
 	reading        ledger.Reading
 	out            bool          // the settings leave it out
@@ -197,8 +196,8 @@ func (m *meter) Read(context.Context) error {
 	return nil
 }
 
-// fault logs what cannot be done once, and when it can be done again, and returns
-// the error.
+// fault logs an operation that fails, once, and when it works again. It returns the
+// error.
 func (m *meter) fault(what string, err error) error {
 	switch {
 	case err == nil && m.failing != "":
@@ -256,7 +255,8 @@ func (m *meter) take(sweep *ebpf.Sweep, asked, read time.Time) {
 	}
 }
 
-// takeLost credits what found no room in the maps. It has the id of no cgroup.
+// takeLost credits the traffic of cgroups that found no room in the maps. It belongs to
+// no cgroup id.
 func (m *meter) takeLost(sweep *ebpf.Sweep, asked, read time.Time, number int64) {
 	if sweep.Lost.Received == (ebpf.Counters{}) && sweep.Lost.Sent == (ebpf.Counters{}) {
 		return
@@ -270,8 +270,8 @@ func (m *meter) takeLost(sweep *ebpf.Sweep, asked, read time.Time, number int64)
 	m.credit(run.reading, sweep.Lost.Received, sweep.Lost.Sent)
 }
 
-// first is what does not change in the readings of an entry, nil while the name of its
-// container is still to come.
+// first makes the unchanging part of an entry's readings, nil while the name of its
+// container is not known yet.
 func (m *meter) first(sweep *ebpf.Sweep, one *ebpf.Meter, now time.Time) *cgroupRun {
 	who := one.Identity
 	run := &cgroupRun{reading: ledger.Reading{
@@ -293,7 +293,7 @@ func (m *meter) first(sweep *ebpf.Sweep, one *ebpf.Meter, now time.Time) *cgroup
 		return run
 	}
 	var labels ledger.Labels
-	// What of a user's manager has no series of its own is in that of the manager.
+	// Units of a user's manager without their own series count for the manager.
 	if u := who.Cgroup.User; m.userUnits && u != nil && u.Unit != "" && m.metered(u.Unit) {
 		reading.Unit, reading.Slice, labels.User = u.Unit, u.Slice, strconv.FormatUint(uint64(u.UID), 10)
 	}

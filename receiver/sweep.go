@@ -38,21 +38,19 @@ type Attributes struct {
 	// for none.
 	Bytes, Packets string
 	slice          string
-	// What the points are observed with. It is made once, since it is passed with
-	// "...".
+	// The options of the points, made once, since they are passed with "...".
 	receive, transmit []metric.ObserveOption
 }
 
-// NewSweep returns the sweep that ended at the given moment with the given
-// state, with the attributes that a Receiver with this configuration gives.
-// Receivers make their own; this is for code that consumes sweeps.
+// NewSweep makes a sweep for tests of code that consumes sweeps. It ended at the given
+// moment with the given state, and has the attributes that this configuration gives.
 func NewSweep(at time.Time, cfg Config, state ledger.State) *Sweep {
 	r := &Receiver{cfg: cfg, attributes: map[ledger.ID]*Attributes{}}
 	return &Sweep{Time: at, State: state, attributes: r.attributesOf(&state)}
 }
 
-// All yields each series of the sweep with the attributes of its points: those of
-// units and folds, of the overflow, and of what is unattributed.
+// All yields each series of the sweep with the attributes of its points: units, folds,
+// the overflow, and unattributed traffic.
 func (s *Sweep) All() iter.Seq2[*ledger.Series, *Attributes] {
 	return func(yield func(*ledger.Series, *Attributes) bool) {
 		i := 0
@@ -77,13 +75,12 @@ type shared struct {
 	stop    context.CancelCauseFunc
 }
 
-// Sweep reads the counters of all metered units and returns the result. It
-// takes no longer than Config.SweepTimeout, and less if ctx ends before: what was
-// not read by then has no point in this sweep, and is complete in the next one.
+// Sweep reads the counters of all metered units and returns the result. It takes no
+// longer than Config.SweepTimeout, and less if ctx ends before. Units that were not
+// read by then have no point in this sweep, and all of their bytes in the next one.
 //
-// Calls that come together share one sweep, which lasts as long as one of them
-// waits for it. A call whose ctx ends before the others' gets a sweep without
-// series, since nobody may cut short what others wait for.
+// Calls at the same time share one sweep, which goes on while any of them waits for it.
+// A call whose ctx ends before the others' gets a sweep without series.
 func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	began := time.Now()
 	for {
@@ -100,7 +97,7 @@ func (r *Receiver) Sweep(ctx context.Context) *Sweep {
 	}
 }
 
-// unread is the sweep of a call that did not see the end of one.
+// unread is the sweep of a call whose ctx ended before the sweep.
 func unread(began time.Time) *Sweep {
 	now := time.Now()
 	return &Sweep{Time: now, Duration: now.Sub(began), Partial: true}
@@ -186,8 +183,8 @@ func (r *Receiver) sweep(ctx context.Context, began time.Time) *Sweep {
 // sweepKey is the key of OfSweep.
 type sweepKey struct{}
 
-// OfSweep returns a context for a collection that observes a given sweep. Without
-// it, each collection makes one of its own.
+// OfSweep returns a context for a collection that observes a given sweep. Without it,
+// each collection makes its own sweep.
 func OfSweep(ctx context.Context, s *Sweep) context.Context {
 	return context.WithValue(ctx, sweepKey{}, s)
 }

@@ -25,14 +25,14 @@ type Loaded struct {
 	// Updated is true when programs that counted already were replaced. No packet
 	// was lost.
 	Updated bool
-	// Naming is nil, or why cgroups cannot be named by the kernel. They are counted
-	// all the same, and a cgroup that is gone before a Read has no name.
+	// Naming is nil, or the reason why the kernel cannot name cgroups. They are counted
+	// anyway, and a cgroup that is gone before a Read has no name.
 	Naming error
-	// Cgroups is the number of cgroups that were there, Unnamed how many of them
-	// found no room for a name.
+	// Cgroups is the number of existing cgroups, Unnamed the number of those without
+	// room for a name.
 	Cgroups, Unnamed int
-	// OtherLayouts are directories of other versions. Their maps stand still and
-	// stay readable until Unload.
+	// OtherLayouts are directories of other versions. Their maps count no more, and stay
+	// readable until Unload.
 	OtherLayouts []string
 }
 
@@ -73,11 +73,11 @@ type Sweep struct {
 	Naming bool
 	// Meters has one for each cgroup with traffic, in no order.
 	Meters []Meter
-	// Lost is what found no room. It only grows.
+	// Lost is the traffic that found no room. It only grows.
 	Lost Lost
-	// Entries of MaxEntries are in use.
+	// Entries is the number of entries in use, of MaxEntries.
 	Entries, MaxEntries int
-	// Detached is true when the pins are gone or are others: these maps count no
+	// Detached is true when the pins were removed or replaced: these maps count no
 	// more. Close, and Open again.
 	Detached bool
 	// Deletion is why an entry could not be deleted, or nil. The Sweep is complete.
@@ -93,22 +93,22 @@ type Meter struct {
 	// with another Born starts at zero.
 	Born           uint64
 	Received, Sent Counters
-	// Gone is true when the cgroup has been removed or has no name. Sockets that outlive it may
-	// still add to the counters.
+	// Gone is true when the cgroup has been removed or has no name. Sockets that outlive
+	// it may still add to the counters.
 	Gone bool
 	// Deleted is true when this Read deleted the entry: these are its last values.
 	Deleted bool
 }
 
-// Identity is who a cgroup is. It does not change.
+// Identity names a cgroup. It does not change.
 type Identity struct {
 	// ID is the number that the kernel gives to one cgroup in each boot.
 	ID uint64
-	// Named is false for a cgroup that nobody has seen. It has an ID only.
+	// Named is false for a cgroup without a known path. It has an ID only.
 	Named bool
 	// Path is the path below Root, beginning with "/". Beyond 423 bytes it is cut.
 	Path string
-	// Cgroup is what the path says.
+	// Cgroup is the parsed path.
 	Cgroup Cgroup
 	// Made is when the cgroup was created, zero if it is older than the loading.
 	Made time.Time
@@ -118,7 +118,7 @@ type Identity struct {
 	Invocation string
 }
 
-// Counters are those of one direction.
+// Counters are the counters of one direction.
 type Counters struct {
 	// Traffic is all traffic.
 	Traffic
@@ -134,9 +134,9 @@ type Traffic struct {
 	WireBytes, WirePackets uint64
 }
 
-// Lost is what found no room in the maps.
+// Lost is the traffic and the names that found no room in the maps.
 type Lost struct {
-	// Received and Sent are those of cgroups without an entry.
+	// Received and Sent are the traffic of cgroups without an entry.
 	Received, Sent Counters
 	// Names is the number of cgroups without a name.
 	Names uint64

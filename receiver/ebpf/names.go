@@ -5,17 +5,17 @@ import (
 	"strings"
 )
 
-// Cgroup is what the path of a cgroup says of it. An absent part is "" or nil.
+// Cgroup is the parsed path of a cgroup. An absent part is "" or nil.
 type Cgroup struct {
-	// Unit is the system unit that the cgroup belongs to. What a unit has below
-	// itself belongs to the unit. A cgroup that systemd does not manage has none.
+	// Unit is the system unit that the cgroup belongs to. Cgroups below a unit's belong
+	// to the unit. A cgroup that systemd does not manage has none.
 	Unit string
 	// Slice is the innermost slice above the unit, "-.slice" at the top.
 	Slice string
 	// User is the user whose session or manager the cgroup belongs to.
 	User *User
-	// Container is the outermost container or machine around the cgroup. Below a
-	// user's manager it is the word of that user.
+	// Container is the outermost container or machine around the cgroup. Below a user's
+	// manager, that user chose its name.
 	Container *Container
 }
 

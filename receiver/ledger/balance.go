@@ -10,12 +10,12 @@ import (
 // settleTime is how long the stop record of a unit may take through the journal.
 const settleTime = 10 * time.Second
 
-// balance is the working state of a Balance. What the slice counted and no unit
-// did is the traffic of units that are not metered, or that ended before anyone
-// could read them.
+// balance is the working state of a Balance. The difference between a slice and its
+// units is the traffic of units that are not metered, or that ended before they were
+// read.
 type balance struct {
 	unattributed *series // nil before the first reading
-	// waiting and recent are what the slice counted and no unit has shown yet.
+	// waiting and recent are traffic that the slice counted and no unit has shown yet.
 	// They become unattributed at a reading of the slice at least settleTime
 	// later: until then the last readings and stop records of units that have
 	// ended are still coming in.
@@ -74,7 +74,7 @@ func (l *Ledger) sliceGrew(reading Reading, start time.Time, delta Counters, fir
 	b.recent = b.recent.Plus(delta)
 }
 
-// unattribute adds to what is unattributed in a slice that has no balance.
+// unattribute adds unattributed traffic to a slice that has no balance.
 func (l *Ledger) unattribute(reading Reading, start time.Time, delta Counters) {
 	b := l.balanceOf(reading.Unit)
 	if b.unattributed == nil {
@@ -84,7 +84,7 @@ func (l *Ledger) unattribute(reading Reading, start time.Time, delta Counters) {
 	b.unattributed.add(delta, reading.Time)
 }
 
-// settled takes out what has waited for long enough at a reading of the slice.
+// settled takes out the traffic that has waited long enough at a reading of the slice.
 func (b *balance) settled(at time.Time) (old Counters) {
 	switch {
 	case at.Sub(b.read) >= settleTime:

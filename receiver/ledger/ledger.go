@@ -39,15 +39,15 @@ type Config struct {
 	Boot string
 	// Began is the time from which the caller watches units.
 	Began time.Time
-	// Measure is what readings are of. All series have it in their ID.
+	// Measure is the measure of all readings. All series have it in their ID.
 	Measure Measure
 	// Source is who counts.
 	Source string
 	// State is the State of an earlier Ledger with the same Measure. If another source
-	// has counted, its runs are left out, and what both may have counted is added once:
-	// the first reading of a run that began before State adds nothing to a series of
-	// State, nor to one with an Owner or with another Measure than Total. The traffic of
-	// these may be in a series without.
+	// has counted it, its runs are left out, and no traffic is added twice. So the first
+	// reading of a run that began before State adds nothing to a series of State. It adds
+	// nothing to a series with an Owner or a Measure other than Total either, since a
+	// series without may have that traffic already.
 	State State
 }
 
@@ -100,12 +100,12 @@ type Ledger struct {
 	overflow *series   // nil while there is none
 	runs     map[string]*run
 	balances map[string]*balance // by top-level slice
-	// unplaced is the growth of units whose slice nobody could find out.
+	// unplaced is the growth of units whose slice is not known.
 	unplaced Counters
 	journal  Position
 	swept    time.Time // end of the last sweep, of the earlier State at first
 	switched time.Time // end of the last sweep of another source; zero for none
-	// forgotten is when the last of the runs ended that are remembered no more.
+	// forgotten is the latest end of the runs that were dropped.
 	forgotten time.Time
 	resets    int64
 	missed    int64
@@ -143,8 +143,8 @@ type run struct {
 	final       bool      // read after the end, or recorded
 }
 
-// New returns a Ledger that goes on from cfg.State. Series of that with an
-// impossible total, or the name of another, are left out.
+// New returns a Ledger that continues cfg.State. Its series with an impossible total, or
+// with the name of another, are left out.
 func New(cfg Config) *Ledger {
 	cfg.KeepEnded = max(cfg.KeepEnded, keepEnded)
 	if cfg.Fold == nil {
@@ -272,24 +272,24 @@ func (l *Ledger) Begin() {
 	}
 }
 
-// Load says that a unit is loaded, so that its series makes no room for another.
-// It is called for each of them between Begin and the first Credit.
+// Load notes that a unit is loaded, so that its series is not evicted. It is called for
+// each loaded unit between Begin and the first Credit.
 func (l *Ledger) Load(unit string) {
 	if s, ok := l.series[l.unitID(unit, Owner{})]; ok {
 		s.loaded = true
 	}
 }
 
-// Mark says that a run is not gone, and whether it is still being read. It is
-// called for each of them between the last Credit and Finish.
+// Mark notes that a run is not gone, and whether it is still being read. It is called
+// for each such run between the last Credit and Finish.
 func (l *Ledger) Mark(epoch string, reading bool) {
 	if r, ok := l.runs[epoch]; ok {
 		r.closed, r.marked, r.restored, r.reading = time.Time{}, true, false, reading
 	}
 }
 
-// Place says that a run is counted, and which slice it is in, before its first
-// reading: the stop record of a short-lived run does not have that.
+// Place notes that a run is counted, and its slice, before its first reading. The stop
+// record of a short-lived run has neither.
 func (l *Ledger) Place(unit, epoch, slice string) {
 	l.runOf(unit, epoch).slice = slice
 }
@@ -302,9 +302,9 @@ func (l *Ledger) Restart(epoch string, at time.Time) {
 	}
 }
 
-// Credit adds to the totals what a run has grown by since its last reading. Where
-// any of the four counters fell, all four have begun again since then: fell. A
-// reading that was asked for before the last one arrived adds nothing.
+// Credit adds the growth of a run since its last reading to the totals. If any of the
+// four counters fell, all four have restarted from 0, and fell is true. A reading that
+// was asked for before the last one arrived adds nothing.
 func (l *Ledger) Credit(reading Reading) (fell bool) {
 	r := l.runOf(reading.Unit, reading.Epoch)
 	if r.time.After(reading.Asked) {
@@ -405,9 +405,9 @@ func (s *series) grow(start time.Time, delta Counters, at time.Time) {
 	s.add(delta, at)
 }
 
-// Take adds what a stop record has more than the last reading of its run. It
-// returns false for a record of a run that may be in the totals already and is
-// remembered no more. now is the present time.
+// Take adds the growth of a stop record over the last reading of its run. It returns
+// false for a run that was dropped, since the totals may have it already. now is the
+// present time.
 func (l *Ledger) Take(record Record, now time.Time) bool {
 	if !l.cfg.Metered(record.Unit) {
 		return true
@@ -540,8 +540,8 @@ func (l *Ledger) newOverflow(start time.Time) *series {
 	return &series{ID: ID{Kind: Overflow, Measure: l.cfg.Measure}, start: start, fresh: true, shared: true}
 }
 
-// evict forgets the series that moved last the longest ago, among those without
-// a run. A unit that comes back under its name begins a new series.
+// evict drops the series whose last growth is the oldest, among those without a run. A
+// unit that comes back under its name begins a new series.
 func (l *Ledger) evict() bool {
 	used := make(map[*series]bool, len(l.runs))
 	for _, r := range l.runs {
@@ -564,7 +564,7 @@ func (l *Ledger) evict() bool {
 	return true
 }
 
-// all yields every series, that of the overflow and those of balances included.
+// all yields every series, including the overflow and the balances.
 func (l *Ledger) all() func(yield func(*series) bool) {
 	return func(yield func(*series) bool) {
 		for _, s := range l.order {
@@ -659,7 +659,7 @@ func (s *series) show(now time.Time, gone, empty bool) {
 	}
 	// What comes late, from the journal or of a member of a fold, must not
 	// change a point that has been shown; a delta needs an interval; and
-	// backends refuse what is old.
+	// backends refuse old points.
 	if s.moved && (!s.time.After(s.shown) || !s.time.After(s.start) || now.Sub(s.time) > lateRecord) {
 		s.time = now
 	}

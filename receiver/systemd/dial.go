@@ -42,8 +42,8 @@ func (cfg Config) Addresses() []string {
 	return []string{cfg.Bus}
 }
 
-// connect opens the first connection that can be had. The error is that of the
-// system bus, where there are two.
+// connect opens the first connection that works. Of two errors it returns the one of
+// the system bus.
 func (s *Source) connect(ctx context.Context) (*bus.Conn, error) {
 	var first error
 	for _, address := range s.cfg.Addresses() {
@@ -56,8 +56,8 @@ func (s *Source) connect(ctx context.Context) (*bus.Conn, error) {
 	return nil, fmt.Errorf("%w; is D-Bus running there, and may uid %d use it? set UNITMETER_BUS", first, os.Geteuid())
 }
 
-// betterBus reports whether the system bus can be had by now, where the connection is
-// to PID 1's own socket for want of it.
+// betterBus reports whether the system bus works by now, if the connection is to PID 1's
+// own socket because it did not.
 func (s *Source) betterBus(ctx context.Context, b *bus.Conn) bool {
 	addresses := s.cfg.Addresses()
 	if !b.Private() || bus.Private(addresses[0]) {
@@ -94,7 +94,7 @@ func (s *Source) shortcut(ctx context.Context, b *bus.Conn) string {
 	return s.cfg.PrivateSocket
 }
 
-// getter is what properties can be read from: a connection, or a line beside it.
+// getter reads properties: a connection, or a line beside it.
 type getter interface {
 	Gets(ctx context.Context, n int, call func(i int) bus.Property, done func(i int, r bus.Reply)) error
 }

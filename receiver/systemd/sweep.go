@@ -39,12 +39,12 @@ func propertyName(i int) string {
 	return [properties]string{"IPIngressPackets", "IPEgressPackets", "IPIngressBytes", "IPEgressBytes", "IPAccounting", "ExecMainStartTimestampMonotonic", "Slice", "ControlGroup", "SubState"}[i]
 }
 
-// target is one run that a sweep reads, and what was read.
+// target is one run that a sweep reads, with the answers.
 type target struct {
 	unit *unit
 	run  *run
 
-	// What the sweep knew when it began. Signals change the unit meanwhile.
+	// The state at the start of the sweep. Signals change the unit meanwhile.
 	asked        time.Time
 	path, iface  string
 	last         Counters
@@ -71,9 +71,8 @@ type target struct {
 	time   time.Time // of the last reply
 }
 
-// Read reads the counters of all metered units, until ctx ends at the latest. An
-// error says that some were not reached: what they have counted is in the next
-// reading.
+// Read reads the counters of all metered units, until ctx ends at the latest. An error
+// means that some were not reached. Their counters come with the next reading.
 func (s *Source) Read(ctx context.Context) error {
 	s.mu.Lock()
 	b, private, targets := s.bus, s.private, s.targets()
@@ -169,8 +168,8 @@ func (s *Source) readAll(ctx context.Context, b *bus.Conn, from getter, targets 
 	return cmp.Or(s.again(ctx, b, from, units), missed)
 }
 
-// A sweep reads in batches, so that one that ends at its deadline has finished what it
-// began. Each batch is meant to take a quarter of the time that is left.
+// A sweep reads in batches, so that the batches before its deadline are complete. Each
+// batch should take a quarter of the time that is left.
 const largestBatch, smallestBatch = 1024, 16
 
 // inBatches reads targets, those first that have waited longest, until ctx ends. It
@@ -202,12 +201,12 @@ func (s *Source) inBatches(ctx context.Context, from getter, targets []target) (
 	return reached, nil
 }
 
-// usualPace is how long a unit takes at first, and slowestPace what is believed of a
-// systemd that did not answer in time.
+// usualPace is the first estimate of the time for a unit, and slowestPace the estimate
+// for a systemd that did not answer in time.
 const usualPace, slowestPace = 500 * time.Microsecond, time.Second
 
-// putInTurn puts targets in the order of their waiting. Units with counters and others take
-// turns, so that neither keep the time from the other.
+// putInTurn sorts targets by how long they have waited. Units with counters alternate
+// with others, so that each kind is read.
 func putInTurn(targets []target) {
 	slices.SortStableFunc(targets, func(a, b target) int {
 		return cmp.Or(cmp.Compare(b.counted, a.counted), cmp.Compare(b.waited, a.waited))
@@ -385,8 +384,8 @@ func (t *target) take(property int, reply bus.Reply) {
 	}
 }
 
-// moved reports whether the packet counter of a direction is another than in the
-// last reading.
+// moved reports whether the packet counter of a direction differs from the last
+// reading.
 func (t *target) moved(direction int) bool {
 	return t.value[direction] != [2]uint64{t.last.IngressPackets, t.last.EgressPackets}[direction]
 }
@@ -607,7 +606,7 @@ func earliest(a, b time.Time) time.Time {
 	return a
 }
 
-// bootTime is when units that were never started began: PID 1's own scope and
+// bootTime is the start time of units that were never started. PID 1's own scope and
 // the root slices have no timestamps (proc(5), btime).
 func bootTime() time.Time {
 	stat, err := os.ReadFile("/proc/stat")
@@ -624,8 +623,8 @@ func bootTime() time.Time {
 	return time.Time{}
 }
 
-// again reads once more the units whose run was over although, as far as the
-// inventory knew, it was going on: they were restarted a moment ago.
+// again reads units once more whose run was over while the inventory had it as
+// running: they have just been restarted.
 func (s *Source) again(ctx context.Context, b *bus.Conn, from getter, targets []target) error {
 	var names []string
 	s.mu.Lock()

@@ -17,8 +17,8 @@ import (
 	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
-// Manager is a connection to systemd for the few calls of a command that a
-// person waits for. What reads counters all the time is the receiver.
+// Manager is a connection to systemd for the few calls of a command. Readings of
+// counters come from a Source.
 type Manager struct {
 	conn *bus.Conn
 	// Address is the bus that answered.
@@ -184,7 +184,7 @@ type Unit struct {
 	HasData   bool // the counters have values
 	Active    bool // has a cgroup, in which there may be something to count
 	Transient bool // made by a program, such as systemd-run; gone after its end
-	// Whether there is a setting of its own, for good and until the next boot.
+	// Whether the unit has its own setting: permanent, and until the next boot.
 	Persistent, Runtime bool
 }
 
@@ -210,8 +210,7 @@ func (m *Manager) rows(ctx context.Context, states []string, pattern string) ([]
 	return rows, err
 }
 
-// own returns the units' own names of those loaded units that names are second ones
-// of (Alias=).
+// own returns the own names of loaded units, by their aliases (Alias=) in names.
 func (m *Manager) own(ctx context.Context, names []string) map[string]string {
 	own := map[string]string{}
 	for _, name := range names {
@@ -257,8 +256,8 @@ func (m *Manager) Active(ctx context.Context, name string) bool {
 	return err == nil && len(rows) > 0
 }
 
-// StartedSinceLoad reports whether any of the units was started after systemd read
-// its configuration for the last time.
+// StartedSinceLoad reports whether any of the units was started after systemd last read
+// its configuration.
 func (m *Manager) StartedSinceLoad(ctx context.Context, names []string) (bool, error) {
 	var loaded, started uint64 // in microseconds
 	if err := m.Property(ctx, "UnitsLoadTimestampMonotonic", &loaded); err != nil {

@@ -81,8 +81,7 @@ func ownNames(ctx context.Context, cfg receiver.Config, names []string) (map[str
 	return m.own(ctx, names), nil
 }
 
-// EnableAll is the command that gives numbers to all units. It is what every command
-// advises.
+// EnableAll is the command that gives counters to all units. All commands recommend it.
 const EnableAll = "unitmeter enable --default"
 
 // EnableCommand switches on units that are off. It names a few units and not all:

@@ -127,8 +127,7 @@ func open(ctx context.Context, cfg receiver.Config, name string) (*Source, error
 	return s, nil
 }
 
-// ready waits until the units have been listed, however many they are, as long as that
-// moves on.
+// ready waits until all units have been listed, as long as there is progress.
 func ready(ctx context.Context, r *receiver.Receiver) error {
 	for {
 		before := r.Progress()
@@ -267,7 +266,7 @@ type Readings struct {
 
 // Read reads the units of a source that match any of the patterns, and all units
 // without patterns. With an interval above zero it reads twice and computes speeds.
-// So it does, over a second, where the counting begins with this call.
+// Where the counting begins with this call, it does so over a second by default.
 func Read(ctx context.Context, cfg receiver.Config, source string, patterns systemd.Patterns, interval time.Duration) (*Readings, error) {
 	s, err := Open(ctx, cfg, source, patterns)
 	if err != nil {
@@ -320,9 +319,9 @@ func readings(before, now Sweep) []Reading {
 	return list
 }
 
-// Growth is by how much the counters of a unit have grown, and since when. since is
-// the time of the last reading of all units, zero for none. ok is false where nobody
-// knows: at the first reading, where a counter fell, and without counters.
+// Growth returns the growth of a unit's counters, and since when. since is the time of
+// the last reading of all units, zero for none. ok is false where the growth is unknown:
+// at the first reading, where a counter fell, and without counters.
 func Growth(old, now systemd.Unit, since time.Time) (growth [4]uint64, from time.Time, ok bool) {
 	switch {
 	case !Counted(now):

@@ -83,8 +83,8 @@ type connection struct {
 	flood  *flood
 	// bus says that peers other than systemd can send messages here.
 	bus bool
-	// refused counts the messages that nobody asked for and that were skipped:
-	// not from systemd, too long, or without a meaning.
+	// refused counts unrequested messages that were skipped: not from systemd, too
+	// long, or malformed.
 	refused atomic.Int64
 
 	mu       sync.Mutex
@@ -108,7 +108,7 @@ type round struct {
 	answered []bool             // by call: a second reply to it says nothing
 }
 
-// stream is what a connection needs of its connection.
+// stream is the part of a socket that a connection uses.
 type stream interface {
 	io.ReadWriteCloser
 	SetWriteDeadline(time.Time) error
@@ -332,9 +332,9 @@ func (w *connection) failure() error {
 	return w.err
 }
 
-// next returns the header of the next message, which is in w.message, whole. What
-// nobody asked for is skipped if it is too long or makes no sense: the connection
-// is not to end by another peer's message.
+// next returns the header of the next message, which is whole in w.message. Unrequested
+// messages that are too long or malformed are skipped, so that no other peer can end
+// the connection.
 func (w *connection) next() (header, error) {
 	for {
 		h, ok, err := w.nextOne()
@@ -403,7 +403,7 @@ func (w *connection) genuine(h header) bool {
 	return true
 }
 
-// found takes the answer to who owns systemd's name.
+// found takes the answer to GetNameOwner for systemd's name.
 func (w *connection) found(owner string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -434,7 +434,7 @@ func (w *connection) dispatch(h header) {
 
 // pause is called before a read that may have to wait. While a sweep waits for
 // replies, it sends the next calls and lets replies pile up. It does so here, in
-// the reading goroutine, since to wake that of the sweep for each batch cost more
+// the reading goroutine, since waking the sweep's goroutine for each batch cost more
 // than the batch.
 func (w *connection) pause() {
 	w.mu.Lock()

@@ -40,7 +40,7 @@ func newFlood() *flood {
 	return &flood{queue: make(chan *dbus.Signal, maxQueued+maxVital), began: make(chan struct{}, 1), left: signalBurst}
 }
 
-// vital reports whether a signal says which others to believe. There are few.
+// vital reports whether a signal decides which others are genuine. There are few.
 func (s Signal) vital() bool {
 	return string(s.Member) == "Reloading" || string(s.Member) == "NameOwnerChanged"
 }

@@ -23,7 +23,7 @@ const (
 
 var errMalformed = errors.New("malformed message")
 
-// header is what a message must be sent on its way by. The slices point into
+// header has the fields of a message that decide where it goes. The slices point into
 // the message.
 type header struct {
 	kind                           dbus.Type
@@ -58,8 +58,8 @@ func messageSize(fixed []byte) (int, error) {
 	return int(size), nil
 }
 
-// unasked reports whether the message that begins with the bytes in fixed is a
-// signal or a call: anybody on the bus can send one, and nobody waits for it.
+// unasked reports whether the message that begins with the bytes in fixed is a signal or
+// a call. Any peer can send one, and no caller waits for it.
 func unasked(fixed []byte) bool {
 	kind := dbus.Type(fixed[1])
 	return kind != dbus.TypeMethodReply && kind != dbus.TypeError
