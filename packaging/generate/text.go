@@ -98,12 +98,14 @@ unitmeter \- network traffic of every systemd unit, as OpenTelemetry metrics
 unitmeter reads systemd's IP accounting over D\-Bus, for each unit that has
 .BR IPAccounting=yes ,
 and sends what the units received and sent to an OpenTelemetry Collector, or to
-anything else that takes OTLP.
+anything else that accepts OTLP. With
+.BR UNITMETER_SOURCE=ebpf
+it counts every unit with its own eBPF program instead.
 .PP
-Bytes are those of IP packets, headers included. Packets are counted before
-segmentation offload splits them, so they are not packets on the wire. Forwarded
-traffic, AF_PACKET sockets and sockets of the kernel are not counted. Traffic
-between two units of this host is counted in both.
+Bytes are bytes of IP packets, headers included. Packets are counted before
+segmentation offload splits them, so there are more of them on the wire. Forwarded
+traffic and AF_PACKET sockets are not counted; sockets of the kernel are counted by
+eBPF only. Traffic between two units of this host counts for both.
 .SH COMMANDS
 `)
 	for _, c := range commands {

@@ -1,9 +1,9 @@
-// Package systemd reads the IP accounting of systemd's units: their counters over
-// D-Bus, and the last counters of units that have stopped from the journal.
+// Package systemd reads the IP accounting of systemd's units over D-Bus.
 //
 // Two things are needed of it: a [Source], whose Run stays connected to systemd and
-// whose Read takes the counters of all units; and a [Journal], whose Run passes on stop
-// records. Both give counters of single runs to the caller, who makes totals of them.
+// whose Read takes the counters of all units; and a [Sink] of the caller, which gets the
+// counters of each run and makes totals of them. Package journal has the last counters
+// of runs that nobody could read, package bus the connection.
 //
 // # Glossary
 //
@@ -15,17 +15,14 @@
 //   - sweep: one Read. It reads the units in batches.
 //   - final reading: the reading of a unit soon after its end, while it is still loaded.
 //   - left-over processes: those that outlive their unit (KillMode=process).
-//   - stop record: the message with a unit's counters that PID 1 writes to the journal
-//     when the unit stops. A position is a place in the journal after such a record.
 //   - lost: accounting is on, and systemd has lost the counters.
 //   - private socket: PID 1's own, see package bus.
 //
 // # What survives
 //
 // A Source connects again by itself, also after a restart of the bus or a re-execution of
-// systemd. Then it lists the units again, since it may have missed signals. A Journal starts
-// journalctl again after the last stop record. Neither stores anything: the caller keeps
-// the position, and Config.Known says which runs an earlier process has read.
+// systemd. Then it lists the units again, since it may have missed signals. It stores
+// nothing: Config.Known says which runs an earlier process has read.
 //
 // docs/decisions/readings.md has the rules by which each byte counts once.
 package systemd

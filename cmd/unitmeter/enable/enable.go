@@ -1,9 +1,15 @@
-// Package enable switches IP accounting on and off: of units, by systemd's default,
-// or, for a host that counts by eBPF, the services that do.
+// Package enable switches the counting of traffic on and off: IP accounting of units,
+// systemd's default for it, or the services that count by eBPF or restore lost counters.
 //
-//   - subject: what is switched. Units are changed by calls to systemd; the rest by files and systemctl.
-//   - step: one change of the latter kind, and what undoes it.
-//   - lost: see accounting.
+// Two things are needed of it: a [Config] with a [Subject], and [Run].
+//
+//   - subject: the thing to switch. Units are switched by calls to systemd, all others by
+//     files and systemctl.
+//   - step: one change of a file or by systemctl, with its undoing.
+//   - lost: IP accounting is on, and systemd has lost the counters.
+//
+// Changes survive a reboot unless Config.Runtime is set. If switching on by files fails at
+// a step, the steps before it are undone.
 //
 // Run is one goroutine.
 package enable
@@ -32,7 +38,7 @@ const (
 	Reset                  // all of these at once; off only
 )
 
-// Config is what Run needs. Receiver and Out are required.
+// Config has the settings of Run. Receiver and Out are required.
 type Config struct {
 	Receiver receiver.Config // the buses, and which units are metered
 	Out      io.Writer
@@ -44,7 +50,7 @@ type Config struct {
 	DryRun   bool     // say what would be changed
 }
 
-// Run makes the change, and says on Out what it has changed. It needs root, or
+// Run makes the change, and prints on Out what it has changed. It needs root, or
 // polkit's manage-units for units. It finds all units before it changes the first:
 // with a wrong name, nothing is changed.
 func Run(ctx context.Context, cfg Config) error {

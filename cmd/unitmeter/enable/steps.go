@@ -18,7 +18,7 @@ const (
 	agentUnit = "unitmeter.service"
 	meterUnit = "unitmeter-meter.service"
 	ebpfFile  = "/etc/systemd/system/" + agentUnit + ".d/50-ebpf.conf"
-	// ebpfText is what packaging/examples/unitmeter-ebpf.conf has too.
+	// ebpfText has the same settings as packaging/examples/unitmeter-ebpf.conf.
 	ebpfText = `# Written by "unitmeter enable --ebpf"; "unitmeter disable --ebpf" removes it.
 [Unit]
 Wants=unitmeter-meter.service
@@ -31,7 +31,7 @@ SystemCallFilter=bpf
 `
 )
 
-// step is one change, and what undoes it where a later one fails.
+// step is one change, and its undoing if a later one fails.
 type step struct {
 	what     string
 	do, undo func() error
@@ -129,8 +129,8 @@ func writeWhole(file, text string) (err error) {
 	return os.Rename(f.Name(), file)
 }
 
-// reset takes back all that enable has ever switched, and what systemctl set-property
-// IPAccounting= has: systemd keeps both in the same files.
+// reset undoes all changes of enable and of systemctl set-property IPAccounting=, since
+// systemd keeps both in the same files.
 func (w *switcher) reset(ctx context.Context) error {
 	var files []string
 	for _, pattern := range []string{

@@ -1,6 +1,15 @@
-// Package journal follows what PID 1 logs in the journal at the end of units: what a
-// run had counted by then, also of units that were unloaded before anybody could read
-// them. A Journal runs journalctl and hands on each Record with the Position after it.
+// Package journal reads systemd's stop records: the last counters of each unit, which
+// PID 1 writes to the journal when the unit stops.
+//
+// Two things are needed of it: [New] makes a [Journal], whose Run follows journalctl; and
+// Config.Take gets each [Record] with the [Position] after it.
+//
+//   - stop record: PID 1's message with the counters of one run of a unit at its end. It
+//     exists also for units that were unloaded before anybody could read them.
+//   - position: the place in the journal after a stop record.
+//
+// A Journal that continues at the last position takes each record once, over restarts of
+// journalctl, of the process and of the host. The caller stores the position.
 package journal
 
 import (
@@ -44,15 +53,14 @@ const (
 	retry    = time.Minute
 )
 
-// Position is a place in the journal: after the last stop record that has been
-// taken. It is a place and no time, since a clock may be set back, and then times
-// before and after are the same.
+// Position is a place in the journal: after the last stop record that has been taken. It
+// is not a time, since a clock that is set back makes the same times twice.
 type Position struct {
 	Cursor string // of that record; empty if the journal had none so far
 	Boot   string // of that record, else of who looked, as the journal writes it; empty if nobody did
 }
 
-// Record is what PID 1 logged of the end of a run.
+// Record is PID 1's message about the end of a run, with its last counters if it has any.
 type Record struct {
 	Unit  string
 	Epoch string // the invocation id
@@ -185,10 +193,9 @@ func (j *Journal) move(to Position, record *Record) {
 	j.cfg.Take(to, record)
 }
 
-// read takes the stop records after the position, until journalctl or ctx
-// ends. At the first start that is where the journal ends: what is before, the
-// counters of running units have, or nobody counted. It calls located
-// when it knows the position.
+// read takes the stop records after the position, until journalctl or ctx ends. At the
+// first start the position is the end of the journal: runs that ended before are not
+// counted. It calls located when it knows the position.
 func (j *Journal) read(ctx context.Context, located func()) error {
 	switch at := j.at; {
 	case at.Boot == "":
@@ -222,7 +229,7 @@ func (j *Journal) read(ctx context.Context, located func()) error {
 
 var errSilent = errors.New("follow the journal: journalctl prints nothing, and there are records")
 
-// probe ends a journalctl that is alive and silent, until ctx ends.
+// probe ends a journalctl that runs but prints nothing, until ctx ends.
 func (j *Journal) probe(ctx context.Context, silent func(error)) {
 	ends, cursor := j.cfg.Ends(), j.cursor.Load()
 	before := ends // at the look before the last: a record comes a little after the end
