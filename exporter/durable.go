@@ -258,7 +258,7 @@ func split(rows []store.Series) (totals, sent, behind []store.Series) {
 	return totals, sent, behind
 }
 
-// seriesRow is what the store keeps of a series.
+// seriesRow converts a series to the store's form.
 func seriesRow(s *ledger.Series) store.Series {
 	kind, key := rowOf(s.ID)
 	return store.Series{Kind: kind, Key: key, Total: amountsOf(s.Total), Start: s.Start, Seen: s.Time}

@@ -97,7 +97,7 @@ func TestEnvironmentFileHoldsTheDefaults(t *testing.T) {
 			t.Fatalf("neither text nor a new setting: %q", line)
 		}
 		named[name] = true
-		environ = append(environ, name+"="+strings.Trim(value, `"`))
+		environ = append(environ, name+"="+strings.ReplaceAll(strings.Trim(value, `"`), `\\`, `\`)) // as systemd reads it
 	}
 	set, err := config.Load(environ)
 	if err != nil {

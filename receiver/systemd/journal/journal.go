@@ -60,7 +60,7 @@ type Position struct {
 	Boot   string // of that record, else of who looked, as the journal writes it; empty if nobody did
 }
 
-// Record is what PID 1 logged of the end of a run.
+// Record is PID 1's message about the end of a run, with its last counters if it has any.
 type Record struct {
 	Unit  string
 	Epoch string // the invocation id
