@@ -565,7 +565,7 @@ func (s *Source) withoutData(u *unit, t *target) {
 		u.state = accountingLost
 		if was != accountingLost {
 			s.say(slog.LevelWarn, "systemd lost the counters of a unit (systemd 256 and 257 do so at a reload); it has no points until they are back",
-				"unit", u.name, "next", "systemctl set-property --runtime "+u.name+" IPAccounting=yes")
+				"unit", u.name, "next", "unitmeter enable --lost; or unitmeter enable --rearm, for each reload from now on")
 		}
 	default:
 		u.state = accountingNone
