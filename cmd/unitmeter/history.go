@@ -315,7 +315,7 @@ func (v *historyView) table(w io.Writer, usage history.Usage) error {
 	}
 	count := len(usage.Units)
 	idle := 0
-	if !v.all && len(v.query.Units) == 0 {
+	if !v.all && (len(v.query.Units) == 0 || slices.ContainsFunc(v.query.Units, systemd.IsPattern)) {
 		usage.Units = slices.DeleteFunc(usage.Units, func(u history.UnitUsage) bool { return sum(u.Steps).Total == [4]uint64{} })
 		idle = count - len(usage.Units)
 	}
@@ -339,22 +339,29 @@ func (v *historyView) table(w io.Writer, usage history.Usage) error {
 	for _, l := range lines {
 		row(v.label(l.Time, usage.Begin), l.Step, l.unit)
 	}
-	if len(lines) > 1 || len(units) < count {
-		row("", sum(usage.All), fmt.Sprintf("total of %d units", count))
+	if len(lines) > 1 || v.most > 0 && v.most < count {
+		row("", sum(usage.All), "total of "+countUnits(count, "unit"))
 	}
 	if err := tab.Flush(); err != nil {
 		return err
 	}
 	if idle > 0 && v.period == 0 {
-		fmt.Fprintf(w, "%d idle units are not shown; --all shows them\n", idle)
+		fmt.Fprintf(w, "%s; --all shows idle units as well\n", countUnits(idle, "idle unit"))
 	}
 	if !usage.Begin.IsZero() && v.query.Since.Before(usage.Begin) {
 		fmt.Fprintf(w, "nothing is recorded before %s\n", usage.Begin.Local().Format("2006-01-02 15:04"))
 		if v.period > calendar.Day {
-			fmt.Fprintln(w, "the agent keeps three weeks, or what its UNITMETER_HISTORY says")
+			fmt.Fprintln(w, "the agent keeps three weeks, or as UNITMETER_HISTORY says")
 		}
 	}
 	return nil
+}
+
+func countUnits(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
 }
 
 // label is the name of a period. The first one may have begun before the first sample.

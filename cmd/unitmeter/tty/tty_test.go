@@ -89,6 +89,9 @@ func TestBytes(t *testing.T) {
 			t.Errorf("Bytes(%v) = %q, want %q", v, got, want)
 		}
 	}
+	if got := Bits(12_345_678); got != "12.3 Mbit" {
+		t.Errorf("Bits has %q", got)
+	}
 	for v, want := range map[uint64]string{0: "0", 999: "999", 1000: "1,000", 123456: "123,456", 1234567: "1,234,567", 1<<64 - 1: "18,446,744,073,709,551,615"} {
 		if got := Grouped(v); got != want {
 			t.Errorf("Grouped(%d) = %q, want %q", v, got, want)
