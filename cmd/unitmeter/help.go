@@ -71,7 +71,7 @@ func printCommandHelp(w io.Writer, c command, flags *flag.FlagSet) {
 		}
 		usage := f.Usage
 		// A flag with one of these has no default.
-		if !slices.Contains([]string{"", "false", "0s"}, f.DefValue) {
+		if !slices.Contains([]string{"", "0", "false", "0s"}, f.DefValue) {
 			usage += " (default " + f.DefValue + ")"
 		}
 		name := "--" + f.Name

@@ -36,17 +36,24 @@ type historyView struct {
 
 func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	var view historyView
-	since := flags.String("since", "", "begin: "+calendar.Forms)
+	since := flags.String("since", "", "begin, such as "+calendar.Forms+"; without it, 24 hours ago, or as the kind of rows says")
 	until := flags.String("until", "now", "end, in the same forms")
-	named := map[string]calendar.Period{"minutely": calendar.Minute, "hourly": calendar.Hour, "daily": calendar.Day, "weekly": calendar.Week, "monthly": calendar.Month}
 	var periods []string
-	for name, what := range map[string]string{"minutely": "minute, for the last hour", "hourly": "hour, for the last day", "daily": "day, for 30 days", "weekly": "week from Monday, for 13 weeks", "monthly": "month, for a year"} {
-		flags.BoolFunc(name, "one row for each "+what+", or since --since", func(string) error {
-			view.period, periods = named[name], append(periods, "--"+name)
+	for _, p := range []struct {
+		name   string
+		period calendar.Period
+		what   string
+	}{
+		{"minutely", calendar.Minute, "minute, for the last hour"}, {"hourly", calendar.Hour, "hour, for the last day"},
+		{"daily", calendar.Day, "day, for 30 days"}, {"weekly", calendar.Week, "week from Monday, for 13 weeks"},
+		{"monthly", calendar.Month, "month, for a year"},
+	} {
+		flags.BoolFunc(p.name, "one row for each "+p.what+", or since --since", func(string) error {
+			view.period, periods = p.period, append(periods, "--"+p.name)
 			return nil
 		})
 	}
-	flags.IntVar(&view.most, "n", 0, "only the units with the most bytes, so many of them")
+	flags.IntVar(&view.most, "n", 0, "only so many units, those with the most bytes")
 	flags.BoolVar(&view.all, "all", false, "idle units as well")
 	flags.BoolVar(&view.exact, "bytes", false, "exact numbers instead of kB and MB")
 	flags.BoolVar(&view.bits, "bits", false, "speeds in bits per second")

@@ -12,7 +12,7 @@ _unitmeter() {
 	*,enable) words='--all --default --dry-run --ebpf --follow --lost --rearm --runtime' units=1 ;;
 	*,disable) words='--all --default --dry-run --ebpf --rearm --reset --runtime' units=1 ;;
 	*,doctor) words='--here --json' units= ;;
-	*,history) words='--all --bits --bytes --csv --daily --hourly --json --minutely --monthly --quarantined --retry --since --until --weekly' units=1 ;;
+	*,history) words='--all --bits --bytes --csv --daily --hourly --json --minutely --monthly -n --quarantined --retry --since --until --weekly' units=1 ;;
 	esac
 	for name in $words; do
 		[[ $name == "$current"* ]] && COMPREPLY+=("$name")

@@ -31,7 +31,7 @@ func bash(commands []command) string {
 	for _, c := range commands {
 		var flags []string
 		for _, f := range c.flags {
-			flags = append(flags, "--"+f.name)
+			flags = append(flags, f.name)
 		}
 		if len(flags) > 0 || c.units() {
 			fmt.Fprintf(&b, "\t*,%s) words='%s' units=%s ;;\n", c.name, strings.Join(flags, " "), yes(c.units()))
@@ -89,7 +89,7 @@ func zsh(commands []command) string {
 				value = ":" + f.value
 			}
 			meaning := strings.NewReplacer("[", `\[`, "]", `\]`, ":", `\:`).Replace(quoted(f.meaning))
-			fmt.Fprintf(&b, " \\\n\t\t\t'--%s[%s]%s'", f.name, meaning, value)
+			fmt.Fprintf(&b, " \\\n\t\t\t'%s[%s]%s'", f.name, meaning, value)
 		}
 		if c.units() {
 			b.WriteString(" \\\n\t\t\t'*:unit:_unitmeter_units'")
@@ -127,7 +127,7 @@ func fish(commands []command) string {
 			if f.value != "" {
 				value = " -x"
 			}
-			fmt.Fprintf(&b, "complete -c unitmeter -n %s -l %s%s -d '%s'\n", seen, f.name, value, fishQuoted.Replace(f.meaning))
+			fmt.Fprintf(&b, "complete -c unitmeter -n %s %s%s -d '%s'\n", seen, strings.NewReplacer("--", "-l ", "-", "-s ").Replace(f.name[:2])+f.name[2:], value, fishQuoted.Replace(f.meaning))
 		}
 		if c.units() {
 			fmt.Fprintf(&b, "complete -c unitmeter -n %s -a '(%s | string match -r \"^\\S+\")'\n", seen, listUnits)

@@ -59,16 +59,15 @@ func testUnderstood(t *testing.T, commands []command) {
 	if !once.units() {
 		t.Errorf("once takes units, but not according to %q", once.arguments)
 	}
-	for _, want := range []option{{name: "json"}, {name: "interval", value: "D"}} {
+	for _, want := range []option{{name: "--json"}, {name: "--interval", value: "D"}} {
 		if !slices.ContainsFunc(once.flags, func(f option) bool { return f.name == want.name && f.value == want.value && f.meaning != "" }) {
 			t.Errorf("flags of once: %+v; want one like %+v", once.flags, want)
 		}
 	}
 	for _, c := range commands {
 		for f := range strings.FieldsSeq(strings.NewReplacer("[", " ", "]", " ", "|", " ").Replace(c.arguments)) {
-			name, isFlag := strings.CutPrefix(f, "--")
-			if isFlag && !slices.ContainsFunc(c.flags, func(f option) bool { return f.name == name }) {
-				t.Errorf("the usage of %s has --%s, and its list of flags has not", c.name, name)
+			if strings.HasPrefix(f, "-") && !slices.ContainsFunc(c.flags, func(o option) bool { return o.name == f }) {
+				t.Errorf("the usage of %s has %s, and its list of flags has not", c.name, f)
 			}
 		}
 	}

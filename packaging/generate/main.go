@@ -68,6 +68,7 @@ type command struct {
 	flags                    []option
 }
 
+// option is a flag; its name has the dashes.
 type option struct{ name, value, meaning string }
 
 // units says that the command takes names of units.
@@ -76,7 +77,7 @@ func (c command) units() bool { return strings.Contains(c.arguments, "UNIT") }
 var (
 	listed   = regexp.MustCompile(`(?m)^  ([a-z]+) +\S`)
 	usage    = regexp.MustCompile(`^Usage: unitmeter [a-z]+ ?(.*)\n\n((?s:.*?))\.\n`)
-	flagLine = regexp.MustCompile(`(?m)^  --([a-z-]+) *(.*)$`)
+	flagLine = regexp.MustCompile(`(?m)^  (--?[a-z-]+) *(.*)$`)
 )
 
 // ask learns the subcommands from the program's help.
@@ -97,7 +98,7 @@ func ask(program string) ([]command, error) {
 		}
 		c.arguments, c.summary = head[1], head[2]
 		for _, f := range flagLine.FindAllStringSubmatch(text, -1) {
-			value := regexp.MustCompile(`--` + f[1] + ` ([A-Z]+)`).FindStringSubmatch(c.arguments)
+			value := regexp.MustCompile(`[\[|]` + f[1] + ` ([A-Z]+)`).FindStringSubmatch(c.arguments)
 			c.flags = append(c.flags, option{name: f[1], value: strings.Join(value[min(1, len(value)):], ""), meaning: f[2]})
 		}
 		all = append(all, c)

@@ -111,7 +111,7 @@ eBPF only. Traffic between two units of this host counts for both.
 	for _, c := range commands {
 		fmt.Fprintf(&b, ".SS \"unitmeter %s\"\n%s.\n", strings.TrimSpace(c.name+" "+roff(c.arguments)), roff(upper(c.summary)))
 		for _, f := range c.flags {
-			fmt.Fprintf(&b, ".TP\n.B %s\n%s.\n", roff(strings.TrimSpace("--"+f.name+" "+f.value)), roff(upper(f.meaning)))
+			fmt.Fprintf(&b, ".TP\n.B %s\n%s.\n", roff(strings.TrimSpace(f.name+" "+f.value)), roff(upper(f.meaning)))
 		}
 	}
 	b.WriteString(`.SH EXIT STATUS
