@@ -55,7 +55,7 @@ complete -c unitmeter -n '__fish_seen_subcommand_from history' -l monthly -d 'on
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -s n -x -d 'only so many units, those with the most bytes'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l quarantined -d 'list the requests that the Collector refused'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l retry -d 'with --quarantined: have the agent send those requests again'
-complete -c unitmeter -n '__fish_seen_subcommand_from history' -l since -x -d 'begin, 24 hours ago if none is given: yesterday, 12:00, "2026-11-23 14:00", -90m, "2 days ago" or @1764500000'
+complete -c unitmeter -n '__fish_seen_subcommand_from history' -l since -x -d 'begin, such as yesterday, 12:00, "2026-11-23 14:00", -90m, "2 days ago" or @1764500000; without it, 24 hours ago, or as the kind of rows says'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l until -x -d 'end, in the same forms (default now)'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -l weekly -d 'one row for each week from Monday, for 13 weeks, or since --since'
 complete -c unitmeter -n '__fish_seen_subcommand_from history' -a '(systemctl list-units --all --plain --no-legend --no-pager --type=service,scope,socket,mount,swap,slice 2>/dev/null | string match -r "^\S+")'
