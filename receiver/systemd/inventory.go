@@ -54,13 +54,14 @@ const (
 	accountingNone                      // IPAccounting=yes, but the unit never had a cgroup to count
 	accountingLost                      // had values, or has processes, and now there is no data
 	accountingFailed                    // reading made no sense
+	accountingCount                     // how many there are
 )
 
 // String returns the state as Unit.Accounting has it.
 func (a accounting) String() string { return AccountingStates()[a] }
 
 // AccountingStates returns the values of Unit.Accounting.
-func AccountingStates() [6]string {
+func AccountingStates() [accountingCount]string {
 	return [...]string{"unknown", "on", "off", "no_data", "lost", "failed"}
 }
 

@@ -280,7 +280,7 @@ func (s *Source) Ends() int64 { return s.ends.Load() }
 
 // States returns how many units are in each of AccountingStates, in that order.
 func (s *Source) States() []int64 {
-	counts := make([]int64, accountingFailed+1)
+	counts := make([]int64, accountingCount)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, u := range s.units {
