@@ -66,6 +66,9 @@ func journaled(t *testing.T, rig *systemdtest.Rig, cfg Config, wrapper ...string
 			t.Logf("the receiver logged:\n%s", l)
 		}
 	})
+	if err := r.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	systemdtest.Eventually(t, "the journal is read", func() bool { return r.position() != ledger.Position{} })
 	return r, stop
 }
