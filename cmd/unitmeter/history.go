@@ -48,7 +48,10 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		{"daily", calendar.Day, "day, for 30 days"}, {"weekly", calendar.Week, "week from Monday, for 13 weeks"},
 		{"monthly", calendar.Month, "month, for a year"},
 	} {
-		flags.BoolFunc(p.name, "one row for each "+p.what+", or since --since", func(string) error {
+		flags.BoolFunc(p.name, "one row for each "+p.what+", or since --since", func(value string) error {
+			if value != "true" {
+				return errors.New("it takes no value; leave it out for one sum")
+			}
 			view.period, periods = p.period, append(periods, "--"+p.name)
 			return nil
 		})
@@ -65,8 +68,8 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	counted := false
-	flags.Visit(func(f *flag.Flag) { counted = counted || f.Name == "n" })
+	given := map[string]bool{}
+	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	switch {
 	case *asJSON && *asCSV:
 		return usageError{errors.New("--json and --csv exclude each other; give one of them")}
@@ -78,10 +81,14 @@ func showHistory(ctx context.Context, t *terminal, flags *flag.FlagSet) error {
 		return usageError{errors.New("--quarantined takes no other argument than --retry; give it alone")}
 	case len(periods) > 1:
 		return usageError{fmt.Errorf("%s exclude each other; give one of them", strings.Join(periods, " and "))}
-	case counted && view.most < 1:
+	case given["n"] && view.most < 1:
 		return usageError{fmt.Errorf("-n %d is no number of units; use one from 1 on", view.most)}
 	}
-	if err := view.ask(*since, *until, units, time.Now()); err != nil {
+	now := time.Now()
+	if !given["since"] {
+		*since = view.defaultSince(now).Format(time.RFC3339Nano)
+	}
+	if err := view.ask(*since, *until, units, now); err != nil {
 		return err
 	}
 	cfg, err := loadConfig(t)
@@ -128,12 +135,7 @@ func (v *historyView) ask(since, until string, units []string, now time.Time) er
 		}
 		return t
 	}
-	v.query.Until = moment("until", until)
-	if since != "" {
-		v.query.Since = moment("since", since)
-	} else {
-		v.query.Since = v.defaultSince(now)
-	}
+	v.query.Since, v.query.Until = moment("since", since), moment("until", until)
 	if err != nil {
 		return err
 	}
@@ -349,19 +351,21 @@ func (v *historyView) table(w io.Writer, usage history.Usage) error {
 	if len(lines) > 1 || v.most > 0 && v.most < count {
 		row("", sum(usage.All), "total of "+countUnits(count, "unit"))
 	}
+	var notes string
+	if idle > 0 && v.period == 0 {
+		notes += countUnits(idle, "idle unit") + "; --all shows idle units as well\n"
+	}
+	if !usage.Begin.IsZero() && v.query.Since.Before(usage.Begin) {
+		notes += "nothing is recorded before " + usage.Begin.Local().Format("2006-01-02 15:04") + "\n"
+		if v.period > calendar.Day {
+			notes += "the agent keeps three weeks, or as UNITMETER_HISTORY says\n"
+		}
+	}
 	if err := tab.Flush(); err != nil {
 		return err
 	}
-	if idle > 0 && v.period == 0 {
-		fmt.Fprintf(w, "%s; --all shows idle units as well\n", countUnits(idle, "idle unit"))
-	}
-	if !usage.Begin.IsZero() && v.query.Since.Before(usage.Begin) {
-		fmt.Fprintf(w, "nothing is recorded before %s\n", usage.Begin.Local().Format("2006-01-02 15:04"))
-		if v.period > calendar.Day {
-			fmt.Fprintln(w, "the agent keeps three weeks, or as UNITMETER_HISTORY says")
-		}
-	}
-	return nil
+	_, err := io.WriteString(w, notes)
+	return err
 }
 
 func countUnits(n int, what string) string {

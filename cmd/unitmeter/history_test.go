@@ -182,6 +182,8 @@ func TestHistoryMistakes(t *testing.T) {
 		{[]string{"--retry"}, "with --quarantined"},
 		{[]string{"--since", "2199-01-01"}, "give an earlier --since"},
 		{[]string{"--since", "last week"}, `--since "last week" is not a time; use one such as yesterday, 12:00`},
+		{[]string{"--since", ""}, `--since "" is not a time; use one such as`},
+		{[]string{"--daily=false"}, "it takes no value"},
 		{[]string{"--until", "5"}, `--until "5" is not a time; use one such as`},
 		{[]string{"--daily", "--hourly"}, "--daily and --hourly exclude each other"},
 		{[]string{"--minutely", "--since", "1980-01-01"}, "use longer ones, or less time"},

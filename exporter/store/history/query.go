@@ -157,6 +157,9 @@ func Read(ctx context.Context, db *database.DB, q Query) (Usage, error) {
 		return Usage{}, err
 	}
 	for i, covered := range c.covered {
+		if first := time.UnixMilli(covered[0].begin).UTC(); i == 0 || first.Before(c.usage.Begin) {
+			c.usage.Begin = first
+		}
 		for _, s := range covered {
 			c.usage.All[i].Measured += time.Duration(s.end-s.begin) * time.Millisecond
 		}
@@ -274,9 +277,6 @@ func (c *collector) add(unit int64, s span) error {
 	}
 	c.usage.All[i].add(s.delta)
 	c.covered[i] = cover(c.covered[i], s)
-	if first := time.UnixMilli(s.begin).UTC(); c.usage.Begin.IsZero() || first.Before(c.usage.Begin) {
-		c.usage.Begin = first
-	}
 	return nil
 }
 
@@ -297,6 +297,9 @@ func (s *Step) add(delta [4]uint64) {
 
 // cover adds a span to spans without overlaps.
 func cover(covered []span, s span) []span {
+	if n := len(covered) - 1; n >= 0 && covered[n].begin <= s.begin && s.end <= covered[n].end {
+		return covered // nearly always, as units are measured together
+	}
 	from, _ := slices.BinarySearchFunc(covered, s.begin, func(c span, begin int64) int { return cmp.Compare(c.end, begin) })
 	to := from
 	for ; to < len(covered) && covered[to].begin <= s.end; to++ {
