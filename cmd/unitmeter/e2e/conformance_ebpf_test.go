@@ -21,8 +21,8 @@ func conformanceEBPF() []group {
 			name:  "lifecycles",
 			agent: agent{env: []string{"UNITMETER_FOLD=fold@*.service"}},
 			scenarios: []scenario{
-				crashLoop("crash", "`Restart=always`, 30 runs that crash", ""),
-				crashLoop("direct", "`Restart=always`, `RestartMode=direct`, 30 runs that crash", "RestartMode=direct"),
+				crashLoop("crash", "`Restart=always`, 30 runs that crash", "RestartSec=20ms"),
+				crashLoop("direct", "`Restart=always`, `RestartMode=direct`, 30 runs that crash", "RestartMode=direct\nRestartSec=20ms"),
 				manualRestart, oneshot, stopOnly, prePost,
 				witnessed(acceptNo), witnessed(acceptYes), delegated, privateNetwork, instances, folded,
 				witnessed(orphans), switched, reloaded,

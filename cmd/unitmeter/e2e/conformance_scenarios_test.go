@@ -20,8 +20,8 @@ func conformance() []group {
 			// each unit.
 			agent: agent{env: []string{"UNITMETER_FOLD=fold@*.service"}},
 			scenarios: []scenario{
-				crashLoop("crash", "`Restart=always`, 30 runs that crash", ""),
-				crashLoop("direct", "`Restart=always`, `RestartMode=direct`, 30 runs that crash", "RestartMode=direct"),
+				crashLoop("crash", "`Restart=always`, 30 runs that crash", "RestartSec=20ms"),
+				crashLoop("direct", "`Restart=always`, `RestartMode=direct`, 30 runs that crash", "RestartMode=direct\nRestartSec=100ms"),
 				manualRestart, oneshot, stopOnly, prePost,
 				acceptNo, acceptYes, delegated, privateNetwork, instances, folded,
 				orphans,
@@ -92,15 +92,16 @@ func conformance() []group {
 const unitHead = "[Unit]\nStartLimitIntervalSec=0\n[Service]\nIPAccounting=yes\nSlice={slice}\n"
 
 // crashLoop is a service that sends 50 datagrams and fails, 29 times, and stays
-// up after the 30th.
+// up after the 30th. With RestartMode=direct there is no stop record of a run, so it
+// must be read before the next one begins: after 100 ms, systemd's default.
 func crashLoop(id, title, setting string) scenario {
 	const runs, each = 30, 50
 	return scenario{
 		id: id, title: title,
-		units: map[string]string{id + ".service": unitHead + "Restart=always\nRestartSec=20ms\n" + setting + "\n" +
+		units: map[string]string{id + ".service": unitHead + "Restart=always\n" + setting + "\n" +
 			fmt.Sprintf("ExecStart=/bin/sh -c '{send} %d && echo >>/run/{id}.runs; [ $$(wc -l </run/{id}.runs) -lt %d ] || exec sleep infinity; exit 1'\n", each, runs)},
 		run: func(s *scene) {
-			if n := s.version(); setting == "RestartMode=direct" && n < 254 {
+			if n := s.version(); strings.HasPrefix(setting, "RestartMode=direct") && n < 254 {
 				s.skip(fmt.Sprintf("it came with systemd 254, and this is %d", n))
 			}
 			s.in(`systemctl start {id}; until [ -e /run/{id}.runs ] && [ $(wc -l </run/{id}.runs) -ge ` + strconv.Itoa(runs) + ` ]; do sleep .02; done`)
