@@ -94,7 +94,7 @@ func commands() []command {
 		{"disable", "[--runtime] [--dry-run] UNIT...|--all|--default|--ebpf|--rearm|--reset", "switch IP accounting off", switchOff},
 		{"meter", "load|unload|status", "load the eBPF program that counts for UNITMETER_SOURCE=ebpf, or take it away", manageMeter},
 		{"doctor", "[--json] [--here]", "check everything that the agent needs, and name the fix for each fault", diagnose},
-		{"history", "[--since T] [--until T] [--hourly|--daily|--weekly|--monthly] [-n N] [--json|--csv] [UNIT...]", "print the traffic of units in the last 24 hours, or since T", showHistory},
+		{"history", "[--since T] [--until T] [--hourly|--daily|--weekly|--monthly] [-n N] [--json|--csv] [UNIT...]|--quarantined [--retry]", "print the traffic of units in the last 24 hours, or since T", showHistory},
 		{"version", "", "print the version", printVersion},
 		{"help", "[COMMAND|environment]", "print this help, or the variables that configure unitmeter", help},
 	}
