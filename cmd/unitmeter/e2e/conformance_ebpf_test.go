@@ -53,7 +53,7 @@ func conformanceEBPF() []group {
 		},
 		{name: "killed", scenarios: []scenario{killed("kill", "`kill -9` of the agent under load, cumulative"), away, rebooted}},
 		{name: "killed with deltas", agent: agent{env: delta}, scenarios: []scenario{killed("killdelta", "`kill -9` of the agent under load, deltas")}},
-		{name: "overflow", agent: agent{env: []string{"UNITMETER_MAX_UNITS=10"}}, scenarios: []scenario{overflow}},
+		{name: "overflow", agent: agent{env: []string{"UNITMETER_MAX_UNITS=10", "UNITMETER_INCLUDE=over@*.service"}}, scenarios: []scenario{overflow}},
 		{name: "many", agent: agent{env: []string{"UNITMETER_MAX_UNITS=100"}}, scenarios: []scenario{distinct}},
 		{name: "no room", room: littleRoom, scenarios: []scenario{full}},
 		{name: "flooded", room: uint32(floodRoom()), agent: agent{env: []string{"GOMEMLIMIT=96MiB"}, properties: append([]string{"MemoryMax=256M"}, unprivileged.properties...)}, scenarios: []scenario{flooded}},
