@@ -250,7 +250,12 @@ func TestSwitchSource(t *testing.T) {
 		rig.Run(t, "systemctl", "restart", unit)
 		talk(t, rig, unit, 2)
 		total += 2
-		s := r.Sweep(t.Context())
+		var s *Sweep
+		systemdtest.Eventually(t, "the run after the restart is read", func() bool { // systemd may announce it after the restart
+			s = r.Sweep(t.Context())
+			got, _ := s.seriesOf(unit)
+			return got.Total.EgressPackets >= uint64(total)
+		})
 		want(t, s, unit, sent(total))
 		switch i { // what only one source counts is complete while that counts
 		case 1:

@@ -27,6 +27,7 @@ type answered struct {
 	port             string // where the program listens
 	path             string // of the endpoint
 	answer           string // a part of the error in the log, without ports and versions
+	or               string // another one, where the client can notice either first
 	env              []string
 	tls              bool // the program speaks TLS
 }
@@ -364,7 +365,7 @@ func (r *road) answers() []answered {
 		{program: "Collector", setting: "nobody behind it", port: "lonely", answer: "503 Service Unavailable"},
 		{program: "Collector", setting: "nobody behind it", grpc: true, port: "lonely-grpc", answer: "Unavailable"},
 		{program: "Collector", setting: "another path", port: "good", path: "/otlp", answer: "404 Not Found"},
-		{program: "Collector", setting: "gRPC, spoken to over HTTP/1", port: "good-grpc", answer: "malformed HTTP response"},
+		{program: "Collector", setting: "gRPC, spoken to over HTTP/1", port: "good-grpc", answer: "malformed HTTP response", or: "use of closed network connection"},
 		{program: "Collector", setting: "HTTP, spoken to over gRPC", grpc: true, port: "good", answer: "error reading server preface"},
 		{program: "Prometheus", setting: "no `--web.enable-otlp-receiver`", port: "prometheus-off", path: "/api/v1/otlp", answer: "404 Not Found"},
 		{program: "Prometheus", setting: "basic authentication", port: "prometheus-auth", path: "/api/v1/otlp", answer: "401 Unauthorized"},
@@ -505,7 +506,7 @@ func (h *holding) next() (next string) {
 	if !within(patience, func() bool {
 		for line := range strings.Lines(h.log()) {
 			var entry struct{ Msg, Err, Next string }
-			if json.Unmarshal([]byte(line), &entry) == nil && strings.HasPrefix(entry.Msg, "cannot deliver metrics") && strings.Contains(entry.Err, h.answered.answer) {
+			if json.Unmarshal([]byte(line), &entry) == nil && strings.HasPrefix(entry.Msg, "cannot deliver metrics") && (strings.Contains(entry.Err, h.answered.answer) || h.answered.or != "" && strings.Contains(entry.Err, h.answered.or)) {
 				next = entry.Next
 			}
 		}
