@@ -90,15 +90,23 @@ func ask(t *testing.T, client *http.Client, address string, headers ...string) (
 	return resp.StatusCode, string(text), err
 }
 
+// prometheusHost boots a host with the package and an accounted talker.service, and
+// returns the blocks of docs/prometheus.md as well.
+func prometheusHost(t *testing.T) (block func(string) string, rig *systemdtest.Rig) {
+	t.Helper()
+	block = page(t, "prometheus.md")
+	rig = systemdtest.Start(t)
+	install(t, rig)
+	rig.WriteFile(t, "/etc/systemd/system/talker.service", "[Service]\nIPAccounting=yes\nExecStart=/bin/sleep infinity\n")
+	rig.Run(t, "systemctl", "start", "talker.service")
+	return block, rig
+}
+
 // TestScrapes is docs/prometheus.md from the package to a graph's query, with a real
 // systemd and a real Prometheus; and then a systemd that hangs, and clients that do.
 func TestScrapes(t *testing.T) {
 	t.Parallel()
-	block := page(t, "prometheus.md")
-	rig := systemdtest.Start(t)
-	install(t, rig)
-	rig.WriteFile(t, "/etc/systemd/system/talker.service", "[Service]\nIPAccounting=yes\nExecStart=/bin/sleep infinity\n")
-	rig.Run(t, "systemctl", "start", "talker.service")
+	block, rig := prometheusHost(t)
 
 	rig.WriteFile(t, "/etc/unitmeter/unitmeter.env", block("# /etc/unitmeter/unitmeter.env"))
 	rig.Run(t, "systemctl", "start", "--no-block", "unitmeter")
@@ -199,11 +207,7 @@ func TestScrapes(t *testing.T) {
 // TestStraightToPrometheus is the second half of docs/prometheus.md.
 func TestStraightToPrometheus(t *testing.T) {
 	t.Parallel()
-	block := page(t, "prometheus.md")
-	rig := systemdtest.Start(t)
-	install(t, rig)
-	rig.WriteFile(t, "/etc/systemd/system/talker.service", "[Service]\nIPAccounting=yes\nExecStart=/bin/sleep infinity\n")
-	rig.Run(t, "systemctl", "start", "talker.service")
+	block, rig := prometheusHost(t)
 	rig.WriteFile(t, "/etc/prometheus/prometheus.yml", block("# prometheus-otlp.yml"))
 	rig.Run(t, "systemd-run", "--quiet", "--unit=prometheus", tool(t, "prometheus"), "--config.file=/etc/prometheus/prometheus.yml",
 		"--web.enable-otlp-receiver", "--web.listen-address=127.0.0.1:9090", "--storage.tsdb.path=/run/prometheus")
