@@ -247,9 +247,6 @@ func (m *Manager) Loaded(ctx context.Context, states []string, pattern string) (
 	return units, nil
 }
 
-// RearmUnit restores lost counters after each reload of systemd, see "enable --rearm".
-const RearmUnit = "unitmeter-rearm.service"
-
 // Active reports whether a unit is active; false where nobody knows.
 func (m *Manager) Active(ctx context.Context, name string) bool {
 	rows, err := m.rows(ctx, []string{"active"}, name)

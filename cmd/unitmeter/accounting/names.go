@@ -81,6 +81,14 @@ func ownNames(ctx context.Context, cfg receiver.Config, names []string) (map[str
 	return m.own(ctx, names), nil
 }
 
+// The units of the packages: the agent, the loader of its eBPF program, and what restores
+// lost counters after each reload of systemd (see "enable --rearm").
+const (
+	AgentUnit = "unitmeter.service"
+	MeterUnit = "unitmeter-meter.service"
+	RearmUnit = "unitmeter-rearm.service"
+)
+
 // EnableAll is the command that gives counters to all units. All commands recommend it.
 const EnableAll = "unitmeter enable --default"
 

@@ -17,9 +17,6 @@ import (
 	"github.com/unitmeter/unitmeter/receiver/systemd/bus"
 )
 
-// agentUnit is the unit that the packages install.
-const agentUnit = "unitmeter.service"
-
 // FailingSince is what stands before the reason in the agent's status line.
 const FailingSince = "; failing since "
 
@@ -39,7 +36,7 @@ type agentService struct {
 
 // findAgent reads the agent's unit; nil if there is none.
 func findAgent(ctx context.Context, m *accounting.Manager) (*agentService, error) {
-	p, state, err := m.Load(ctx, agentUnit)
+	p, state, err := m.Load(ctx, accounting.AgentUnit)
 	if err != nil || state != "loaded" {
 		return nil, err
 	}
@@ -145,9 +142,9 @@ func examineAsAgent(ctx context.Context, environ []string) (findings []finding, 
 	}
 	findings, err = a.examine(ctx)
 	if err != nil {
-		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these checks use the settings of this shell", agentUnit, tty.Line(err))
+		return nil, nil, fmt.Sprintf("cannot check as %s does (%s); these checks use the settings of this shell", accounting.AgentUnit, tty.Line(err))
 	}
-	return withRootChecks(ctx, m, findings), a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", agentUnit, a.user)
+	return withRootChecks(ctx, m, findings), a, fmt.Sprintf("checked as %s: with its user (%s), environment and credentials; use --here for those of this shell", accounting.AgentUnit, a.user)
 }
 
 // withRootChecks adds the checks for which the agent's user has no right.
@@ -214,7 +211,7 @@ func (a *agentService) next(findings []finding) string {
 	}) {
 		return ""
 	}
-	return fmt.Sprintf("Variables belong in %s. To apply them, or a new group:\n      systemctl restart %s\n", a.settings, agentUnit)
+	return fmt.Sprintf("Variables belong in %s. To apply them, or a new group:\n      systemctl restart %s\n", a.settings, accounting.AgentUnit)
 }
 
 // examine runs the doctor in a transient unit.
@@ -255,14 +252,14 @@ func (d *doctor) checkAgent(ctx context.Context) finding {
 	d.agent = a
 	switch {
 	case err != nil:
-		return skipped("%s cannot be read: %v", agentUnit, err)
+		return skipped("%s cannot be read: %v", accounting.AgentUnit, err)
 	case a == nil:
-		return skipped("there is no %s; these checks use the settings of this shell", agentUnit)
+		return skipped("there is no %s; these checks use the settings of this shell", accounting.AgentUnit)
 	case a.state == "active":
-		return good("%s runs", agentUnit)
+		return good("%s runs", accounting.AgentUnit)
 	// With Restart= a service that ends at once is activating most of the time.
 	case a.state == "failed", a.state == "activating":
-		return failure("journalctl -u "+agentUnit+" -n 20", "%s does not start (%s); see its log", agentUnit, a.state)
+		return failure("journalctl -u "+accounting.AgentUnit+" -n 20", "%s does not start (%s); see its log", accounting.AgentUnit, a.state)
 	}
-	return warning("systemctl enable --now "+agentUnit, "%s does not run (%s)", agentUnit, a.state)
+	return warning("systemctl enable --now "+accounting.AgentUnit, "%s does not run (%s)", accounting.AgentUnit, a.state)
 }

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/unitmeter/unitmeter/cmd/unitmeter/accounting"
 	"github.com/unitmeter/unitmeter/cmd/unitmeter/tty"
 	"github.com/unitmeter/unitmeter/exporter/otlp"
 	"github.com/unitmeter/unitmeter/exporter/store"
@@ -284,7 +285,7 @@ func (d *doctor) checkOutbox(ctx context.Context) finding {
 	if errors.Is(err, fs.ErrPermission) && d.stateless {
 		return skipped("the state directory cannot be read")
 	}
-	const look = "journalctl -u " + agentUnit + " -n 20"
+	const look = "journalctl -u " + accounting.AgentUnit + " -n 20"
 	if err != nil {
 		return failure(look, "%v", err)
 	}
@@ -333,12 +334,12 @@ func (d *doctor) backlogFinding(waiting store.Backlog, age time.Duration) findin
 	case d.blocked != "":
 		return warning(d.blocked, "%s; see the checks of the endpoint. The requests are sent once that is fixed", found)
 	case d.agent == nil:
-		return warning("unitmeter run", "%s; there is no %s to send them", found, agentUnit)
+		return warning("unitmeter run", "%s; there is no %s to send them", found, accounting.AgentUnit)
 	case d.agent.state != "active":
-		return warning("systemctl enable --now "+agentUnit, "%s; %s does not run (%s)", found, agentUnit, d.agent.state)
+		return warning("systemctl enable --now "+accounting.AgentUnit, "%s; %s does not run (%s)", found, accounting.AgentUnit, d.agent.state)
 	}
 	// Between two tries an agent waits for up to minutes.
-	return warning("systemctl restart "+agentUnit, "%s; the Collector accepts requests now, and the agent retries by itself", found)
+	return warning("systemctl restart "+accounting.AgentUnit, "%s; the Collector accepts requests now, and the agent retries by itself", found)
 }
 
 // absentState judges a directory that the agent would have to make.

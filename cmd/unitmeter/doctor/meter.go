@@ -15,10 +15,7 @@ import (
 	"github.com/unitmeter/unitmeter/receiver/systemd"
 )
 
-const (
-	meterUnit = "unitmeter-meter.service"
-	loadMeter = "systemctl restart " + meterUnit + " " + agentUnit
-)
+const loadMeter = "systemctl restart " + accounting.MeterUnit + " " + accounting.AgentUnit
 
 // ofSystemd skips a check of what only a systemd that counts needs.
 func (d *doctor) ofSystemd(run func(context.Context) finding) func(context.Context) finding {
@@ -85,7 +82,7 @@ func (d *doctor) checkMeter(context.Context) finding {
 func meterFailure(source string, root, free bool, err error) finding {
 	fix := "unitmeter enable --ebpf, or set UNITMETER_SOURCE=dbus"
 	if errors.Is(err, ebpf.ErrPermission) && !free {
-		fix = "add AmbientCapabilities=CAP_BPF, CapabilityBoundingSet=CAP_BPF and PrivateUsers=no to a drop-in of " + agentUnit + ", as before Linux 5.19 (docs/ebpf.md)"
+		fix = "add AmbientCapabilities=CAP_BPF, CapabilityBoundingSet=CAP_BPF and PrivateUsers=no to a drop-in of " + accounting.AgentUnit + ", as before Linux 5.19 (docs/ebpf.md)"
 	}
 	if errors.Is(err, ebpf.ErrNoBPFFS) {
 		fix = "mount -t bpf -o mode=700 bpf /sys/fs/bpf && " + loadMeter
@@ -150,7 +147,7 @@ func attachFailure(source string, err error) finding {
 	case errors.Is(err, ebpf.ErrForeignProgram):
 		fix = "have the owner of that program attach it with BPF_F_ALLOW_MULTI, or detach it: bpftool cgroup help"
 	case errors.Is(err, ebpf.ErrMemlock):
-		fix = "set LimitMEMLOCK=infinity in " + meterUnit + ", or: ulimit -l unlimited"
+		fix = "set LimitMEMLOCK=infinity in " + accounting.MeterUnit + ", or: ulimit -l unlimited"
 	case errors.Is(err, ebpf.ErrNotCgroup2):
 		fix = "boot with the kernel parameter systemd.unified_cgroup_hierarchy=1, or set UNITMETER_SOURCE=dbus"
 	case errors.Is(err, ebpf.ErrPermission):
@@ -205,8 +202,8 @@ func (d *doctor) checkPins(ctx context.Context) finding {
 		return finding{}
 	}
 	var state string
-	if d.m != nil && d.m.Call(ctx, "GetUnitFileState", meterUnit).Store(&state) == nil && state == "disabled" {
-		return warning("systemctl enable "+meterUnit, "%s is disabled: after the next boot no eBPF program is loaded", meterUnit)
+	if d.m != nil && d.m.Call(ctx, "GetUnitFileState", accounting.MeterUnit).Store(&state) == nil && state == "disabled" {
+		return warning("systemctl enable "+accounting.MeterUnit, "%s is disabled: after the next boot no eBPF program is loaded", accounting.MeterUnit)
 	}
 	return good("the pins of this version are in %s, and of no other", ebpf.DefaultDir)
 }

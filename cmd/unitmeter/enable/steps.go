@@ -15,9 +15,7 @@ import (
 )
 
 const (
-	agentUnit = "unitmeter.service"
-	meterUnit = "unitmeter-meter.service"
-	ebpfFile  = "/etc/systemd/system/" + agentUnit + ".d/50-ebpf.conf"
+	ebpfFile = "/etc/systemd/system/" + accounting.AgentUnit + ".d/50-ebpf.conf"
 	// ebpfText has the same settings as packaging/examples/unitmeter-ebpf.conf.
 	ebpfText = `# Written by "unitmeter enable --ebpf"; "unitmeter disable --ebpf" removes it.
 [Unit]
@@ -44,15 +42,15 @@ func sourceSteps(ctx context.Context, on bool) []step {
 		return []step{
 			{"remove " + ebpfFile, removeDropIn, nil},
 			systemctl(ctx, "daemon-reload"),
-			systemctl(ctx, "try-restart", agentUnit),
-			systemctl(ctx, "disable", "--now", meterUnit),
+			systemctl(ctx, "try-restart", accounting.AgentUnit),
+			systemctl(ctx, "disable", "--now", accounting.MeterUnit),
 			unload,
 		}
 	}
 	anyway := context.WithoutCancel(ctx) // Ctrl-C may be why there is something to undo
-	load := systemctl(ctx, "enable", "--now", meterUnit)
+	load := systemctl(ctx, "enable", "--now", accounting.MeterUnit)
 	load.undo = func() error {
-		return errors.Join(systemctl(anyway, "disable", "--now", meterUnit).do(), unload.do())
+		return errors.Join(systemctl(anyway, "disable", "--now", accounting.MeterUnit).do(), unload.do())
 	}
 	reload := systemctl(ctx, "daemon-reload")
 	reload.undo = systemctl(anyway, "daemon-reload").do
@@ -60,7 +58,7 @@ func sourceSteps(ctx context.Context, on bool) []step {
 		load, // the one that may not be possible here
 		{"write " + ebpfFile, func() error { return writeWhole(ebpfFile, ebpfText) }, removeDropIn},
 		reload,
-		systemctl(ctx, "try-restart", agentUnit),
+		systemctl(ctx, "try-restart", accounting.AgentUnit),
 	}
 }
 
@@ -93,7 +91,7 @@ func systemctl(ctx context.Context, args ...string) step {
 	return step{what: "systemctl " + strings.Join(args, " "), do: func() error {
 		out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput()
 		if err != nil {
-			return fmt.Errorf("%w: %s; see: journalctl -b -u %s", err, strings.TrimSpace(string(out)), meterUnit)
+			return fmt.Errorf("%w: %s; see: journalctl -b -u %s", err, strings.TrimSpace(string(out)), accounting.MeterUnit)
 		}
 		return nil
 	}}
@@ -145,7 +143,7 @@ func (w *switcher) reset(ctx context.Context) error {
 		files = append(files, found...)
 	}
 	var steps []step
-	for _, unit := range []string{accounting.RearmUnit, meterUnit} {
+	for _, unit := range []string{accounting.RearmUnit, accounting.MeterUnit} {
 		if systemctl(ctx, "is-enabled", "--quiet", unit).do() == nil {
 			steps = append(steps, systemctl(ctx, "disable", "--now", unit))
 		}
@@ -174,7 +172,7 @@ func (w *switcher) reset(ctx context.Context) error {
 	}
 	steps = append(steps, systemctl(ctx, "daemon-reload"))
 	if restart {
-		steps = append(steps, systemctl(ctx, "try-restart", agentUnit), step{"unitmeter meter unload", func() error { return ebpf.Unload("") }, nil})
+		steps = append(steps, systemctl(ctx, "try-restart", accounting.AgentUnit), step{"unitmeter meter unload", func() error { return ebpf.Unload("") }, nil})
 	}
 	return w.takeSteps(steps)
 }
